@@ -1,0 +1,38 @@
+# Everything a fresh machine needs is done here: `make quickstart` and `make test` each set up their own environment.
+# GPU users keep their own torch:  make test CONSTRAINTS=
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints-cpu.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test lint slow results clean
+
+quickstart: $(STAMP)
+	$(BIN)/python -m eval.quickstart --out runs/quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m "slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m eval.report --check
+
+# Repeat the committed NL-RX runs:  make results NL_RX=path/to/nl_rx
+results: $(STAMP)
+	$(BIN)/python -m eval.tiny_nl_rx --data $(NL_RX)
+	$(BIN)/python -m eval.report
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit("llm_jepa needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

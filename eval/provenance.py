@@ -1,0 +1,39 @@
+"""Where a number comes from: versions, commit, data and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        # Results that are being written do not make the code another one.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!eval/results")),
+    }
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """One hash over all weight files of a saved model, or None for a Hub id."""
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest() if files else None
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parent.parent
+    result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None

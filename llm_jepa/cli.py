@@ -1,0 +1,377 @@
+"""llm-jepa train | generate | embed.
+
+Errors a user can cause are one line on stderr and exit code 2; a non-finite loss is 3; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import NonFiniteLossError, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .recipe import Recipe
+    from .trainer import LLMJEPATrainer
+
+LAUNCH_CONFIGS = ("cpu", "ddp", "fsdp2", "zero3")
+TRAIN_HELP = """\
+Fine-tune a causal LM as a recipe says. Any recipe key can be overridden: --learning_rate 1e-5 --jepa_weight 0.
+
+  llm-jepa train recipes/tiny-llama/nl-rx-synth.yaml --dry-run
+  llm-jepa train recipes/tiny-llama/nl-rx-synth.yaml --output_dir runs/first
+  llm-jepa train recipes/tiny-llama/nl-rx-synth.yaml --output_dir runs/first --resume_from_checkpoint true
+  llm-jepa train RECIPE.yaml --launch ddp --num_processes 8
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # Waiting threads that spin make small CPU steps up to 100 times slower as soon as a core is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"llm-jepa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"llm-jepa: stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("llm-jepa: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser(prog="llm-jepa", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="fine-tune a model as a recipe says", description=TRAIN_HELP, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+    )  # fmt: skip
+    train.add_argument("recipe", nargs="?", help="recipe YAML")
+    train.add_argument("-h", "--help", action="store_true", help="show this help and every recipe key of ours")
+    train.add_argument("--dry-run", action="store_true", help="show the resolved recipe, one packed row and the cost")
+    train.add_argument("--launch", help="cpu, ddp, fsdp2, zero3 or an accelerate config file: several processes")
+    train.add_argument("--num_processes", "--num-processes", help="how many (default: one per GPU)")
+
+    generate = commands.add_parser("generate", help="decode greedily", allow_abbrev=False)
+    generate.add_argument("model", help="model folder or Hub id")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="a user turn (repeatable)")
+    source.add_argument("--input", help="rows with 'prompt' or 'messages' (a last assistant turn is left out)")
+    generate.add_argument("--system", help="system prompt for --prompt")
+    generate.add_argument("--output", help="write JSON lines here instead of printing")
+    generate.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    generate.add_argument("--batch_size", "--batch-size", type=int, default=32)
+
+    embed = commands.add_parser("embed", help="embed the context and target view of rows", allow_abbrev=False)
+    embed.add_argument("model", help="model folder or Hub id")
+    embed.add_argument("--input", required=True, help="rows with 'prompt' and 'completion', or 'messages'")
+    embed.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, both [N, D]")
+    embed.add_argument("--batch_size", "--batch-size", type=int, default=32)
+
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "train":
+        if options.help or options.recipe is None:
+            if not options.help:
+                raise UserError("Which recipe? Write llm-jepa train RECIPE.yaml (see llm-jepa train --help).")
+            train.print_help()
+            _print_keys()
+            return 0
+        return _train(options, rest)
+    if rest:
+        raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
+    if options.batch_size < 1 or getattr(options, "max_new_tokens", 1) < 1:
+        raise UserError("--batch_size and --max_new_tokens must be 1 or more.")
+    return _generate(options) if options.command == "generate" else _embed(options)
+
+
+# -- train --------------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.num_processes is not None and options.launch is None:
+        raise UserError("--num_processes needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
+    if options.launch == "cpu":
+        overrides = [*overrides, "--use_cpu", "true"]
+    from .recipe import parse
+
+    recipe = parse(options.recipe, overrides)
+    if options.dry_run:
+        return _dry_run(recipe)
+    if options.launch is not None and "LOCAL_RANK" not in os.environ:
+        return _launch(options, overrides)
+    trainer, resume = _build_trainer(recipe)
+    trainer.train(resume_from_checkpoint=resume)
+    _finish(trainer, recipe)
+    return 0
+
+
+def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
+    from transformers import set_seed
+
+    from .checkpoint import claim
+    from .loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
+    from .trainer import LLMJEPATrainer
+    from .views import build_views
+
+    training = recipe.training
+    set_seed(training.seed)
+    train, validation = load_data(recipe.data, seed=_data_seed(recipe))
+    if validation is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
+        raise UserError(
+            "eval_strategy is set but there is nothing to evaluate on: set validation_data or validation_rows."
+        )
+    tokenizer = load_tokenizer(recipe.model, training, train)
+    model = load_model(recipe.model, tokenizer, seed=training.seed)
+    options = {"context_view": training.context_view, "label_protocol": training.label_protocol}
+    build_views(
+        train[0], tokenizer, **options, max_length=training.max_length, where="row 0"
+    )  # before the folder is ours
+    run = {**recipe.identity(), "train_sha256": data_sha256(train), "validation_sha256": data_sha256(validation)}
+    resume = None
+    if training.should_save:
+        resume = claim(training.output_dir, json.loads(json.dumps(run)), resume=training.resume_from_checkpoint)
+    elif training.resume_from_checkpoint is not None:
+        resume = _resume_of_other_rank(training)
+    trainer = LLMJEPATrainer(model, training, train, validation, tokenizer, peft_config=lora_config(recipe.model))
+    return trainer, resume
+
+
+def _resume_of_other_rank(training: Any) -> str | None:
+    from .checkpoint import newest_complete
+
+    wanted = str(training.resume_from_checkpoint)
+    if wanted.lower() != "true":
+        return wanted
+    newest = newest_complete(training.output_dir)
+    return None if newest is None else str(newest)
+
+
+def _data_seed(recipe: Recipe) -> int:
+    """One held-out set for all seeds of an arm, unless the recipe sets data_seed."""
+    return recipe.training.data_seed if recipe.training.data_seed is not None else 0
+
+
+def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
+    """Leave a plain, loadable causal LM in output_dir (LoRA merged, the adapter beside it) and say what happened."""
+    from peft import PeftModel
+
+    args = trainer.args
+    if isinstance(trainer.model, PeftModel):
+        if trainer.is_world_process_zero():
+            trainer.model.save_pretrained(os.path.join(args.output_dir, "adapter"))
+        merged = trainer.model.merge_and_unload()
+        trainer.model = trainer._base_model = merged
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        _scrub_tokenizer_config(Path(args.output_dir) / "tokenizer_config.json")
+        last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+        start = trainer._start_diagnostics or {}
+        if last:
+            print("\nValidation" + " " * 24 + "step 0      now")
+            for key in sorted(key for key in last if key.startswith("eval_")):
+                name = key.removeprefix("eval_")
+                if name not in ("runtime", "samples_per_second", "steps_per_second"):
+                    before = f"{start[name]:10.4g}" if name in start else " " * 10
+                    print(f"  {name:26s}{before}{last[key]:10.4g}")
+        print(f"Saved to {args.output_dir}")
+    trainer.end()
+
+
+def _scrub_tokenizer_config(path: Path) -> None:
+    """How the tokenizer was loaded here is nobody's business elsewhere, and `local_files_only` breaks Hub loading."""
+    from .checkpoint import write_json
+
+    if path.is_file():
+        config = json.loads(path.read_text())
+        write_json(path, {key: config[key] for key in config if key not in ("is_local", "local_files_only")})
+
+
+def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Start this command once per process through Accelerate. The recipe has been validated already."""
+    import importlib.resources
+    import importlib.util
+
+    import torch
+
+    if options.launch in LAUNCH_CONFIGS:
+        gpus = torch.cuda.device_count()
+        if options.launch != "cpu" and gpus == 0:
+            raise UserError(f"--launch {options.launch} needs GPUs and none is visible; use --launch cpu.")
+        if options.launch == "zero3" and importlib.util.find_spec("deepspeed") is None:
+            raise UserError("--launch zero3 needs DeepSpeed: pip install deepspeed")
+        config = str(importlib.resources.files("llm_jepa") / "accelerate_configs" / f"{options.launch}.yaml")
+        processes = options.num_processes or str(gpus or 2)
+    elif os.path.isfile(options.launch):
+        config, processes = options.launch, options.num_processes
+    else:
+        raise UserError(f"--launch {options.launch!r} is none of {', '.join(LAUNCH_CONFIGS)} and no file.")
+    if processes is not None and (not processes.isdigit() or int(processes) < 1):
+        raise UserError(f"--num_processes {processes!r} must be a whole number of 1 or more.")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    command = ["--config_file", config] + (["--num_processes", processes] if processes else [])
+    command += ["-m", "llm_jepa.cli", "train", options.recipe, "--launch", options.launch, *overrides]
+    if options.launch == "cpu":
+        # Without this each process would train a model of its own into the same folder.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    launch_command(launch_command_parser().parse_args(command))
+    return 0
+
+
+def _dry_run(recipe: Recipe) -> int:
+    import yaml
+
+    from .dry_run import describe_row, token_cost
+    from .loading import load_data, load_tokenizer
+    from .predictor_tokens import predictor_token_names
+
+    train, _ = load_data(recipe.data, seed=_data_seed(recipe))
+    tokenizer = load_tokenizer(recipe.model, recipe.training, train)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    predictors = predictor_token_names(recipe.training.num_predictor_tokens if recipe.training.uses_jepa else 0)
+    tokenizer.add_tokens(predictors, special_tokens=True)
+    print("# Resolved recipe\n" + yaml.safe_dump(json.loads(json.dumps(recipe.given)), sort_keys=False))
+    print("# The first row, packed\n" + describe_row(train[0], tokenizer, recipe.training, color=sys.stdout.isatty()))
+    print("\n# Cost\n" + token_cost(train, tokenizer, recipe.training))
+    return 0
+
+
+def _print_keys() -> None:
+    import dataclasses
+
+    from .config import DataArguments, LLMJEPAConfig, ModelArguments
+    from .recipe import _describe, recipe_fields
+
+    fields = recipe_fields()
+    for title, group in (("Model", ModelArguments), ("Data", DataArguments), ("LLM-JEPA", LLMJEPAConfig)):
+        inherited = {
+            f.name for base in group.__mro__[1:] if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)
+        }
+        print(f"\n{title} keys:")
+        for field in dataclasses.fields(group):
+            if field.name in inherited:
+                continue
+            default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
+            print(
+                f"  {field.name} ({_describe(fields[field.name][1])}; {default})\n      {field.metadata.get('help', '')}"
+            )
+    print(
+        f"\nAnd the other {len(fields)} keys of trl.SFTConfig and transformers.TrainingArguments, such as learning_rate,"
+    )
+    print(
+        "num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, bf16, eval_strategy, report_to."
+    )
+
+
+# -- generate and embed -------------------------------------------------------------------------------------------------
+
+
+def _load(source: str) -> tuple[Any, Any]:
+    import torch
+
+    from .loading import model_from, tokenizer_from
+
+    tokenizer = tokenizer_from(source)
+    on_gpu = torch.cuda.is_available()
+    model = model_from(source, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .generation import generate
+    from .loading import read_rows
+
+    prompts: list[Any]
+    rows = read_rows(options.input) if options.input is not None else None
+    model, tokenizer = _load(options.model)
+    if rows is not None:
+        prompts = _prompts_of(rows)
+    elif tokenizer.chat_template is None:
+        if options.system:
+            raise UserError("--system needs a tokenizer with a chat template; put it into --prompt.")
+        prompts = options.prompt
+    else:
+        system = [{"role": "system", "content": options.system}] if options.system else []
+        prompts = [[*system, {"role": "user", "content": text}] for text in options.prompt]
+    results = generate(
+        model, tokenizer, prompts,
+        max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, progress=len(prompts) > options.batch_size,
+    )  # fmt: skip
+    lines = [
+        json.dumps({"prompt": prompt, "text": result.text, "stopped": result.stopped}, ensure_ascii=False)
+        for prompt, result in zip(prompts, results, strict=True)
+    ]
+    if options.output:
+        Path(options.output).write_text("\n".join(lines) + "\n")
+        print(f"Wrote {len(lines)} generations to {options.output}")
+    else:
+        for prompt, result in zip(prompts, results, strict=True):
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            cut = "" if result.stopped else f"  [cut at {options.max_new_tokens} tokens]"
+            print(f"{asked!r} -> {result.text!r}{cut}")
+    return 0
+
+
+def _prompts_of(rows: Dataset) -> list[Any]:
+    prompts = []
+    for index, row in enumerate(rows):
+        if row.get("messages"):
+            messages = row["messages"]
+            prompts.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
+        elif row.get("prompt"):
+            prompts.append(row["prompt"])
+        else:
+            raise UserError(f"row {index} has neither 'prompt' nor 'messages'.")
+    return prompts
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from safetensors.torch import save_file
+
+    from .loading import read_rows
+    from .packing import JEPACollator, check_packable, embed_pairs
+    from .predictor_tokens import predictor_token_ids
+    from .views import add_view_columns
+
+    rows = read_rows(options.input)
+    model, tokenizer = _load(options.model)
+    check_packable(model)
+    how = getattr(model.config, "llm_jepa", None)
+    if how is None:
+        print("Note: this model was not trained by llm-jepa; reading both views at their last content token.")
+        how = {"num_predictor_tokens": 0, "context_view": "prefix"}
+    predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    views = [
+        add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"])
+        for index, row in enumerate(rows)
+    ]
+    collator = JEPACollator(tokenizer.pad_token_id, predictors)
+    size = options.batch_size
+    context, target, _ = embed_pairs(model, model, [collator(views[i : i + size]) for i in range(0, len(views), size)])
+    save_file({"context": context.cpu(), "target": target.cpu()}, options.output)
+    print(f"Wrote context and target {tuple(context.shape)} to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

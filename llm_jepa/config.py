@@ -1,0 +1,172 @@
+"""Every key a recipe can hold: ours here, and those of TRL's `SFTConfig` and transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from trl import SFTConfig
+
+from .errors import UserError
+from .predictor_tokens import MAX_PREDICTOR_TOKENS
+
+
+@dataclass
+class ModelArguments:
+    """> Which model to start from: a checkpoint, or a config to train from scratch."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a causal LM (safetensors)."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit; pin a commit to repeat a run."}
+    )
+    model_config: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Train from scratch: a transformers config, e.g. {model_type: llama, hidden_size: 128}."},
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Default: the model's own. From scratch without it, a BPE is trained."}
+    )
+    tokenizer_vocab_size: int = field(
+        default=640, metadata={"help": "Size of the byte-level BPE trained on the training rows (from scratch only)."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the master weights. Keep float32 under bf16: pure bf16 rounds small steps away."},
+    )
+    attn_implementation: Literal["sdpa", "eager"] = field(
+        default="sdpa", metadata={"help": "Attention backend; both are exact for packed rows."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the saved model is merged."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
+    lora_target_modules: str | list[str] = field(
+        default="all-linear", metadata={"help": "Modules that get an adapter, or all-linear."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            raise UserError("Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch).")
+        if self.model_config is not None and "model_type" not in self.model_config:
+            raise UserError("model_config has no model_type; add one, e.g. model_type: llama.")
+
+
+@dataclass
+class DataArguments:
+    """> Which rows to train on: TRL's prompt-completion or conversational format."""
+
+    train_data: str = field(metadata={"help": "A .jsonl, .json, .csv or .parquet file, or a Hub dataset id."})
+    validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
+    validation_rows: int = field(
+        default=0, metadata={"help": "Without validation_data: rows held out of train_data, drawn with data_seed."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of validation_data on the Hub."})
+
+    def __post_init__(self) -> None:
+        if self.validation_rows < 0:
+            raise UserError(f"validation_rows={self.validation_rows} must be 0 or more.")
+        if self.validation_data is not None and self.validation_rows:
+            raise UserError("Set validation_data or validation_rows, not both.")
+
+
+@dataclass
+class LLMJEPAConfig(SFTConfig):
+    """`trl.SFTConfig` plus the JEPA term. `jepa_weight=0` is plain SFT."""
+
+    jepa_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the JEPA loss beside the LM loss (the paper's lambda). 0 is plain SFT: no token is added."
+        },
+    )
+    objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1"] = field(
+        default="info_nce",
+        metadata={
+            "help": "Distance between predicted and target embedding. The paper's is cosine, which collapsed in every "
+            "small run of ours; info_nce did not. InfoNCE takes its negatives from the micro-batch."
+        },
+    )
+    temperature: float = field(default=0.07, metadata={"help": "Temperature of info_nce; smaller is sharper."})
+    stop_gradient_target: bool = field(
+        default=False, metadata={"help": "Treat the target embedding as a constant (the paper moves both)."}
+    )
+    num_predictor_tokens: int = field(
+        default=1,
+        metadata={"help": f"Predictor tokens after the context, 0..{MAX_PREDICTOR_TOKENS} (the paper's k)."},
+    )
+    context_view: Literal["prefix", "message"] = field(
+        default="prefix",
+        metadata={
+            "help": "prefix: the LM row up to the end of the prompt, system prompt and earlier turns included, nearly "
+            "free. message: the last user turn alone, as in the paper. Two objectives, not two costs of one."
+        },
+    )
+    label_protocol: Literal["completion", "paper"] = field(
+        default="completion",
+        metadata={
+            "help": "completion: train the completion and its end-of-turn token. paper: train every non-pad token, as "
+            "the published script really does (end-of-turn is no target where pad = eos)."
+        },
+    )
+    diagnostics_pairs: int = field(
+        default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
+    )
+
+    # Other defaults than the parents'.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it hides the NaN that should stop the run."}
+    )
+
+    def __post_init__(self) -> None:
+        # TRL turns bf16 on by default, which a machine without a GPU refuses.
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+            self.bf16 = False
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        """Raises UserError for what our own loss cannot honour; the parents would accept and ignore it."""
+        if not self.jepa_weight >= 0:
+            raise UserError(f"jepa_weight={self.jepa_weight} must be 0 (plain SFT) or more.")
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature} must be > 0; CLIP starts at 0.07.")
+        if not 0 <= self.num_predictor_tokens <= MAX_PREDICTOR_TOKENS:
+            raise UserError(f"num_predictor_tokens={self.num_predictor_tokens} must lie in 0..{MAX_PREDICTOR_TOKENS}.")
+        if self.diagnostics_pairs < 0:
+            raise UserError(f"diagnostics_pairs={self.diagnostics_pairs} must be 0 (off) or more.")
+        for name, allowed, why in (
+            ("packing", False, "it puts several examples in one row; ours holds one example and its views"),
+            ("eval_packing", None, "it puts several examples in one row; ours holds one example and its views"),
+            ("padding_free", False, "views need their own attention mask"),
+            ("label_smoothing_factor", 0.0, "our loss does not smooth and would ignore it"),
+            ("loss_type", "nll", "the LM term is the negative log-likelihood"),
+            ("assistant_only_loss", False, "label_protocol decides which tokens are trained"),
+            ("completion_only_loss", None, "label_protocol decides which tokens are trained"),
+            ("use_liger_kernel", False, "its fused loss returns no hidden states"),
+            ("activation_offloading", False, "it is not tested with packed rows"),
+            ("dataset_kwargs", None, "rows are always turned into views"),
+            ("truncation_mode", "keep_start", "the views start at the start of the row"),
+            ("trust_remote_code", False, "code from a checkpoint is never run"),
+            ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
+            ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
+            ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
+        ):
+            value = getattr(self, name)
+            if value != allowed and not (name == "eval_packing" and value is False):
+                raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
+        if self.parallelism_config is not None:
+            raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length={self.max_length} leaves no token; raise it or set null for no limit.")
+        if self.chat_template_path is not None and not self.chat_template_path.endswith((".jinja", ".j2")):
+            raise UserError(f"chat_template_path={self.chat_template_path!r} must be a .jinja file.")
+
+    @property
+    def uses_jepa(self) -> bool:
+        return self.jepa_weight > 0

@@ -1,0 +1,93 @@
+"""A tokenizer and a random model, for training from scratch without any download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from .errors import UserError
+from .views import as_example
+
+BOS, END_OF_TURN = "<|begin|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the text of the rows, with a chat template. pad = eos = end of turn, as in Llama-3-Instruct
+    (which has no pad token), so that both label protocols mean the same thing here as there.
+
+    Raises UserError if vocab_size cannot hold the 256 bytes and the special tokens.
+    """
+    special = [BOS, END_OF_TURN, *(f"<|{role}|>" for role in ROLES)]
+    if vocab_size < 256 + len(special):
+        raise UserError(
+            f"tokenizer_vocab_size={vocab_size} is below the {256 + len(special)} bytes and special tokens."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(rows), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TURN,
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def random_model(
+    model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, *, seed: int, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal LM with random weights drawn from `seed`; vocabulary and special ids come from the tokenizer.
+
+    Raises UserError for a model_type or key that transformers does not know.
+    """
+    options = dict(model_config)
+    try:
+        model_type = options.pop("model_type")
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise UserError(f"model_config: transformers knows no model_type {model_type!r}; e.g. llama, qwen3.") from None
+    unknown = sorted(key for key in options if not hasattr(known, key))
+    if unknown:
+        raise UserError(f"model_config: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
+    config = AutoConfig.for_model(
+        model_type,
+        **options,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, **kwargs)
+    except ValueError as error:
+        raise UserError(f"model_config: {model_type} is no causal LM ({str(error).splitlines()[0][:120]}).") from None
+
+
+def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    for index, row in enumerate(rows):
+        example = as_example(row, f"row {index}")
+        for side in (example.prompt, example.completion):
+            if isinstance(side, str):
+                yield side
+            else:
+                yield from (str(message["content"]) for message in side)

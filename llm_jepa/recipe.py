@@ -1,0 +1,278 @@
+"""Recipe YAML + command-line overrides -> dataclasses, strictly and before anything is loaded.
+
+A recipe is one flat mapping of the field names in `llm_jepa.config`. YAML is read by its 1.2 core rules (`no` is a word,
+`1e-5` a number), without anchors, tags or duplicate keys. Every value is checked against the field's type and choices,
+from the file and from the command line alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from .config import DataArguments, LLMJEPAConfig, ModelArguments
+from .errors import UserError
+
+MAX_BYTES = 100_000
+MAX_DEPTH = 20
+GROUPS = (ModelArguments, DataArguments, LLMJEPAConfig)
+# Names that people bring along, and what became of them.
+RENAMED = {
+    "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",
+    "torch_dtype": "dtype",
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "nothing yet",
+    "overwrite_output_dir": "a fresh output_dir",
+    "logging_dir": "the TENSORBOARD_LOGGING_DIR environment variable",
+    "lbd": "jepa_weight",
+    "jepa_lambda": "jepa_weight",
+    "lambda": "jepa_weight",
+    "dataset_name": "train_data",
+    "predictors": "num_predictor_tokens",
+}
+# How a run is watched and stored, not what it computes: free to differ between a run and its resumption.
+BOOKKEEPING = {
+    "dataloader_num_workers", "dataset_num_proc", "disable_tqdm", "hub_model_id", "hub_private_repo", "hub_strategy",
+    "log_level", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "train_data",
+    "validation_data",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: ModelArguments
+    data: DataArguments
+    training: LLMJEPAConfig
+    given: dict[str, Any]  # what the file and the command line set, resolved
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be the same run; plain JSON."""
+        return {key: value for key, value in sorted(self.given.items()) if key not in BOOKKEEPING}
+
+
+def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and `--field value` overrides. Raises UserError, one line, for anything that cannot be right."""
+    values = read_yaml(path)
+    values.update(_parse_overrides(overrides))
+    fields = recipe_fields()
+    unknown = [key for key in values if key not in fields]
+    if unknown:
+        raise UserError(f"{path}: " + "; ".join(_unknown(key, list(fields)) for key in unknown))
+    resolved = {key: coerce(key, value, fields[key][1]) for key, value in values.items()}
+    groups = [
+        {key: resolved[key] for key in resolved if key in {f.name for f in dataclasses.fields(group) if f.init}}
+        for group in GROUPS
+    ]
+    if "train_data" not in resolved:
+        raise UserError(f"{path} sets no train_data: name a .jsonl, .json, .csv or .parquet file or a Hub dataset.")
+    if "output_dir" not in resolved:
+        raise UserError(f"{path} sets no output_dir: name the folder the run is saved in.")
+    try:
+        model, data, training = (group(**values) for group, values in zip(GROUPS, groups, strict=True))
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # transformers' and TRL's own checks of their fields
+        raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+    return Recipe(model, data, training, resolved)  # type: ignore[arg-type]
+
+
+def recipe_fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """name -> (field, resolved type) of everything a recipe may set."""
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for group in GROUPS:
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if field.init:
+                found[field.name] = (field, hints[field.name])
+    return found
+
+
+def coerce(key: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it (an int becomes a float), or UserError."""
+    accepted, result = _accept(value, hint)
+    if not accepted:
+        raise UserError(f"{key}: expected {_describe(hint)}, got {value!r} ({type(value).__name__}).")
+    return result
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A flat YAML mapping of a trusted size and shape. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No recipe at {path}; recipes are YAML files such as recipes/tiny-llama/nl-rx-synth.yaml.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size} bytes; a recipe is a page of YAML (limit {MAX_BYTES}).")
+    try:
+        value = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold `key: value` lines, found {type(value).__name__}.")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """--field value, --field=value and --field-with-hyphens value; values are YAML scalars or flow collections."""
+    values: dict[str, Any] = {}
+    rest = list(arguments)
+    fields = recipe_fields()
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"Unexpected argument {flag!r}; overrides are written --field value.")
+        name, equals, text = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{name} has no value; write --{name} VALUE.")
+            text = rest.pop(0)
+        if name not in fields:
+            raise UserError("--" + _unknown(name, list(fields)))
+        if name in values:
+            raise UserError(f"--{name} is given twice.")
+        if text.lower() in ("none", "null"):
+            values[name] = None
+        elif _accept(text, fields[name][1])[0] and not _accept("", fields[name][1])[0]:
+            values[name] = text  # a choice such as `no`
+        elif _wants_text(fields[name][1]):
+            values[name] = text
+        else:
+            try:
+                values[name] = yaml.load(text, Loader=_StrictLoader)
+            except yaml.YAMLError:
+                raise UserError(f"--{name}: cannot read {text!r} as a value.") from None
+    return values
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    if key in RENAMED:
+        return f"unknown key {key!r}: use {RENAMED[key]}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see llm-jepa train --help")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _wants_text(hint: Any) -> bool:
+    """A str field without a structured alternative: its override is taken to the letter, `123` included."""
+    options = [option for option in _options(hint) if option is not type(None)]
+    return options == [str]
+
+
+def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
+    """(does it fit, the value to use). bool is no int; an int is a float; nothing else is converted."""
+    options = _options(hint)
+    if len(options) > 1:
+        for option in sorted(options, key=lambda option: option is float):  # keep an int where both are welcome
+            accepted, result = _accept(value, option)
+            if accepted:
+                return True, result
+        return False, None
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True, value
+    if hint is type(None):
+        return value is None, None
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments), value
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in [member.value for member in hint], value
+    if hint is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return ok, float(value) if ok else None
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if origin is list:
+        ok = isinstance(value, list) and all(_accept(item, arguments[0])[0] for item in value)
+        return ok, [_accept(item, arguments[0])[1] for item in value] if ok else None
+    if origin is dict:
+        return isinstance(value, dict), value
+    return isinstance(hint, type) and isinstance(value, hint), value
+
+
+def _describe(hint: Any) -> str:
+    def name(option: Any) -> str:
+        if typing.get_origin(option) is Literal:
+            return "one of " + ", ".join(map(str, typing.get_args(option)))
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            return "one of " + ", ".join(str(member.value) for member in option)
+        if option is type(None):
+            return "null"
+        return getattr(typing.get_origin(option) or option, "__name__", str(option))
+
+    return " or ".join(dict.fromkeys(name(option) for option in _options(hint)))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2 core scalars; no anchors, aliases, tags, merges or duplicate keys; limited depth."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
+        if getattr(event, "tag", None):
+            raise yaml.YAMLError(f"tags are not allowed (line {event.start_mark.line + 1})")
+        if self.depth >= MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels (line {event.start_mark.line + 1})")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                raise yaml.YAMLError(f"keys must be words (line {key_node.start_mark.line + 1})")
+            if key in seen:
+                raise yaml.YAMLError(f"{key!r} is given twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
+    )
+# YAML 1.1 reads 010 as octal 8 and 1_0 as 10; the resolver above lets neither look like anything but a decimal.
+_StrictLoader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(loader.construct_scalar(node)),  # type: ignore[arg-type]
+)
+_StrictLoader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(
+        str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan")
+    ),
+)

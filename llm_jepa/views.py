@@ -1,0 +1,318 @@
+"""One dataset row -> the token ids of its LM row and of its two views.
+
+The *LM row* is what plain SFT trains on, byte for byte what TRL's `SFTTrainer` makes of the same row. The *context view*
+is what predicts (the paper's Text: a user turn), the *target view* is what is predicted (the paper's Code: the
+assistant turn). LLM-JEPA (arXiv:2509.14252, section 3.1) renders each view alone with the chat template.
+
+Where content starts and ends is read off the tokenizer's own template, by rendering the row once more with a probe in
+place of the content and looking at what stays the same around it. There is no table of model names, and nothing is
+searched in decoded text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import UserError
+
+ContextView = Literal["prefix", "message"]
+LabelProtocol = Literal["completion", "paper"]
+IGNORE = -100
+# Letters only, so that no template trims, escapes or splits it.
+PROBE = "jepaprobecontent"
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Token ids of one example. Everything after the last content token of a view is already cut off, so that both
+    views are read at their last token (the context at its last predictor token, if there are any)."""
+
+    input_ids: list[int]  # the LM row
+    labels: list[int]  # -100 where the LM loss does not look
+    split: int  # LM tokens up to and including the last content token of the prompt: the `prefix` context view
+    context_ids: list[int]  # the stand-alone context of `context_view="message"`; empty for `prefix`
+    target_ids: list[int]
+    target_key: int  # equal for equal target texts: such rows are no negatives of each other
+    truncated: bool  # max_length cut the LM row or a view
+
+
+class Example(NamedTuple):
+    """A row in one shape: prompt and completion, both strings or both lists of messages."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    render_kwargs: dict[str, Any]  # tools, chat_template_kwargs: passed to the chat template
+
+
+def as_example(row: dict[str, Any], where: str) -> Example:
+    """Read a TRL row. `messages` becomes (everything before, last assistant turn); earlier assistant turns are not
+    trained. Raises UserError naming `where` (e.g. "row 3") and the field."""
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise UserError(f"{where}: 'messages' must be a list of {{'role', 'content'}} turns.")
+        if messages[-1].get("role") != "assistant":
+            raise UserError(
+                f"{where}: 'messages' ends with role {messages[-1].get('role')!r}, so there is no completion to learn; "
+                "end it with an assistant turn or remove the row."
+            )
+        prompt, completion = messages[:-1], messages[-1:]
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+    else:
+        raise UserError(
+            f"{where}: found the columns {sorted(row)}, need 'prompt' and 'completion', or 'messages' "
+            "(TRL's prompt-completion and conversational formats)."
+        )
+    for name, side in (("prompt", prompt), ("completion", completion)):
+        if side is None or side == "" or side == []:
+            raise UserError(f"{where} has no {name}; fill in '{name}' or remove the row.")
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
+    if isinstance(prompt, list):
+        if len(completion) != 1 or completion[0].get("role") != "assistant":
+            raise UserError(
+                f"{where}: the completion must be one assistant turn, got roles "
+                f"{[m.get('role') for m in completion]}; put earlier turns into the prompt."
+            )
+        for message in (prompt[-1], completion[0]):
+            content = message.get("content")
+            if not isinstance(content, str) or not content.strip():
+                raise UserError(
+                    f"{where}: the {message.get('role')} turn has no text content; fill it in or remove the row."
+                )
+    elif not prompt.strip() or not completion.strip():
+        raise UserError(f"{where} has a blank prompt or completion; fill it in or remove the row.")
+    kwargs = dict(row.get("chat_template_kwargs") or {})
+    if row.get("tools"):
+        kwargs["tools"] = row["tools"]
+    return Example(prompt, completion, kwargs)
+
+
+def build_views(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_view: ContextView = "prefix",
+    label_protocol: LabelProtocol = "completion",
+    max_length: int | None = None,
+    where: str = "the row",
+) -> Views:
+    """Tokenize one row.
+
+    Args:
+        context_view: "prefix": the LM row up to the last content token of the prompt, system prompt and earlier turns
+            included (the paper's context does not contain them); costs no token. "message": the last user turn alone,
+            as in the paper, but without a default system block that the template may add (the paper's code keeps it).
+        label_protocol: "completion": every token after the prompt, end-of-turn included. "paper": every token that is
+            not the pad token, as the published script really trains (its collator rebuilds the labels).
+        max_length: tokens; cuts the end of the LM row and of each view.
+
+    Raises UserError naming `where` if a view or the labels would be empty.
+    """
+    example = as_example(row, where)
+    if isinstance(example.prompt, str):
+        parts = _plain_parts(example, tokenizer)
+    else:
+        parts = _chat_parts(example, tokenizer, where, with_header=context_view == "message")
+    limit = max_length or max(len(parts.input_ids), len(parts.target_ids), len(parts.context_ids))
+    ids = parts.input_ids[:limit]
+    if label_protocol == "paper":
+        labels = [IGNORE if token == tokenizer.pad_token_id else token for token in ids]
+    else:
+        labels = [IGNORE] * min(parts.prompt_length, len(ids)) + ids[parts.prompt_length :]
+    if len(ids) <= parts.prompt_length or all(label == IGNORE for label in labels[1:]):
+        raise UserError(
+            f"{where}: no completion token is left after truncation to max_length={max_length} (the prompt alone has "
+            f"{parts.prompt_length} tokens); raise max_length, shorten the prompt or remove the row."
+        )
+    if parts.split < 1 or not parts.target_ids:
+        raise UserError(f"{where}: a view has no content token; check its text and the tokenizer's chat template.")
+    context_ids = parts.context_ids if context_view == "message" else []
+    return Views(
+        input_ids=ids,
+        labels=labels,
+        split=parts.split,
+        context_ids=context_ids[:limit],
+        target_ids=parts.target_ids[:limit],
+        target_key=parts.target_key,
+        truncated=max(len(parts.input_ids), len(context_ids), len(parts.target_ids)) > limit,
+    )
+
+
+def add_view_columns(row: dict[str, Any], index: int, **kwargs: Any) -> dict[str, Any]:
+    """`datasets.Dataset.map(..., with_indices=True)` form of `build_views`."""
+    return asdict(build_views(row, where=f"row {index}", **kwargs))
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an assistant turn: the eos token and, if the template closes a turn with another special
+    token (Gemma's <end_of_turn>, Llama's <|eot_id|>), that one. Generation stops at any of them."""
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
+        if tail and tail[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+            ids.append(tail[0])
+    return list(dict.fromkeys(ids))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Parts(NamedTuple):
+    """Untruncated token ids; `prompt_length` counts LM tokens before the completion, as TRL does."""
+
+    input_ids: list[int]
+    prompt_length: int
+    split: int
+    context_ids: list[int]
+    target_ids: list[int]
+    target_key: int
+
+
+def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Parts:
+    """Two strings, no template: TRL joins them and appends the eos token to the completion."""
+    prompt, completion = str(example.prompt), str(example.completion)
+    eos = tokenizer.eos_token or ""
+    full = prompt + completion + ("" if completion.endswith(eos) else eos)
+    ids, offsets = _encode(tokenizer, full, special=True)
+    prompt_ids, _ = _encode(tokenizer, prompt, special=True)
+    prompt_length = _common_length(prompt_ids, ids)
+    content = completion.removesuffix(eos).rstrip() if eos else completion.rstrip()
+    return _Parts(
+        input_ids=ids,
+        prompt_length=prompt_length,
+        split=min(_tokens_before(offsets, len(prompt.rstrip())), prompt_length),
+        context_ids=_stand_alone(tokenizer, prompt.rstrip(), ids),
+        target_ids=_stand_alone(tokenizer, content, ids),
+        target_key=_key(content),
+    )
+
+
+def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, with_header: bool) -> _Parts:
+    prompt, completion = list(example.prompt), list(example.completion)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{where} holds messages but the tokenizer has no chat template; set chat_template_path to a .jinja file "
+            "or give 'prompt' and 'completion' as strings."
+        )
+
+    def render(messages: list[Message], generation_prompt: bool = False) -> str:
+        return _render(tokenizer, messages, generation_prompt, example.render_kwargs)
+
+    text = render(prompt + completion)
+    prompt_text = render(prompt, generation_prompt=True)
+    ids, offsets = _encode(tokenizer, text)
+    prompt_length = _common_length(_encode(tokenizer, prompt_text)[0], ids)
+
+    context_start, context_end = _content_span(render, prompt + completion, len(prompt) - 1, where)
+    target_start, target_end = _content_span(render, prompt + completion, len(prompt), where)
+    # What opens the assistant turn: everything between the rendered prompt and the content.
+    turn_start = len(os.path.commonprefix([render(prompt), text]))
+    target_text = text[turn_start:target_end].rstrip()
+    context_ids: list[int] = []
+    if with_header:
+        header = _user_header(tokenizer, prompt[-1].get("role"), where)
+        context_ids = _stand_alone(tokenizer, header + text[context_start:context_end].rstrip(), ids)
+    return _Parts(
+        input_ids=ids,
+        prompt_length=prompt_length,
+        split=min(_tokens_before(offsets, len(text[:context_end].rstrip())), prompt_length),
+        context_ids=context_ids,
+        target_ids=_stand_alone(tokenizer, target_text, ids),
+        target_key=_key(text[target_start:target_end].strip()),
+    )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool, kwargs: dict[str, Any]
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs)
+    )
+
+
+def _content_span(
+    render: Callable[[list[Message]], str], messages: list[Message], at: int, where: str
+) -> tuple[int, int]:
+    """Character range of the content of messages[at] in render(messages)."""
+    text = render(messages)
+    probed = render([{**m, "content": PROBE} if i == at else m for i, m in enumerate(messages)])
+    before, found, after = probed.rpartition(PROBE)
+    fits = found and text.startswith(before) and text.endswith(after) and len(before) + len(after) < len(text)
+    if not fits:
+        raise UserError(
+            f"{where}: cannot find the {messages[at].get('role')} turn in the rendered conversation, because the chat "
+            "template changes the text around it; use a template that renders each turn in its place."
+        )
+    return len(before), len(text) - len(after)
+
+
+@functools.lru_cache(maxsize=8)
+def _header_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """What the template writes before a user turn that is not the first one, or None if it cannot hold three turns."""
+    names = [PROBE, PROBE[::-1], PROBE.upper()]
+    roles = ["user", "assistant", "user"]
+    turns = [{"role": r, "content": n} for r, n in zip(roles, names, strict=True)]
+    try:
+        text, two = _render(tokenizer, turns, False, {}), _render(tokenizer, turns[:2], False, {})
+    except Exception:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
+        return None
+    if names[1] not in two or names[1] not in text or names[2] not in text:
+        return None
+    closing = two[two.rindex(names[1]) + len(names[1]) :]
+    return text[text.rindex(names[1]) + len(names[1]) : text.rindex(names[2])].removeprefix(closing)
+
+
+def _user_header(tokenizer: PreTrainedTokenizerBase, role: str | None, where: str) -> str:
+    header = _header_of(tokenizer, str(tokenizer.chat_template)) if role == "user" else None
+    if header is None:
+        raise UserError(
+            f"{where}: context_view='message' needs a user turn before the completion (found {role!r}) and a chat "
+            "template that can render user, assistant, user; use context_view: prefix."
+        )
+    return header
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
+) -> tuple[list[int], list[tuple[int, int]]]:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets, which the views are cut by; "
+            "use the fast (Rust) version of this tokenizer."
+        )
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _stand_alone(tokenizer: PreTrainedTokenizerBase, text: str, row_ids: list[int]) -> list[int]:
+    """Tokens of a view on its own, opened with the BOS token if the LM row is."""
+    ids, _ = _encode(tokenizer, text)
+    bos = tokenizer.bos_token_id
+    return [bos, *ids] if bos is not None and row_ids[:1] == [bos] and ids[:1] != [bos] else ids
+
+
+def _tokens_before(offsets: list[tuple[int, int]], end: int) -> int:
+    """Number of leading tokens up to and including the one that holds character end - 1."""
+    return max((i + 1 for i, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
+
+
+def _common_length(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _key(text: str) -> int:
+    """A stable 63-bit key of a text: Python's own hash differs between processes."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

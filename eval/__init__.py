@@ -1,1 +1,1 @@
-"""Benchmarks: a client of `llm_jepa`, like a user's project. Imports public names only; the package never imports it."""
+"""Benchmarks: a client of `llm_jepa`, like a user's project. The package never imports it."""

@@ -44,9 +44,7 @@ def load(data_dir: str | Path) -> tuple[list[Item], int, list[Path]]:
     folder = Path(data_dir)
     layout = next((layout for layout in LAYOUTS if (folder / layout[0]).is_file()), None)
     if layout is None:
-        raise UserError(
-            f"{folder} holds neither {LAYOUTS[0][0]} nor {LAYOUTS[1][0]}; point --data at an NL-RX folder."
-        )
+        raise UserError(f"{folder} holds neither {LAYOUTS[0][0]} nor {LAYOUTS[1][0]}; point --data at an NL-RX folder.")
     files = [folder / name for name in (layout[0], layout[1], *layout[2])]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
@@ -54,9 +52,7 @@ def load(data_dir: str | Path) -> tuple[list[Item], int, list[Path]]:
     original, paraphrase, *train = [_rows(path) for path in files]
     if len(original) != len(paraphrase):
         raise UserError(f"{files[0].name} has {len(original)} lines, {files[1].name} {len(paraphrase)}: no pairs.")
-    known = {
-        text for rows in train for messages in rows for text in (messages[-2]["content"], messages[-1]["content"])
-    }
+    known = {text for rows in train for messages in rows for text in (messages[-2]["content"], messages[-1]["content"])}
     items = []
     for line, (one, other) in enumerate(zip(original, paraphrase, strict=True)):
         answer = one[-1]["content"]

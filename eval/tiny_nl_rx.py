@@ -22,8 +22,9 @@ ARMS = {"sft": "nl-rx-synth-baseline", "info_nce": "nl-rx-synth", "cosine": "nl-
 PROTOCOLS = ("completion", "paper")
 
 
-def one_run(arm: str, protocol: str, seed: int, data: Path) -> str:
-    """Train and score one cell, in processes of one thread each; returns a line for the log."""
+def one_run(cell: tuple[str, str, int], data: Path) -> str:
+    """Train and score one (arm, protocol, seed), in processes of one thread each; returns a line for the log."""
+    arm, protocol, seed = cell
     name = f"{protocol}-{arm}-seed{seed}"
     out = RESULTS / f"{name}.json"
     if out.exists():
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = [(arm, protocol, seed) for seed in options.seeds for protocol in PROTOCOLS for arm in ARMS]
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for line in pool.map(lambda cell: one_run(*cell, options.data), cells):
+        for line in pool.map(lambda cell: one_run(cell, options.data), cells):
             print(line, flush=True)
             failed += "FAILED" in line
     return 1 if failed else 0

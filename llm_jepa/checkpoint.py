@@ -63,32 +63,28 @@ def newest_complete(output_dir: str | Path) -> Path | None:
     return next((path for path in checkpoints(output_dir) if fault(path) is None), None)
 
 
-def claim(output_dir: str | Path, run: dict[str, Any], *, resume: str | None) -> str | None:
-    """Make the folder this run's, and return the checkpoint to resume from (None for a fresh start).
+def find_resume(output_dir: str | Path, run: dict[str, Any], *, resume: str | None) -> str | None:
+    """The checkpoint to continue from, or None for a fresh start. Writes nothing.
 
     Args:
-        run: what the run is (resolved recipe, data hash); plain JSON. Must match on resume.
+        run: what the run is (resolved recipe, data hashes); plain JSON. Must be what RUN_FILE says on resume.
         resume: None, "true" (the newest whole checkpoint) or a checkpoint folder.
 
-    Raises UserError if the folder holds something else, or nothing to resume from. Nothing is overwritten.
+    Raises UserError if the folder holds something else, or nothing to resume from.
     """
     folder, file = Path(output_dir), Path(output_dir) / RUN_FILE
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another output_dir.")
-    occupied = folder.is_dir() and any(folder.iterdir())
     if resume is None:
-        if occupied:
+        if folder.is_dir() and any(folder.iterdir()):
             what = "holds another run" if file.exists() else "is not empty and holds no run of ours"
             again = "continue it with --resume_from_checkpoint true, or " if file.exists() else ""
             raise UserError(f"output_dir {folder} {what}; {again}choose another output_dir.")
-        write_json(file, run)
         return None
     try:
         before = json.loads(file.read_text())
     except (OSError, ValueError):
-        raise UserError(
-            f"output_dir {folder} has no {RUN_FILE}, so there is no run to resume; start a new one."
-        ) from None
+        raise UserError(f"output_dir {folder} has no {RUN_FILE}, so no run to resume; start a new one.") from None
     changed = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed[:3])
@@ -101,15 +97,14 @@ def claim(output_dir: str | Path, run: dict[str, Any], *, resume: str | None) ->
         if why:
             raise UserError(f"Cannot resume from {resume}: {why}.")
         return resume
-    if not checkpoints(folder):
+    found = checkpoints(folder)
+    if not found:
         print(f"{folder} has no checkpoint yet: starting at step 0.")
         return None
     newest = newest_complete(folder)
     if newest is None:
-        raise UserError(
-            f"No checkpoint in {folder} is whole ({fault(checkpoints(folder)[0])}); start a new run elsewhere."
-        )
-    skipped = [path.name for path in checkpoints(folder) if int(path.name[11:]) > int(newest.name[11:])]
+        raise UserError(f"No checkpoint in {folder} is whole ({fault(found[0])}); start a new run elsewhere.")
+    skipped = [path.name for path in found[: found.index(newest)]]
     if skipped:
         print(f"Skipped {len(skipped)} damaged checkpoint(s): {', '.join(skipped)}.")
     return str(newest)

@@ -88,8 +88,10 @@ def _run(argv: list[str]) -> int:
         if options.help or options.recipe is None:
             if not options.help:
                 raise UserError("Which recipe? Write llm-jepa train RECIPE.yaml (see llm-jepa train --help).")
+            from .recipe import describe_keys
+
             train.print_help()
-            _print_keys()
+            print(describe_keys())
             return 0
         return _train(options, rest)
     if rest:
@@ -99,17 +101,17 @@ def _run(argv: list[str]) -> int:
     return _generate(options) if options.command == "generate" else _embed(options)
 
 
-# -- train --------------------------------------------------------------------------------------------------------------
+# -- train ---------------------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.num_processes is not None and options.launch is None:
         raise UserError("--num_processes needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
-    if options.launch == "cpu":
-        overrides = [*overrides, "--use_cpu", "true"]
     from .recipe import parse
 
-    recipe = parse(options.recipe, overrides)
+    # Without use_cpu, each gloo process would train a model of its own into the same folder.
+    on_cpu = ["--use_cpu", "true"] if options.launch == "cpu" and "--use_cpu" not in overrides else []
+    recipe = parse(options.recipe, [*overrides, *on_cpu])
     if options.dry_run:
         return _dry_run(recipe)
     if options.launch is not None and "LOCAL_RANK" not in os.environ:
@@ -121,44 +123,29 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
+    """The trainer and the checkpoint to resume from. The folder becomes ours last, when nothing is refused any more."""
     from transformers import set_seed
 
-    from .checkpoint import claim
+    from .checkpoint import RUN_FILE, find_resume, write_json
     from .loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
     from .trainer import LLMJEPATrainer
-    from .views import build_views
 
     training = recipe.training
     set_seed(training.seed)
     train, validation = load_data(recipe.data, seed=_data_seed(recipe))
     if validation is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
         raise UserError(
-            "eval_strategy is set but there is nothing to evaluate on: set validation_data or validation_rows."
+            "There is nothing to evaluate on: set validation_data or validation_rows, or eval_strategy: no."
         )
+    run = {**recipe.identity(), "train_sha256": data_sha256(train), "validation_sha256": data_sha256(validation)}
+    run = json.loads(json.dumps(run))
+    resume = find_resume(training.output_dir, run, resume=training.resume_from_checkpoint)
     tokenizer = load_tokenizer(recipe.model, training, train)
     model = load_model(recipe.model, tokenizer, seed=training.seed)
-    options = {"context_view": training.context_view, "label_protocol": training.label_protocol}
-    build_views(
-        train[0], tokenizer, **options, max_length=training.max_length, where="row 0"
-    )  # before the folder is ours
-    run = {**recipe.identity(), "train_sha256": data_sha256(train), "validation_sha256": data_sha256(validation)}
-    resume = None
-    if training.should_save:
-        resume = claim(training.output_dir, json.loads(json.dumps(run)), resume=training.resume_from_checkpoint)
-    elif training.resume_from_checkpoint is not None:
-        resume = _resume_of_other_rank(training)
     trainer = LLMJEPATrainer(model, training, train, validation, tokenizer, peft_config=lora_config(recipe.model))
+    if trainer.is_world_process_zero():
+        write_json(Path(training.output_dir) / RUN_FILE, run)
     return trainer, resume
-
-
-def _resume_of_other_rank(training: Any) -> str | None:
-    from .checkpoint import newest_complete
-
-    wanted = str(training.resume_from_checkpoint)
-    if wanted.lower() != "true":
-        return wanted
-    newest = newest_complete(training.output_dir)
-    return None if newest is None else str(newest)
 
 
 def _data_seed(recipe: Recipe) -> int:
@@ -181,7 +168,9 @@ def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         _scrub_tokenizer_config(Path(args.output_dir) / "tokenizer_config.json")
-        last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+        last: dict[str, Any] = next(
+            (entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {}
+        )
         start = trainer._start_diagnostics or {}
         if last:
             print("\nValidation" + " " * 24 + "step 0      now")
@@ -207,8 +196,10 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Start this command once per process through Accelerate. The recipe has been validated already."""
     import importlib.resources
     import importlib.util
+    import socket
 
     import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if options.launch in LAUNCH_CONFIGS:
         gpus = torch.cuda.device_count()
@@ -226,12 +217,22 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--num_processes {processes!r} must be a whole number of 1 or more.")
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    command = ["--config_file", config] + (["--num_processes", processes] if processes else [])
+    with socket.socket() as free:  # Accelerate's fixed default port fails as soon as two runs share a machine
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    command = ["--config_file", config, "--main_process_port", port]
+    command += ["--num_processes", processes] if processes else []
     command += ["-m", "llm_jepa.cli", "train", options.recipe, "--launch", options.launch, *overrides]
     if options.launch == "cpu":
-        # Without this each process would train a model of its own into the same folder.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    launch_command(launch_command_parser().parse_args(command))
+    try:
+        launch_command(launch_command_parser().parse_args(command))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(
+            f"llm-jepa: rank {rank} ended with exit code {failure.exitcode}; its message stands above.", file=sys.stderr
+        )
+        return failure.exitcode if failure.exitcode > 0 else 1
     return 0
 
 
@@ -254,34 +255,7 @@ def _dry_run(recipe: Recipe) -> int:
     return 0
 
 
-def _print_keys() -> None:
-    import dataclasses
-
-    from .config import DataArguments, LLMJEPAConfig, ModelArguments
-    from .recipe import _describe, recipe_fields
-
-    fields = recipe_fields()
-    for title, group in (("Model", ModelArguments), ("Data", DataArguments), ("LLM-JEPA", LLMJEPAConfig)):
-        inherited = {
-            f.name for base in group.__mro__[1:] if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)
-        }
-        print(f"\n{title} keys:")
-        for field in dataclasses.fields(group):
-            if field.name in inherited:
-                continue
-            default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
-            print(
-                f"  {field.name} ({_describe(fields[field.name][1])}; {default})\n      {field.metadata.get('help', '')}"
-            )
-    print(
-        f"\nAnd the other {len(fields)} keys of trl.SFTConfig and transformers.TrainingArguments, such as learning_rate,"
-    )
-    print(
-        "num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, bf16, eval_strategy, report_to."
-    )
-
-
-# -- generate and embed -------------------------------------------------------------------------------------------------
+# -- generate and embed --------------------------------------------------------------------------------------------
 
 
 def _load(source: str) -> tuple[Any, Any]:
@@ -312,9 +286,13 @@ def _generate(options: argparse.Namespace) -> int:
         system = [{"role": "system", "content": options.system}] if options.system else []
         prompts = [[*system, {"role": "user", "content": text}] for text in options.prompt]
     results = generate(
-        model, tokenizer, prompts,
-        max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, progress=len(prompts) > options.batch_size,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        progress=len(prompts) > options.batch_size,
+    )
     lines = [
         json.dumps({"prompt": prompt, "text": result.text, "stopped": result.stopped}, ensure_ascii=False)
         for prompt, result in zip(prompts, results, strict=True)
@@ -374,4 +352,10 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if "LOCAL_RANK" in os.environ:
+        # gloo threads abort the interpreter's own exit in one of eight successful runs: leave without it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

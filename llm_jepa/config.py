@@ -82,7 +82,7 @@ class LLMJEPAConfig(SFTConfig):
     jepa_weight: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the JEPA loss beside the LM loss (the paper's lambda). 0 is plain SFT: no token is added."
+            "help": "Weight of the JEPA loss beside the LM loss (the paper's lambda). 0: plain SFT, no token is added."
         },
     )
     objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1"] = field(
@@ -125,7 +125,8 @@ class LLMJEPAConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         # TRL turns bf16 on by default, which a machine without a GPU refuses.
-        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        if on_cpu and not self.fp16 and self.bf16 is None:  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
         self._check()

@@ -80,7 +80,8 @@ def random_model(
     try:
         return AutoModelForCausalLM.from_config(config, **kwargs)
     except ValueError as error:
-        raise UserError(f"model_config: {model_type} is no causal LM ({str(error).splitlines()[0][:120]}).") from None
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"model_config: cannot build a causal LM of model_type {model_type!r}: {reason}") from None
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:

@@ -97,7 +97,7 @@ def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, see
         "attn_implementation": model.attn_implementation,
     }
     if model.model_config is not None:
-        return random_model(model.model_config, tokenizer, seed=seed, **options)  # type: ignore[arg-type]
+        return random_model(model.model_config, tokenizer, seed=seed, **options)
     return model_from(str(model.model_name_or_path), revision=model.model_revision, **options)
 
 
@@ -117,9 +117,7 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot load a model from {source!r}: {_first_line(error)}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(
-            f"{source!r} is a {config.model_type} model, which is no causal LM; choose one that generates."
-        )
+        raise UserError(f"{source!r} is a {config.model_type} model, which is no causal LM; choose one that generates.")
     options.setdefault("attn_implementation", "sdpa")  # a downloaded config must not choose the code that runs
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -52,10 +52,12 @@ class JEPACollator:
     pad_to_multiple_of: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        segments = [self.segments(row) if self.with_views else plain_segments(row) for row in rows]
+        segments: list[dict[str, Any]] = [
+            self.segments(row) if self.with_views else plain_segments(row) for row in rows
+        ]
         step = self.pad_to_multiple_of
         length = -(-max(len(s["input_ids"]) for s in segments) // step) * step
-        fill = {
+        fill: dict[str, int] = {
             "input_ids": self.pad_token_id,
             "position_ids": 0,
             "doc": PAD,
@@ -80,7 +82,7 @@ class JEPACollator:
 
     def segments(self, row: dict[str, Any]) -> dict[str, Any]:
         """One packed row, unpadded: lists per key, and the places inside it where the two views are read."""
-        packed = plain_segments(row)
+        packed: dict[str, Any] = plain_segments(row)
         predictors, context, target = list(self.predictor_ids), row["context_ids"], row["target_ids"]
         context_at = row["split"] - 1  # without predictor tokens the LM row already holds the context embedding
         if context:

@@ -1,4 +1,4 @@
-"""Predictor tokens: `<|predictor_1|>`...`<|predictor_k|>`, appended to the context view (arXiv:2509.14252, section 3.1).
+"""Predictor tokens: `<|predictor_1|>`...`<|predictor_k|>`, appended to the context view (arXiv:2509.14252, 3.1).
 
 They are inputs only. The LM loss masks their logits and the saved generation config suppresses them, so a model with
 predictor tokens and its plain baseline are trained on the same next-token distribution.
@@ -38,9 +38,9 @@ def add_predictor_tokens(
 ) -> list[int]:
     """Add the tokens to tokenizer and model (in place) and return their ids. Does nothing twice.
 
-    The embedding grows only if it has no spare rows. A new row is drawn like an ordinary one (mean and spread of the old
-    rows, per dimension): transformers' own choice, the mean alone, is nearly zero in a fresh model, and a norm layer
-    turns that into a gradient ten times the rest. The generator is its own: the training seed is neither used nor moved.
+    The embedding grows only if it has no spare rows. A new row is drawn like an ordinary one (mean and spread of the
+    old rows, per dimension): transformers' own choice, the mean alone, is nearly zero in a fresh model, and a norm
+    layer turns that into a gradient ten times the rest. The generator is its own: the training seed stays unmoved.
     """
     names = predictor_token_names(num_predictor_tokens)
     new = [name for name in names if name not in tokenizer.get_vocab()]
@@ -52,9 +52,7 @@ def add_predictor_tokens(
     new_ids = [i for i, name in zip(ids, names, strict=True) if name in new]
     if new_ids:
         generator = torch.Generator().manual_seed(0)
-        rows = {
-            id(m): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
-        }
+        rows = {id(m): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
         for weight in rows.values():  # one entry if tied: the two modules then hold one parameter
             known = weight[:old_size].float()
             noise = torch.randn(len(new_ids), weight.shape[1], generator=generator).to(weight.device)

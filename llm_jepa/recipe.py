@@ -1,8 +1,8 @@
 """Recipe YAML + command-line overrides -> dataclasses, strictly and before anything is loaded.
 
-A recipe is one flat mapping of the field names in `llm_jepa.config`. YAML is read by its 1.2 core rules (`no` is a word,
-`1e-5` a number), without anchors, tags or duplicate keys. Every value is checked against the field's type and choices,
-from the file and from the command line alike.
+A recipe is one flat mapping of the field names in `llm_jepa.config`. YAML is read by its 1.2 core rules (`no` is a
+word, `1e-5` a number), without anchors, tags or duplicate keys. Every value is checked against the field's type and
+choices, from the file and from the command line alike.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     except (ValueError, TypeError, ImportError) as error:  # transformers' and TRL's own checks of their fields
         raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
-    return Recipe(model, data, training, resolved)  # type: ignore[arg-type]
+    return Recipe(model, data, training, resolved)
 
 
 def recipe_fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
@@ -97,6 +97,24 @@ def recipe_fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
             if field.init:
                 found[field.name] = (field, hints[field.name])
     return found
+
+
+def describe_keys() -> str:
+    """Every key of ours with its type, default and meaning, for --help."""
+    fields = recipe_fields()
+    lines = []
+    for title, group in zip(("Model", "Data", "LLM-JEPA"), GROUPS, strict=True):
+        lines.append(f"\n{title} keys:")
+        for name in group.__annotations__:
+            field, hint = fields[name]
+            default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
+            lines += [f"  {name} ({_describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
+    others = len(fields) - sum(len(group.__annotations__) for group in GROUPS)
+    lines.append(
+        f"\nAnd {others} keys of trl.SFTConfig and transformers.TrainingArguments: learning_rate, num_train_epochs,\n"
+        "per_device_train_batch_size, gradient_accumulation_steps, bf16, eval_strategy, save_steps, report_to, ..."
+    )
+    return "\n".join(lines)
 
 
 def coerce(key: str, value: Any, hint: Any) -> Any:
@@ -265,14 +283,15 @@ for _tag, _pattern, _first in (
     _StrictLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
     )
-# YAML 1.1 reads 010 as octal 8 and 1_0 as 10; the resolver above lets neither look like anything but a decimal.
-_StrictLoader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(loader.construct_scalar(node)),  # type: ignore[arg-type]
-)
-_StrictLoader.add_constructor(
-    "tag:yaml.org,2002:float",
-    lambda loader, node: float(
-        str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan")
-    ),
-)
+
+
+def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)))  # YAML 1.1 would read 010 as 8
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _float)

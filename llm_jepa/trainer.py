@@ -1,8 +1,8 @@
-"""`LLMJEPATrainer`: TRL's `SFTTrainer` with L = L_LM + jepa_weight * d(predicted, target)   (arXiv:2509.14252, eq. 2).
+"""`LLMJEPATrainer`: TRL's `SFTTrainer` with L = L_LM + jepa_weight * d(predicted, target)  (arXiv:2509.14252, eq. 2).
 
-One step, from a collated batch to a loss, is `_forward` and `compute_loss`. Both terms are sums divided by counts of the
-*whole* optimizer step (labels and pairs over all micro-batches and ranks), so that batch 8 = 2 x 4 = 3 + 5 = two ranks of
-4 in gradient. InfoNCE is the exception by nature: its negatives are the micro-batch.
+One step, from a collated batch to a loss, is `_forward` and `compute_loss`. Both terms are sums divided by counts of
+the *whole* optimizer step (labels and pairs over all micro-batches and ranks), so that batch 8 = 2 x 4 = 3 + 5 = two
+ranks of 4 in gradient. InfoNCE is the exception by nature: its negatives are the micro-batch.
 """
 
 from __future__ import annotations
@@ -144,9 +144,7 @@ class LLMJEPATrainer(SFTTrainer):
         if self.accelerator.parallelism_config is not None and (
             self.accelerator.parallelism_config.cp_enabled or self.accelerator.parallelism_config.sp_enabled
         ):
-            raise UserError(
-                "Context and sequence parallelism drop the attention mask of packed rows; switch them off."
-            )
+            raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step itself
         self._pairs_in_step: Tensor | int = 1
         self._sums = torch.zeros(5, device=args.device)  # lm_sum, labels, pair_sum, pairs, tokens since the last log
@@ -285,9 +283,7 @@ class LLMJEPATrainer(SFTTrainer):
         """Adds lm_loss (mean over tokens), jepa_loss (mean over pairs) and num_tokens since the last training log."""
         if "loss" in logs:
             sums = (
-                self.accelerator.reduce(self._sums.clone(), reduction="sum")
-                if self.args.world_size > 1
-                else self._sums
+                self.accelerator.reduce(self._sums.clone(), reduction="sum") if self.args.world_size > 1 else self._sums
             )
             lm_sum, labels, pair_sum, pairs, tokens = sums.tolist()
             self._sums.zero_()
@@ -392,7 +388,7 @@ class LLMJEPATrainer(SFTTrainer):
             os.remove(pickled)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """A manifest is written last, and older checkpoints go only after that: a kill at any moment leaves one whole."""
+        """The manifest comes last, and older checkpoints go only after it: a kill at any moment leaves one whole."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)

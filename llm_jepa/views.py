@@ -1,7 +1,7 @@
 """One dataset row -> the token ids of its LM row and of its two views.
 
-The *LM row* is what plain SFT trains on, byte for byte what TRL's `SFTTrainer` makes of the same row. The *context view*
-is what predicts (the paper's Text: a user turn), the *target view* is what is predicted (the paper's Code: the
+The *LM row* is what plain SFT trains on, byte for byte what TRL's `SFTTrainer` makes of the same row. The *context
+view* is what predicts (the paper's Text: a user turn), the *target view* is what is predicted (the paper's Code: the
 assistant turn). LLM-JEPA (arXiv:2509.14252, section 3.1) renders each view alone with the chat template.
 
 Where content starts and ends is read off the tokenizer's own template, by rendering the row once more with a probe in
@@ -201,7 +201,8 @@ def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Parts
 
 
 def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, with_header: bool) -> _Parts:
-    prompt, completion = list(example.prompt), list(example.completion)
+    prompt: list[Message] = list(example.prompt)  # type: ignore[arg-type]
+    completion: list[Message] = list(example.completion)  # type: ignore[arg-type]
     if tokenizer.chat_template is None:
         raise UserError(
             f"{where} holds messages but the tokenizer has no chat template; set chat_template_path to a .jinja file "

@@ -52,7 +52,7 @@ def run(dataset, tokenizer, tmp_path, **options):
     return trainer, start
 
 
-# -- the baseline ------------------------------------------------------------------------------------------------------
+# -- the baseline -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows_are", ["messages", "prompt-completion"])
@@ -87,7 +87,7 @@ def test_both_arms_have_the_same_lm_term(dataset, tokenizer, tmp_path):
     assert jepa.model.generation_config.suppress_tokens == jepa.predictor_ids
 
 
-# -- accumulation ------------------------------------------------------------------------------------------------------
+# -- accumulation -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["cosine", "mse"])
@@ -132,7 +132,7 @@ def test_uneven_micro_batches_are_one_big_batch(sizes, dataset, tokenizer, tmp_p
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6)
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------------
+# -- what is trained ----------------------------------------------------------------------------------------------
 
 
 def test_label_protocols_count_what_they_say(dataset, tokenizer, tmp_path):
@@ -184,7 +184,7 @@ def test_bf16_autocast_keeps_float32_masters(dataset, tokenizer, tmp_path):
     assert history(trainer, "loss") != history(exact, "loss"), "autocast was not on"
 
 
-# -- saving and resuming -----------------------------------------------------------------------------------------------
+# -- saving and resuming ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -250,7 +250,7 @@ def test_infinite_gradient_of_a_finite_loss_stops_too(dataset, tokenizer, tmp_pa
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-# -- evaluation --------------------------------------------------------------------------------------------------------
+# -- evaluation ---------------------------------------------------------------------------------------------------
 
 
 def test_eval_loss_is_weighted_by_tokens_and_pairs(dataset, tokenizer, tmp_path):
@@ -319,7 +319,7 @@ def test_collapse_is_warned_of_once(dataset, tokenizer, tmp_path, monkeypatch):
     assert len(collapse) == 1 and "info_nce" in collapse[0]
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Render README.md's result table from the committed result files:  python -m eval.report [--check]
+
+--check changes nothing and exits 1 if the README is stale, so that no number in it can be typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = Path(__file__).parent / "results" / "tiny_nl_rx"
+BEGIN, END = "<!-- results: tiny_nl_rx -->", "<!-- end of results -->"
+ARMS = (("sft", "plain SFT"), ("info_nce", "LLM-JEPA, InfoNCE 0.1"), ("cosine", "LLM-JEPA, cosine 1.0"))
+PROTOCOLS = ("completion", "paper")
+COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
+    ("synth exact", "{:.1f}", lambda r: 100 * r["metrics"]["original"]["exact"]),
+    ("synth startswith", "{:.1f}", lambda r: 100 * r["metrics"]["original"]["startswith"]),
+    ("synth stop rate", "{:.1f}", lambda r: 100 * r["metrics"]["original"]["stop_rate"]),
+    ("turk startswith", "{:.1f}", lambda r: 100 * r["metrics"]["paraphrase"]["startswith"]),
+    ("recall@1", "{:.2f}", lambda r: r["model"]["validation"]["recall_at_1"]),
+    ("wrong-pair cosine", "{:.2f}", lambda r: r["model"]["validation"]["raw_cosine_mismatched"]),
+    ("rank context", "{:.0f}", lambda r: r["model"]["validation"]["effective_rank_predicted"]),
+    ("tokens / SFT", "{:.2f}", lambda r: r["model"]["train_tokens"]),
+)
+
+
+def load(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(protocol, arm) -> results, by seed."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        protocol, arm, _ = path.stem.split("-")
+        runs.setdefault((protocol, arm), []).append(json.loads(path.read_text()))
+    return runs
+
+
+def table(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """Markdown: mean +- sample standard deviation over seeds, an arm a row."""
+    lines = ["| labels | arm | " + " | ".join(name for name, _, _ in COLUMNS) + " |"]
+    lines.append("|---|---|" + "---:|" * len(COLUMNS))
+    for protocol in PROTOCOLS:
+        for arm, title in ARMS:
+            results = runs.get((protocol, arm), [])
+            if not results:
+                continue
+            cells = []
+            for name, form, value in COLUMNS:
+                values = [value(result) for result in results]
+                if name == "tokens / SFT":
+                    baseline = statistics.mean(value(result) for result in runs[protocol, "sft"])
+                    cells.append(form.format(statistics.mean(values) / baseline))
+                else:
+                    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+                    cells.append(form.format(statistics.mean(values)) + spread)
+            lines.append(f"| {protocol} | {title} | " + " | ".join(cells) + " |")
+    every = [result for results in runs.values() for result in results]
+    if every:
+        seeds = sorted({result["model"]["run"]["seed"] for result in every})
+        commits = sorted({result["environment"]["commit"][:7] for result in every})
+        items, dropped = every[0]["items"], every[0]["dropped_as_known_from_train"]
+        versions = every[0]["environment"]
+        lines += [
+            "",
+            f"Mean ± sd over seeds {', '.join(map(str, seeds))} on {items} test lines ({dropped} of "
+            f"{items + dropped} left out because the regex or a text stands in train); % of lines; "
+            f"commit {', '.join(commits)}; torch {versions['torch']}, transformers {versions['transformers']}, "
+            f"trl {versions['trl']}. One file a run: `eval/results/tiny_nl_rx/`.",
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    options = parser.parse_args(argv)
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    fresh = f"{before}{BEGIN}\n{table(load())}\n{END}{after}"
+    if fresh == text:
+        print("README.md is up to date.")
+        return 0
+    if options.check:
+        print("README.md does not match eval/results; run python -m eval.report.", file=sys.stderr)
+        return 1
+    README.write_text(fresh)
+    print("README.md rewritten.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Claims about the shape of the package, read off its source: who may import whom, what is light, what is not there."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_jepa
+
+ROOT = Path(__file__).parent.parent
+# A module imports from lower levels only. A new module is put where its imports allow, as low as possible.
+LEVELS = (
+    {"errors", "losses", "diagnostics", "data", "data.nl_rx"},
+    {"checkpoint", "predictor_tokens", "views"},
+    {"config", "from_scratch", "generation", "packing"},
+    {"dry_run", "loading", "model_card", "recipe"},
+    {"trainer"},
+    {"cli"},
+)
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "safetensors", "tokenizers", "yaml", "numpy"}
+
+
+def sources(*folders: str) -> dict[str, Path]:
+    """Dotted name -> file."""
+    found = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = sources("llm_jepa")
+
+
+def imports_of(name: str, path: Path, *, top_level: bool = False) -> set[str]:
+    """Every module or name imported anywhere in a file, functions included, as a full dotted path.
+
+    top_level: only what runs when the module is imported, so neither functions nor `if TYPE_CHECKING`.
+    """
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            full = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{full}.{alias.name}" for alias in node.names}
+        if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if top_level and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def ours(imported: set[str]) -> set[str]:
+    """The modules of `llm_jepa` among imported names: the longest prefix that is one, without `llm_jepa.`."""
+    found = set()
+    for name in imported:
+        while name not in MODULES and "." in name:
+            name = name.rpartition(".")[0]
+        if name in MODULES:
+            found.add(name.removeprefix("llm_jepa").removeprefix("."))
+    return found
+
+
+# The package itself re-exports lazily and may name anything; importing a public name from it counts as its module.
+GRAPH = {
+    name.removeprefix("llm_jepa."): ours(imports_of(name, path)) for name, path in MODULES.items() if name != "llm_jepa"
+}
+
+
+def test_every_module_has_a_level():
+    assert set(GRAPH) == set(LEVEL), "put a new module into LEVELS, as low as its imports allow"
+    assert len(GRAPH) >= 15
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_imports_go_down_only(module):
+    """Imports inside functions count too. Going down by at least one level also means that there is no cycle."""
+    upward = {other for other in GRAPH[module] if LEVEL.get(other, -1) >= LEVEL[module]}
+    assert not upward, f"{module} imports {upward}"
+    assert "" not in GRAPH[module], f"{module} imports the package itself, which imports {module} again"
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_no_module_stands_higher_than_its_imports_need(module):
+    """The level is one more than that of the highest import, so the table above is the layering and no wish."""
+    needed = max((LEVEL[other] + 1 for other in GRAPH[module]), default=0)
+    assert LEVEL[module] == needed
+
+
+def test_there_is_no_cycle():
+    """By removing modules whose imports are all gone until none is left; needs no table."""
+    left = {module: set(imports) for module, imports in GRAPH.items()}
+    while ready := [module for module, imports in left.items() if not imports & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert not left
+    assert sum(map(len, GRAPH.values())) > 20, "the graph is nearly empty: the reader of imports is broken"
+
+
+@pytest.mark.parametrize("module", ["losses", "diagnostics"])
+def test_the_maths_imports_torch_and_nothing_of_ours(module):
+    """So it can be read, tested and copied alone."""
+    outside = {name.partition(".")[0] for name in imports_of(f"llm_jepa.{module}", MODULES[f"llm_jepa.{module}"])}
+    assert GRAPH[module] == set()
+    assert "torch" in outside and outside - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_only_the_command_line_the_trainer_and_what_they_write_stand_on_top():
+    """cli <- nobody;  trainer <- cli;  model_card <- trainer;  recipe, loading and dry_run <- cli."""
+    importers = {module: {other for other in GRAPH if module in GRAPH[other]} for module in GRAPH}
+    assert importers["cli"] == set()
+    assert importers["trainer"] == {"cli"}
+    assert importers["model_card"] <= {"trainer", "cli"}
+    assert all(importers[module] == {"cli"} for module in ("recipe", "loading", "dry_run"))
+    assert {module for module in GRAPH if not importers[module]} == {"cli", "data", "data.nl_rx"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_the_package_knows_neither_its_evaluation_nor_its_tests(name):
+    assert not {imported.partition(".")[0] for imported in imports_of(name, MODULES[name])} & {"eval", "tests"}
+
+
+@pytest.mark.parametrize("name", sorted({**MODULES, **sources("eval")}))
+def test_nobody_imports_a_private_name_of_ours(name):
+    imported = imports_of(name, {**MODULES, **sources("eval")}[name])
+    assert not [i for i in imported if i.startswith(("llm_jepa.", "eval.")) and i.rpartition(".")[2].startswith("_")]
+
+
+def test_the_command_line_starts_without_the_heavy_libraries():
+    """A mistyped option is answered at once: cli and all it imports at its top are standard library."""
+    waiting, seen = ["llm_jepa.cli"], set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        imported = imports_of(name, MODULES[name], top_level=True)
+        assert not {i.partition(".")[0] for i in imported} & HEAVY, name
+        waiting += [f"llm_jepa.{other}" for other in ours(imported) if other and f"llm_jepa.{other}" not in seen]
+    assert "llm_jepa.errors" in seen
+
+
+@pytest.mark.parametrize("module", ["llm_jepa", "llm_jepa.cli", "llm_jepa.errors", "llm_jepa.data.nl_rx"])
+def test_importing_it_loads_no_heavy_library(module):
+    """In an interpreter of its own: this one has loaded them all."""
+    code = f"import {module}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")
+    assert HEAVY & set(sys.modules), "the names are misspelt"
+
+
+def test_every_public_name_is_there():
+    """And is the object of the module it is said to come from."""
+    assert set(llm_jepa.__all__) == set(llm_jepa._HOMES) and len(set(llm_jepa.__all__)) == len(llm_jepa.__all__)
+    for name in llm_jepa.__all__:
+        assert getattr(llm_jepa, name).__module__ == f"llm_jepa.{llm_jepa._HOMES[name]}"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = llm_jepa.no_such_name
+
+
+# -- what is not there ----------------------------------------------------------------------------------------------
+
+PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """Ways to run code that came with data or with a checkpoint."""
+    found = []
+    for node in ast.walk(tree):
+        pairs: list[tuple[str | None, ast.AST]] = []
+        if isinstance(node, ast.Call):
+            pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+            called = ast.unparse(node.func)
+            if called in ("eval", "exec", "os.system", "torch.load", "yaml.unsafe_load", "yaml.full_load"):
+                found.append(called)
+            if called == "yaml.load" and "Strict" not in ast.unparse(node):
+                found.append(called)
+        elif isinstance(node, ast.Dict):
+            pairs = [
+                (key.value, value)
+                for key, value in zip(node.keys, node.values, strict=True)
+                if isinstance(key, ast.Constant)
+            ]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in PICKLES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PICKLES:
+            found.append(str(node.module))
+        for name, value in pairs:
+            fixed = value.value if isinstance(value, ast.Constant) else None
+            safe = {"trust_remote_code": False, "weights_only": True, "use_safetensors": True, "shell": False}
+            if name in safe and fixed is not safe[name]:
+                found.append(f"{name}={ast.unparse(value)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from_pretrained(x, trust_remote_code=True)",
+        "from_pretrained(x, trust_remote_code=given)",
+        "options = {'trust_remote_code': True}",
+        "load(x, weights_only=False)",
+        "from_pretrained(x, use_safetensors=False)",
+        "torch.load(x)",
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "yaml.load(x, Loader=yaml.UnsafeLoader)",
+        "eval(x)",
+        "subprocess.run(x, shell=True)",
+    ],
+)
+def test_the_search_for_unsafe_loading_finds_it(code):
+    assert dangers(ast.parse(code))
+
+
+@pytest.mark.parametrize("name", sorted({**MODULES, **sources("eval")}))
+def test_nothing_that_came_with_data_or_a_checkpoint_is_run(name):
+    """No trust_remote_code, no unsafe torch.load, no pickle, no eval."""
+    assert dangers(ast.parse({**MODULES, **sources("eval")}[name].read_text())) == []

@@ -1,6 +1,7 @@
 """llm-jepa train | generate | embed.
 
-Errors a user can cause are one line on stderr and exit code 2; a non-finite loss is 3; Ctrl-C is 130.
+Errors a user can cause are one line on stderr and exit code 2 (LLM_JEPA_TRACEBACK=1 shows where they come from); a
+non-finite loss is 3; Ctrl-C is 130.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
+        if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
+            raise
         print(f"llm-jepa: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
@@ -142,7 +145,10 @@ def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     resume = find_resume(training.output_dir, run, resume=training.resume_from_checkpoint)
     tokenizer = load_tokenizer(recipe.model, training, train)
     model = load_model(recipe.model, tokenizer, seed=training.seed)
-    trainer = LLMJEPATrainer(model, training, train, validation, tokenizer, peft_config=lora_config(recipe.model))
+    try:
+        trainer = LLMJEPATrainer(model, training, train, validation, tokenizer, peft_config=lora_config(recipe.model))
+    except (ValueError, ImportError) as error:  # transformers' and TRL's own checks: report_to without its package, ...
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / RUN_FILE, run)
     return trainer, resume
@@ -167,7 +173,6 @@ def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
     trainer.save_state()
     trainer.create_model_card()
     if trainer.is_world_process_zero():
-        _scrub_tokenizer_config(Path(args.output_dir) / "tokenizer_config.json")
         last: dict[str, Any] = next(
             (entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {}
         )
@@ -181,15 +186,6 @@ def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
                     print(f"  {name:26s}{before}{last[key]:10.4g}")
         print(f"Saved to {args.output_dir}")
     trainer.end()
-
-
-def _scrub_tokenizer_config(path: Path) -> None:
-    """How the tokenizer was loaded here is nobody's business elsewhere, and `local_files_only` breaks Hub loading."""
-    from .checkpoint import write_json
-
-    if path.is_file():
-        config = json.loads(path.read_text())
-        write_json(path, {key: config[key] for key in config if key not in ("is_local", "local_files_only")})
 
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -128,6 +128,9 @@ class LLMJEPAConfig(SFTConfig):
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu and not self.fp16 and self.bf16 is None:  # type: ignore[has-type]
             self.bf16 = False
+        # TRL still sets the old name, which transformers warns of.
+        if self.activation_checkpointing is None:  # type: ignore[has-type]
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self._check()
 

@@ -15,6 +15,22 @@ from .views import end_of_turn_ids
 Prompt = str | list[dict[str, Any]]
 
 
+# What a checkpoint's generation_config may ask for (Qwen2.5: repetition_penalty) and argmax decoding does not do.
+PLAIN = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+}
+
+
 class Generation(NamedTuple):
     text: str  # special tokens removed, edge whitespace stripped
     stopped: bool  # ended by itself, not by max_new_tokens
@@ -61,6 +77,7 @@ def generate(
                 use_cache=True,
                 eos_token_id=stop or None,
                 pad_token_id=pad,
+                **PLAIN,
             )
             for index, row in zip(indices, output[:, length:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(row) if token in stop), None)
@@ -72,6 +89,8 @@ def generate(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:
+    if not prompt:
+        raise UserError(f"Prompt {index} is empty.")
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif tokenizer.chat_template is None:

@@ -7,9 +7,11 @@ ranks of 4 in gradient. InfoNCE is the exception by nature: its negatives are th
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -36,6 +36,7 @@ from . import checkpoint
 from .config import LLMJEPAConfig
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
+from .loading import model_from, tokenizer_from
 from .losses import jepa_loss
 from .model_card import write_model_card
 from .packing import JEPACollator, check_packable, embed_pairs, model_inputs, read_pairs
@@ -91,13 +92,17 @@ class LLMJEPATrainer(SFTTrainer):
         if isinstance(model, PeftModel):
             raise UserError("The model is a PeftModel already; pass the base model and peft_config.")
         if isinstance(model, str):
-            init = {"dtype": torch.float32, "use_safetensors": True, **(args.model_init_kwargs or {})}
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **init)
+            processing_class = processing_class or tokenizer_from(model)
+            model = model_from(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = tokenizer_from(model.config._name_or_path)
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             check_dataset(name, dataset)
+        if args.n_gpu > 1:
+            raise UserError(
+                f"One process sees {args.n_gpu} GPUs and would wrap the model in nn.DataParallel; use --launch ddp, or "
+                "show it one with CUDA_VISIBLE_DEVICES=0."
+            )
         if args.world_size > 1 and args.uses_jepa and args.objective == "info_nce":
             raise UserError(
                 f"objective: info_nce compares pairs within one rank only, and this run has {args.world_size}: its "
@@ -377,15 +382,20 @@ class LLMJEPATrainer(SFTTrainer):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Also: put back `use_cache`, which training switched off, and drop `training_args.bin`, a pickle."""
+        """Also: put back `use_cache`, which training switched off; drop `training_args.bin`, a pickle; and drop how the
+        tokenizer was loaded here, which is nobody's business elsewhere (`local_files_only` breaks Hub loading)."""
         in_training, self._base_model.config.use_cache = self._base_model.config.use_cache, self._use_cache
         try:
             super()._save(output_dir, state_dict=state_dict)
         finally:
             self._base_model.config.use_cache = in_training
-        pickled = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
-        if self.args.should_save and os.path.exists(pickled):
-            os.remove(pickled)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+        kept = {key: tokenizer_config[key] for key in tokenizer_config if key not in ("is_local", "local_files_only")}
+        checkpoint.write_json(folder / "tokenizer_config.json", kept)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """The manifest comes last, and older checkpoints go only after it: a kill at any moment leaves one whole."""

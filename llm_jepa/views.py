@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
@@ -76,7 +78,7 @@ def as_example(row: dict[str, Any], where: str) -> Example:
     for name, side in (("prompt", prompt), ("completion", completion)):
         if side is None or side == "" or side == []:
             raise UserError(f"{where} has no {name}; fill in '{name}' or remove the row.")
-    if isinstance(prompt, str) != isinstance(completion, str):
+    if not (isinstance(prompt, str) and isinstance(completion, str) or _are_turns(prompt) and _are_turns(completion)):
         raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
     if isinstance(prompt, list):
         if len(completion) != 1 or completion[0].get("role") != "assistant":
@@ -92,10 +94,17 @@ def as_example(row: dict[str, Any], where: str) -> Example:
                 )
     elif not prompt.strip() or not completion.strip():
         raise UserError(f"{where} has a blank prompt or completion; fill it in or remove the row.")
-    kwargs = dict(row.get("chat_template_kwargs") or {})
-    if row.get("tools"):
-        kwargs["tools"] = row["tools"]
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools  # as TRL
+    except ValueError as error:
+        raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
+    kwargs = {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
     return Example(prompt, completion, kwargs)
+
+
+def _are_turns(side: Any) -> bool:
+    return isinstance(side, list) and all(isinstance(message, dict) for message in side)
 
 
 def build_views(
@@ -160,7 +169,10 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        try:
+            text = _render(tokenizer, turns, False, {})
+        except (TemplateError, TypeError, ValueError):
+            return ids  # a template of another kind of conversation (images): eos is all there is
         tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
         if tail and tail[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
             ids.append(tail[0])
@@ -190,10 +202,11 @@ def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Parts
     prompt_ids, _ = _encode(tokenizer, prompt, special=True)
     prompt_length = _common_length(prompt_ids, ids)
     content = completion.removesuffix(eos).rstrip() if eos else completion.rstrip()
+    split = min(_tokens_before(offsets, len(prompt.rstrip())), prompt_length)
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
-        split=min(_tokens_before(offsets, len(prompt.rstrip())), prompt_length),
+        split=split if any(stop > start for start, stop in offsets[:split]) else 0,  # BOS alone is no context
         context_ids=_stand_alone(tokenizer, prompt.rstrip(), ids),
         target_ids=_stand_alone(tokenizer, content, ids),
         target_key=_key(content),
@@ -210,7 +223,10 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
         )
 
     def render(messages: list[Message], generation_prompt: bool = False) -> str:
-        return _render(tokenizer, messages, generation_prompt, example.render_kwargs)
+        try:
+            return _render(tokenizer, messages, generation_prompt, example.render_kwargs)
+        except TemplateError as error:
+            raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
     text = render(prompt + completion)
     prompt_text = render(prompt, generation_prompt=True)
@@ -219,8 +235,10 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
 
     context_start, context_end = _content_span(render, prompt + completion, len(prompt) - 1, where)
     target_start, target_end = _content_span(render, prompt + completion, len(prompt), where)
-    # What opens the assistant turn: everything between the rendered prompt and the content.
-    turn_start = len(os.path.commonprefix([render(prompt), text]))
+    # What opens the assistant turn: everything between what closes the prompt's last turn and the content.
+    alone = render(prompt)
+    closing = alone[_content_span(render, prompt, len(prompt) - 1, where)[1] :]
+    turn_start = context_end + _shared(tokenizer, text[context_end:], closing)
     target_text = text[turn_start:target_end].rstrip()
     context_ids: list[int] = []
     if with_header:
@@ -229,7 +247,10 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
-        split=min(_tokens_before(offsets, len(text[:context_end].rstrip())), prompt_length),
+        split=min(
+            _tokens_before(offsets, len(text[:context_end].rstrip())),
+            sum(stop <= target_start for _, stop in offsets),
+        ),
         context_ids=context_ids,
         target_ids=_stand_alone(tokenizer, target_text, ids),
         target_key=_key(text[target_start:target_end].strip()),
@@ -268,12 +289,24 @@ def _header_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     turns = [{"role": r, "content": n} for r, n in zip(roles, names, strict=True)]
     try:
         text, two = _render(tokenizer, turns, False, {}), _render(tokenizer, turns[:2], False, {})
-    except Exception:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
+    except (TemplateError, TypeError, ValueError):
         return None
     if names[1] not in two or names[1] not in text or names[2] not in text:
         return None
     closing = two[two.rindex(names[1]) + len(names[1]) :]
-    return text[text.rindex(names[1]) + len(names[1]) : text.rindex(names[2])].removeprefix(closing)
+    between = text[text.rindex(names[1]) + len(names[1]) : text.rindex(names[2])]
+    header = between[_shared(tokenizer, between, closing) :]
+    first = text[: text.index(names[0])]  # the first turn's header, without what closes a turn before it
+    suffix = os.path.commonprefix([header[::-1], first[::-1]])[::-1]
+    return suffix or header
+
+
+def _shared(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> int:
+    """Number of leading characters in common, cut back to the start of a token of `text` where the two part."""
+    length = len(os.path.commonprefix([text, other]))
+    if length < len(other):
+        length = next((i for i, j in _encode(tokenizer, text)[1] if i < length < j), length)
+    return length
 
 
 def _user_header(tokenizer: PreTrainedTokenizerBase, role: str | None, where: str) -> str:
@@ -302,7 +335,7 @@ def _stand_alone(tokenizer: PreTrainedTokenizerBase, text: str, row_ids: list[in
     """Tokens of a view on its own, opened with the BOS token if the LM row is."""
     ids, _ = _encode(tokenizer, text)
     bos = tokenizer.bos_token_id
-    return [bos, *ids] if bos is not None and row_ids[:1] == [bos] and ids[:1] != [bos] else ids
+    return [bos, *ids] if ids and bos is not None and row_ids[:1] == [bos] and ids[:1] != [bos] else ids
 
 
 def _tokens_before(offsets: list[tuple[int, int]], end: int) -> int:

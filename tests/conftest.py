@@ -73,7 +73,7 @@ def config(output_dir: object, **options: object) -> LLMJEPAConfig:
     defaults = {
         "output_dir": str(output_dir),
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",

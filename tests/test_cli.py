@@ -22,7 +22,7 @@ RECIPE = {
     "tokenizer_vocab_size": 320,
     "num_predictor_tokens": 1,
     "use_cpu": True,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "learning_rate": 0.01,
     "max_steps": 4,
     "save_strategy": "steps",
@@ -227,6 +227,7 @@ def refused(capsys, argv, *said):
         ({"eval_strategy": "sometimes"}, "sometimes"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"bf16": True, "fp16": True}, "fp16"),
+        ({"report_to": "nothing_known"}, "nothing_known"),
     ],
 )
 def test_recipe_mistakes(changes, said, recipe, tmp_path, capsys):

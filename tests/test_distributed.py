@@ -24,7 +24,7 @@ RECIPE = {
     "jepa_weight": 2.0,
     "num_predictor_tokens": 1,
     "use_cpu": True,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "optim": "sgd",
     "learning_rate": 0.1,
     "lr_scheduler_type": "constant",

@@ -88,7 +88,7 @@ def test_run_scores_a_trained_model_and_records_where_the_numbers_come_from(tmp_
                 "model_config": LLAMA,
                 "tokenizer_vocab_size": 320,
                 "use_cpu": True,
-                "gradient_checkpointing": False,
+                "activation_checkpointing": False,
                 "train_data": str(data / "train.jsonl"),
                 "validation_data": str(data / "validation.jsonl"),
                 "output_dir": str(tmp_path / "model"),

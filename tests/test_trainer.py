@@ -304,6 +304,30 @@ def test_diagnostics_are_logged_at_step_zero_and_in_every_evaluation(dataset, to
     assert len(trainer._bank[0]["target_key"]) + sum(len(b["target_key"]) for b in trainer._bank[1:]) == 16
 
 
+def test_tensorboard_gets_every_term_and_the_diagnostics(dataset, tokenizer, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    args = config(
+        tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2, diagnostics_pairs=16, report_to="tensorboard"
+    )
+    make(dataset, tokenizer, args, dataset).train()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert {"train/lm_loss", "train/jepa_loss", "eval/loss", "eval/lm_loss"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("eval/recall_at_1")] == [0, 1, 2]
+
+
+def test_a_model_can_be_named_by_its_folder(dataset, tokenizer, tmp_path):
+    """Float32 weights, the folder's own tokenizer."""
+    tiny_model(tokenizer, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = LLMJEPATrainer(str(tmp_path / "model"), config(tmp_path / "run"), dataset)
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert "<|predictor_1|>" in trainer.processing_class.get_vocab()
+
+
 def test_collapse_is_warned_of_once(dataset, tokenizer, tmp_path, monkeypatch):
     """Plain cosine with a heavy weight and nothing else to learn collapses in a few steps."""
     from llm_jepa import trainer as module

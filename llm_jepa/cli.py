@@ -113,7 +113,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from .recipe import parse
 
     # Without use_cpu, each gloo process would train a model of its own into the same folder.
-    on_cpu = ["--use_cpu", "true"] if options.launch == "cpu" and "--use_cpu" not in overrides else []
+    said = any(word.replace("-", "_").startswith("__use_cpu") for word in overrides)
+    on_cpu = ["--use_cpu", "true"] if options.launch == "cpu" and not said else []
     recipe = parse(options.recipe, [*overrides, *on_cpu])
     if options.dry_run:
         return _dry_run(recipe)

@@ -131,6 +131,8 @@ class LLMJEPAConfig(SFTConfig):
         # TRL still sets the old name, which transformers warns of.
         if self.activation_checkpointing is None:  # type: ignore[has-type]
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.report_to is None:
+            self.report_to = "none"
         super().__post_init__()
         self._check()
 
@@ -149,6 +151,7 @@ class LLMJEPAConfig(SFTConfig):
             ("eval_packing", None, "it puts several examples in one row; ours holds one example and its views"),
             ("padding_free", False, "views need their own attention mask"),
             ("label_smoothing_factor", 0.0, "our loss does not smooth and would ignore it"),
+            ("neftune_noise_alpha", None, "its noise scales with the row length, which the views change"),
             ("loss_type", "nll", "the LM term is the negative log-likelihood"),
             ("assistant_only_loss", False, "label_protocol decides which tokens are trained"),
             ("completion_only_loss", None, "label_protocol decides which tokens are trained"),
@@ -156,6 +159,7 @@ class LLMJEPAConfig(SFTConfig):
             ("activation_offloading", False, "it is not tested with packed rows"),
             ("dataset_kwargs", None, "rows are always turned into views"),
             ("truncation_mode", "keep_start", "the views start at the start of the row"),
+            ("model_init_kwargs", None, "it would replace how the model is loaded; pass a loaded model"),
             ("trust_remote_code", False, "code from a checkpoint is never run"),
             ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
             ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
@@ -164,6 +168,11 @@ class LLMJEPAConfig(SFTConfig):
             value = getattr(self, name)
             if value != allowed and not (name == "eval_packing" and value is False):
                 raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
+        if self.uses_jepa and self.objective == "info_nce" and self.per_device_train_batch_size < 2:
+            raise UserError(
+                "objective: info_nce needs other pairs in the micro-batch as negatives; set per_device_train_batch_size "
+                "to 2 or more, or objective: cosine."
+            )
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
         if self.max_length is not None and self.max_length < 1:

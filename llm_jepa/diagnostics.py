@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """exp(entropy of the normalised singular values) of the centred [N, D] matrix; 1 = a line, min(N, D) = isotropic.
+    """exp(entropy of the normalised singular values) of the centred [N, D] matrix; 1 = a line, min(N - 1, D) = isotropic.
 
     (Roy and Vetterli 2007, definition 1; they do not centre.) A matrix of equal rows has rank 0.
     """
     centred = embeddings.float() - embeddings.float().mean(dim=0)
     singular = torch.linalg.svdvals(centred)
     total = singular.sum()
-    if total <= 1e-12:
+    if total <= 1e-6 * embeddings.float().norm():  # the mean of equal float32 rows is a rounding off them
         return torch.zeros((), device=embeddings.device)
     p = singular / total
     return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
@@ -70,15 +70,15 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
 def has_collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
     """True when the space shrank to a point or to a few directions since step 0.
 
-    To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and contexts no longer pick their own
-    target. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this:
+    To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and it is less than twice that of right
+    pairs. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this:
     it ignores scale. To a few directions: one side keeps under a tenth of its effective rank, and fewer than ten.
 
     Thresholds from small runs (eval/results/tiny_nl_rx): from raw cosine 0.28 for wrong pairs, plain cosine ends above
     0.99 with recall@1 near 0, InfoNCE at 0.00 with recall@1 above 0.9.
     """
     distance, distance_at_start = 1 - now["raw_cosine_mismatched"], 1 - start["raw_cosine_mismatched"]
-    to_a_point = distance < 0.05 * distance_at_start and now["recall_at_1"] < 0.5
+    to_a_point = distance < 0.05 * distance_at_start and distance < 2 * (1 - now["raw_cosine_matched"])
     to_a_line = any(
         now[side] < 0.1 * start[side] and now[side] < 10
         for side in ("effective_rank_predicted", "effective_rank_target")

@@ -80,10 +80,13 @@ def info_nce(
         raise ValueError(f"temperature={temperature} must be > 0; CLIP starts at 0.07.")
     z = F.normalize(_wide(predicted), dim=-1, eps=1e-6)
     s = F.normalize(_wide(target.detach() if stop_gradient else target), dim=-1, eps=1e-6)
-    logits = z @ s.T / temperature  # [B, B]
+    with torch.autocast(z.device.type, enabled=False):
+        logits = z @ s.T / temperature  # [B, B]
     if target_key is None:
         positive = torch.eye(len(z), dtype=torch.bool, device=z.device)
     else:
+        if target_key.shape != (len(z),):
+            raise ValueError(f"target_key {tuple(target_key.shape)} must hold one key per pair, [{len(z)}].")
         positive = target_key[:, None] == target_key[None, :]
     joint = logits.masked_fill(~positive, -torch.inf)
     forward = logits.logsumexp(dim=1) - joint.logsumexp(dim=1)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ RENAMED = {
     "torch_dtype": "dtype",
     "max_seq_length": "max_length",
     "evaluation_strategy": "eval_strategy",
-    "group_by_length": "nothing yet",
+    "group_by_length": "train_sampling_strategy: group_by_length",
     "overwrite_output_dir": "a fresh output_dir",
     "logging_dir": "the TENSORBOARD_LOGGING_DIR environment variable",
     "lbd": "jepa_weight",
@@ -77,13 +78,13 @@ def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ]
     if "train_data" not in resolved:
         raise UserError(f"{path} sets no train_data: name a .jsonl, .json, .csv or .parquet file or a Hub dataset.")
-    if "output_dir" not in resolved:
+    if resolved.get("output_dir") is None:
         raise UserError(f"{path} sets no output_dir: name the folder the run is saved in.")
     try:
         model, data, training = (group(**values) for group, values in zip(GROUPS, groups, strict=True))
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # transformers' and TRL's own checks of their fields
+    except Exception as error:  # transformers' and TRL's own checks of their fields
         raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
     return Recipe(model, data, training, resolved)
 
@@ -133,7 +134,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes; a recipe is a page of YAML (limit {MAX_BYTES}).")
     try:
-        value = yaml.load(path.read_text(), Loader=_StrictLoader)
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(value, dict):
@@ -160,7 +161,7 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"--{name} has no value; write --{name} VALUE.")
             text = rest.pop(0)
         if name not in fields:
-            raise UserError("--" + _unknown(name, list(fields)))
+            raise UserError(_unknown(name, list(fields), "--"))
         if name in values:
             raise UserError(f"--{name} is given twice.")
         if text.lower() in ("none", "null"):
@@ -177,11 +178,11 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def _unknown(key: str, known: list[str], dashes: str = "") -> str:
     if key in RENAMED:
-        return f"unknown key {key!r}: use {RENAMED[key]}"
+        return f"unknown key {dashes + key!r}: use {RENAMED[key]}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see llm-jepa train --help")
+    return f"unknown key {dashes + key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see llm-jepa train --help")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -213,7 +214,7 @@ def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return value in [member.value for member in hint], value
     if hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
         return ok, float(value) if ok else None
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
@@ -286,6 +287,8 @@ for _tag, _pattern, _first in (
 
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > 40:
+        raise yaml.YAMLError(f"a number of {len(node.value)} digits (line {node.start_mark.line + 1})")
     return int(str(loader.construct_scalar(node)))  # YAML 1.1 would read 010 as 8
 
 

@@ -93,7 +93,7 @@ class LLMJEPATrainer(SFTTrainer):
             raise UserError("The model is a PeftModel already; pass the base model and peft_config.")
         if isinstance(model, str):
             processing_class = processing_class or tokenizer_from(model)
-            model = model_from(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
+            model = model_from(model, dtype=torch.float32)
         if processing_class is None:
             processing_class = tokenizer_from(model.config._name_or_path)
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
@@ -111,13 +111,14 @@ class LLMJEPATrainer(SFTTrainer):
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise UserError("average_tokens_across_devices: false would weight ranks by their share; remove it.")
 
-        if processing_class.pad_token is None:
-            if processing_class.eos_token is None:
-                raise UserError("The tokenizer has neither a pad nor an eos token; set pad_token.")
-            processing_class.pad_token = processing_class.eos_token  # as the published script does
-            model.config.pad_token_id = processing_class.pad_token_id
-            if model.generation_config is not None:
-                model.generation_config.pad_token_id = processing_class.pad_token_id
+        # eos for want of another, as TRL and the published script do
+        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+        if pad_token not in processing_class.get_vocab():
+            raise UserError(f"The pad token {pad_token!r} is not in the tokenizer's vocabulary; set pad_token to one.")
+        processing_class.pad_token = pad_token
+        model.config.pad_token_id = processing_class.pad_token_id
+        if model.generation_config is not None:
+            model.generation_config.pad_token_id = processing_class.pad_token_id
 
         self.predictor_ids: list[int] = []
         if args.uses_jepa:
@@ -229,15 +230,14 @@ class LLMJEPATrainer(SFTTrainer):
         pair_loss = None
         if packed:
             predicted, target = read_pairs(output.hidden_states[-1], inputs)
-            with torch.autocast(device_type=predicted.device.type, enabled=False):
-                pair_loss = jepa_loss(
-                    predicted,
-                    target,
-                    objective=self.args.objective,
-                    temperature=self.args.temperature,
-                    target_key=inputs["target_key"],
-                    stop_gradient=self.args.stop_gradient_target,
-                )
+            pair_loss = jepa_loss(
+                predicted,
+                target,
+                objective=self.args.objective,
+                temperature=self.args.temperature,
+                target_key=inputs["target_key"],
+                stop_gradient=self.args.stop_gradient_target,
+            )
         real = inputs["doc"] >= 0 if packed else inputs["attention_mask"] > 0
         return StepOutput(token_nll, has_label.nonzero()[:, 0], pair_loss, real.sum())
 

@@ -1,9 +1,9 @@
 """Claims about the distances: closed forms worked by hand on two pairs, their gradients, and what may not change them.
 
-The two pairs (their cosines are neither 1, 0 nor -1, and no two coordinates agree in sign and size):
+The two pairs (their cosines are neither 1, 0 nor -1, and one is negative):
 
-    z = (1, 2, 2), s = (2, 3, 6):       |z| = 3, |s| = 7,   z.s = 20, z - s = (-1, -1, -4)
-    z = (2, -1, 2), s = (1.5, 2, 0):    |z| = 3, |s| = 2.5, z.s = 1,  z - s = (0.5, -3, 2)
+    z = (1, 2, 2), s = (2, 3, 6):        |z| = 3, |s| = 7,          z.s = 20, z - s = (-1, -1, -4)
+    z = (2, -1, 2), s = (1.5, 2, -1):    |z| = 3, |s| = sqrt(7.25), z.s = -1, z - s = (0.5, -3, 3)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm_jepa.losses import OBJECTIVES, info_nce, jepa_distance, jepa_loss
 
 DISTANCES = ("cosine", "l2", "mse", "smooth_l1")
 Z = [[1.0, 2.0, 2.0], [2.0, -1.0, 2.0]]
-S = [[2.0, 3.0, 6.0], [1.5, 2.0, 0.0]]
+S = [[2.0, 3.0, 6.0], [1.5, 2.0, -1.0]]
 
 
 def pairs(count=5, dimensions=7, *, dtype=torch.float64, seed=0, grad=False):
@@ -43,10 +43,10 @@ def gradients(loss, *tensors):
 @pytest.mark.parametrize(
     "kind, expected",
     [
-        ("cosine", [1 - 20 / 21, 1 - 1 / 7.5]),
-        ("l2", [sqrt(1 + 1 + 16), sqrt(0.25 + 9 + 4)]),
-        ("mse", [18 / 3, 13.25 / 3]),
-        ("smooth_l1", [(0.5 + 0.5 + 3.5) / 3, (0.5**2 / 2 + 2.5 + 1.5) / 3]),
+        ("cosine", [1 - 20 / 21, 1 + 1 / (3 * sqrt(7.25))]),
+        ("l2", [sqrt(1 + 1 + 16), sqrt(0.25 + 9 + 9)]),
+        ("mse", [18 / 3, 18.25 / 3]),
+        ("smooth_l1", [(0.5 + 0.5 + 3.5) / 3, (0.5**2 / 2 + 2.5 + 2.5) / 3]),
     ],
 )
 def test_each_distance_is_its_formula_for_each_pair(kind, expected):
@@ -73,7 +73,7 @@ def test_gradients_of_the_first_pair_are_those_derived_by_hand(kind, by_z, by_s)
 
 
 def test_smooth_l1_has_the_gradient_of_both_branches():
-    """Of the second pair: d = (0.5, -3, 2) is cut to (0.5, -1, 1), over 3 dimensions."""
+    """Of the second pair: d = (0.5, -3, 3) is cut to (0.5, -1, 1), over 3 dimensions."""
     z, s = (torch.tensor(x[1:], dtype=torch.float64, requires_grad=True) for x in (Z, S))
     by_z, by_s = gradients(jepa_distance(z, s, kind="smooth_l1").sum(), z, s)
     assert by_z[0].tolist() == pytest.approx([0.5 / 3, -1 / 3, 1 / 3])

@@ -353,6 +353,8 @@ def test_collapse_is_warned_of_once(dataset, tokenizer, tmp_path, monkeypatch):
         ({"padding_free": True}, "padding_free"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"loss_type": "dft"}, "loss_type"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"per_device_train_batch_size": 1}, "negatives"),
         ({"assistant_only_loss": True}, "label_protocol"),
         ({"completion_only_loss": False}, "label_protocol"),
         ({"activation_offloading": True}, "activation_offloading"),

@@ -126,10 +126,10 @@ class LLMJEPAConfig(SFTConfig):
     def __post_init__(self) -> None:
         # TRL turns bf16 on by default, which a machine without a GPU refuses.
         on_cpu = self.use_cpu or not torch.cuda.is_available()
-        if on_cpu and not self.fp16 and self.bf16 is None:  # type: ignore[has-type]
+        if on_cpu and not self.fp16 and self.bf16 is None:
             self.bf16 = False
         # TRL still sets the old name, which transformers warns of.
-        if self.activation_checkpointing is None:  # type: ignore[has-type]
+        if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.report_to is None:
             self.report_to = "none"
@@ -170,8 +170,8 @@ class LLMJEPAConfig(SFTConfig):
                 raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
         if self.uses_jepa and self.objective == "info_nce" and self.per_device_train_batch_size < 2:
             raise UserError(
-                "objective: info_nce needs other pairs in the micro-batch as negatives; set per_device_train_batch_size "
-                "to 2 or more, or objective: cosine."
+                "objective: info_nce needs other pairs in the micro-batch as negatives; set "
+                "per_device_train_batch_size to 2 or more, or objective: cosine."
             )
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")

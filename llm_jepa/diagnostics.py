@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """exp(entropy of the normalised singular values) of the centred [N, D] matrix; 1 = a line, min(N - 1, D) = isotropic.
+    """exp(entropy of the normalised singular values) of the centred [N, D]; 1 = a line, min(N - 1, D) = isotropic.
 
     (Roy and Vetterli 2007, definition 1; they do not centre.) A matrix of equal rows has rank 0.
     """
@@ -70,8 +70,7 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
 def has_collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
     """True when the space shrank to a point or to a few directions since step 0.
 
-    To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and it is less than twice that of right
-    pairs. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this:
+    To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and less than twice that of right pairs. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this:
     it ignores scale. To a few directions: one side keeps under a tenth of its effective rank, and fewer than ten.
 
     Thresholds from small runs (eval/results/tiny_nl_rx): from raw cosine 0.28 for wrong pairs, plain cosine ends above

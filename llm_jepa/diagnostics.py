@@ -70,8 +70,9 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
 def has_collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
     """True when the space shrank to a point or to a few directions since step 0.
 
-    To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and less than twice that of right pairs. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this:
-    it ignores scale. To a few directions: one side keeps under a tenth of its effective rank, and fewer than ten.
+    To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and less than twice that of right
+    pairs. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this,
+    since it ignores scale. To a few directions: one side keeps under a tenth of its effective rank, and fewer than ten.
 
     Thresholds from small runs (eval/results/tiny_nl_rx): from raw cosine 0.28 for wrong pairs, plain cosine ends above
     0.99 with recall@1 near 0, InfoNCE at 0.00 with recall@1 above 0.9.

@@ -12,6 +12,7 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from .config import DataArguments, LLMJEPAConfig, ModelArguments
 from .errors import UserError
@@ -118,6 +119,7 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
         raise UserError(f"Cannot load a model from {source!r}: {_first_line(error)}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source!r} is a {config.model_type} model, which is no causal LM; choose one that generates.")
+    logging.disable_progress_bar()  # a bar per file says nothing; the training's own bar is another
     options.setdefault("attn_implementation", "sdpa")  # a downloaded config must not choose the code that runs
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

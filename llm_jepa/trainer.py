@@ -151,6 +151,12 @@ class LLMJEPATrainer(SFTTrainer):
             self.accelerator.parallelism_config.cp_enabled or self.accelerator.parallelism_config.sp_enabled
         ):
             raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
+        narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+        if narrow:
+            logger.warning(
+                f"Trainable weights are {narrow.pop()}: most do not move in a step of a small learning rate (30 % do at "
+                "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
+            )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step itself
         self._pairs_in_step: Tensor | int = 1
         self._sums = torch.zeros(5, device=args.device)  # lm_sum, labels, pair_sum, pairs, tokens since the last log

@@ -184,6 +184,17 @@ def test_bf16_autocast_keeps_float32_masters(dataset, tokenizer, tmp_path):
     assert history(trainer, "loss") != history(exact, "loss"), "autocast was not on"
 
 
+def test_narrow_master_weights_are_warned_of(dataset, tokenizer, tmp_path, monkeypatch):
+    from llm_jepa import trainer as module
+
+    warned = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *a: warned.append(text))
+    make(dataset, tokenizer, config(tmp_path), model=tiny_model(tokenizer))
+    assert not warned
+    make(dataset, tokenizer, config(tmp_path), model=tiny_model(tokenizer, dtype=torch.bfloat16))
+    assert len(warned) == 1 and "dtype: float32" in warned[0]
+
+
 # -- saving and resuming ------------------------------------------------------------------------------------------
 
 

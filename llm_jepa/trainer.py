@@ -154,7 +154,7 @@ class LLMJEPATrainer(SFTTrainer):
         narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             logger.warning(
-                f"Trainable weights are {narrow.pop()}: most do not move in a step of a small learning rate (30 % do at "
+                f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
                 "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
             )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step itself

@@ -59,6 +59,7 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
                     spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
                     cells.append(form.format(statistics.mean(values)) + spread)
             lines.append(f"| {protocol} | {title} | " + " | ".join(cells) + " |")
+    lines += ["", *_differences(runs)]
     every = [result for results in runs.values() for result in results]
     if every:
         seeds = sorted({result["model"]["run"]["seed"] for result in every})
@@ -73,6 +74,23 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
             f"trl {versions['trl']}. One file a run: `eval/results/tiny_nl_rx/`.",
         ]
     return "\n".join(lines)
+
+
+def _differences(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """LLM-JEPA minus SFT of the same seed (same weights at the start, same order of data), startswith, in points."""
+    lines = ["| labels | arm minus SFT of the same seed, startswith | synth | turk |", "|---|---|---:|---:|"]
+    for protocol in PROTOCOLS:
+        for arm, title in ARMS[1:]:
+            if (protocol, arm) not in runs or (protocol, "sft") not in runs:
+                continue
+            cells = []
+            for wording in ("original", "paraphrase"):
+                of = lambda result, w=wording: 100 * result["metrics"][w]["startswith"]  # noqa: E731
+                gaps = [of(a) - of(b) for a, b in zip(runs[protocol, arm], runs[protocol, "sft"], strict=True)]
+                spread = f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else ""
+                cells.append(f"{statistics.mean(gaps):+.1f}{spread} ({', '.join(f'{gap:+.1f}' for gap in gaps)})")
+            lines.append(f"| {protocol} | {title} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

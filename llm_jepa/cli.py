@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"llm-jepa: stopped: {error}", file=sys.stderr)
         return 3
+    except OSError as error:  # a full disk, a folder that may not be written, a file that went away
+        if os.environ.get("LLM_JEPA_TRACEBACK"):
+            raise
+        print(f"llm-jepa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("llm-jepa: interrupted", file=sys.stderr)
         return 130
@@ -101,6 +106,10 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
     if options.batch_size < 1 or getattr(options, "max_new_tokens", 1) < 1:
         raise UserError("--batch_size and --max_new_tokens must be 1 or more.")
+    if options.output and not Path(options.output).absolute().parent.is_dir():
+        raise UserError(f"No folder for --output {options.output}; make it first.")
+    if options.output and Path(options.output).exists():
+        raise UserError(f"--output {options.output} exists; name a new file.")
     return _generate(options) if options.command == "generate" else _embed(options)
 
 
@@ -118,8 +127,14 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     recipe = parse(options.recipe, [*overrides, *on_cpu])
     if options.dry_run:
         return _dry_run(recipe)
-    if options.launch is not None and "LOCAL_RANK" not in os.environ:
-        return _launch(options, overrides)
+    if options.launch is not None:
+        return _launch(options, [*overrides, *on_cpu])
+    if int(os.environ.get("WORLD_SIZE", "1")) != recipe.training.world_size:
+        # Otherwise each process would train a model of its own into the same folder, without a word.
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes were started and cannot see each other: without a GPU each, add "
+            "--use_cpu true."
+        )
     trainer, resume = _build_trainer(recipe)
     trainer.train(resume_from_checkpoint=resume)
     _finish(trainer, recipe)
@@ -142,8 +157,13 @@ def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
             "There is nothing to evaluate on: set validation_data or validation_rows, or eval_strategy: no."
         )
     run = {**recipe.identity(), "train_sha256": data_sha256(train), "validation_sha256": data_sha256(validation)}
+    run |= {"num_processes": training.world_size}
     run = json.loads(json.dumps(run))
     resume = find_resume(training.output_dir, run, resume=training.resume_from_checkpoint)
+    if resume is not None and training.save_only_model:
+        raise UserError(
+            "save_only_model: true left no optimizer state to resume from; start a new run in another output_dir."
+        )
     tokenizer = load_tokenizer(recipe.model, training, train)
     model = load_model(recipe.model, tokenizer, seed=training.seed)
     try:
@@ -175,11 +195,11 @@ def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         last: dict[str, Any] = next(
-            (entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {}
+            (entry for entry in reversed(trainer.history_of_saved_weights()) if "eval_loss" in entry), {}
         )
         start = trainer._start_diagnostics or {}
         if last:
-            print("\nValidation" + " " * 24 + "step 0      now")
+            print(f"\nValidation at step {last['step']}, the saved weights" + " " * 3 + "step 0    saved")
             for key in sorted(key for key in last if key.startswith("eval_")):
                 name = key.removeprefix("eval_")
                 if name not in ("runtime", "samples_per_second", "steps_per_second"):
@@ -194,6 +214,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     import importlib.resources
     import importlib.util
     import socket
+    import subprocess
 
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -219,7 +240,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
         port = str(free.getsockname()[1])
     command = ["--config_file", config, "--main_process_port", port]
     command += ["--num_processes", processes] if processes else []
-    command += ["-m", "llm_jepa.cli", "train", options.recipe, "--launch", options.launch, *overrides]
+    # No --launch: a file that asks for one process would launch itself for ever.
+    command += ["-m", "llm_jepa.cli", "train", options.recipe, *overrides]
     if options.launch == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
@@ -230,6 +252,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
             f"llm-jepa: rank {rank} ended with exit code {failure.exitcode}; its message stands above.", file=sys.stderr
         )
         return failure.exitcode if failure.exitcode > 0 else 1
+    except subprocess.CalledProcessError as error:  # a file that asks for one process
+        return error.returncode if error.returncode > 0 else 1
     return 0
 
 
@@ -242,8 +266,7 @@ def _dry_run(recipe: Recipe) -> int:
 
     train, _ = load_data(recipe.data, seed=_data_seed(recipe))
     tokenizer = load_tokenizer(recipe.model, recipe.training, train)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = recipe.training.pad_token or tokenizer.pad_token or tokenizer.eos_token
     predictors = predictor_token_names(recipe.training.num_predictor_tokens if recipe.training.uses_jepa else 0)
     tokenizer.add_tokens(predictors, special_tokens=True)
     print("# Resolved recipe\n" + yaml.safe_dump(json.loads(json.dumps(recipe.given)), sort_keys=False))
@@ -308,6 +331,12 @@ def _generate(options: argparse.Namespace) -> int:
 def _prompts_of(rows: Dataset) -> list[Any]:
     prompts = []
     for index, row in enumerate(rows):
+        turns = row.get("messages") or row.get("prompt")
+        is_chat = isinstance(turns, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns
+        )
+        if turns and not is_chat and (row.get("messages") or not isinstance(turns, str)):
+            raise UserError(f"row {index}: give 'prompt' as text, or turns of {{'role', 'content'}}.")
         if row.get("messages"):
             messages = row["messages"]
             prompts.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)

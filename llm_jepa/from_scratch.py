@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
@@ -68,20 +69,26 @@ def random_model(
     unknown = sorted(key for key in options if not hasattr(known, key))
     if unknown:
         raise UserError(f"model_config: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
-    config = AutoConfig.for_model(
-        model_type,
-        **options,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            **options,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    except StrictDataclassError as error:
+        raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from None
     set_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(config, **kwargs)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
     except ValueError as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"model_config: cannot build a causal LM of model_type {model_type!r}: {reason}") from None
+    # After building: known before, it becomes the embedding's padding_idx, and pad = eos = end of turn would keep its
+    # input row at zero without gradient. (Llama-3-Instruct has no pad_token_id either.)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:

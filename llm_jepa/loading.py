@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .config import DataArguments, LLMJEPAConfig, ModelArguments
 from .errors import UserError
 from .from_scratch import random_model, train_tokenizer
+from .views import as_example
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -50,6 +51,8 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
     )
     if len(train) == 0:
         raise UserError(f"{args.train_data} holds no rows.")
+    for index, row in enumerate(train):  # before the split moves rows about, so that errors name the file's own rows
+        as_example(row, f"{args.train_data}, row {index}")
     if args.validation_data is not None:
         validation = read_rows(args.validation_data, split=args.validation_split, config=args.dataset_config)
         if len(validation) == 0:
@@ -72,7 +75,7 @@ def data_sha256(dataset: Dataset | None) -> str | None:
         return None
     digest = hashlib.sha256()
     for row in dataset:
-        digest.update(json.dumps(row, sort_keys=True).encode())
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())  # dates, bytes
     return digest.hexdigest()
 
 
@@ -87,7 +90,10 @@ def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Datase
         path = Path(training.chat_template_path)
         if not path.is_file():
             raise UserError(f"No chat template at {path}.")
-        tokenizer.chat_template = path.read_text()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The chat template {path} is no UTF-8 text: {error}.") from None
     return tokenizer
 
 
@@ -154,14 +160,14 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
 def _read_jsonl(path: Path) -> Dataset:
     """One JSON object a line, with the line number in the error; `datasets` would name none."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # UnicodeDecodeError is one
+                raise UserError(f"{path}, line {number} is not JSON in UTF-8: {error}.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} must hold a JSON object, found {type(row).__name__}.")
             rows.append(row)

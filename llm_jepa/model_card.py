@@ -20,8 +20,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-{start}, trained with [LLM-JEPA](https://arxiv.org/abs/2509.14252): the causal-LM loss plus an embedding-space loss
-between two views of each example. It is a plain `transformers` causal LM:
+{start}, {trained}. It is a plain `transformers` causal LM:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,6 +65,10 @@ def write_model_card(
         base_line=f"base_model: {base}\n" if base and not Path(base).exists() else "",
         name=html.escape(Path(output_dir).name),
         start=f"Start: `{html.escape(base)}`" if base else f"A {model.config.model_type} model from random weights",
+        trained="trained with [LLM-JEPA](https://arxiv.org/abs/2509.14252): the causal-LM loss plus an embedding-space "
+        "loss between two views of each example"
+        if args.uses_jepa
+        else "trained with the causal-LM loss alone: the plain SFT baseline of an LLM-JEPA run",
         settings="\n".join(f"| {key} | {html.escape(str(value))} |" for key, value in settings.items()),
         step=last.get("step", 0),
         figures="\n".join(

@@ -32,6 +32,12 @@ def predictor_token_ids(tokenizer: PreTrainedTokenizerBase, num_predictor_tokens
     return [vocabulary[name] for name in names]
 
 
+def known_predictor_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of every predictor token the tokenizer has, also those an earlier stage of training brought along."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[name] for name in predictor_token_names(MAX_PREDICTOR_TOKENS) if name in vocabulary]
+
+
 @torch.no_grad()
 def add_predictor_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_predictor_tokens: int
@@ -48,7 +54,8 @@ def add_predictor_tokens(
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True)
     ids = predictor_token_ids(tokenizer, num_predictor_tokens)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # transformers draws rows of its own first
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new_ids = [i for i, name in zip(ids, names, strict=True) if name in new]
     if new_ids:
         generator = torch.Generator().manual_seed(0)

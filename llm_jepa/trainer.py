@@ -40,7 +40,7 @@ from .loading import model_from, tokenizer_from
 from .losses import jepa_loss
 from .model_card import write_model_card
 from .packing import JEPACollator, check_packable, embed_pairs, model_inputs, read_pairs
-from .predictor_tokens import add_predictor_tokens, train_token_rows
+from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
 from .views import IGNORE, add_view_columns
 
 logger = logging.get_logger(__name__)
@@ -126,6 +126,9 @@ class LLMJEPATrainer(SFTTrainer):
             self.predictor_ids = add_predictor_tokens(model, processing_class, args.num_predictor_tokens)
             if peft_config is not None:
                 train_token_rows(peft_config, model, self.predictor_ids)
+        self._masked_ids = known_predictor_ids(
+            processing_class
+        )  # in the baseline too, should it start from such a model
         model.config.llm_jepa = {
             "jepa_weight": args.jepa_weight,
             "objective": args.objective,
@@ -164,8 +167,7 @@ class LLMJEPATrainer(SFTTrainer):
         self._bank = self._make_bank()
         self._start_diagnostics: dict[str, float] | None = None
         self._warned_of_collapse = False
-        if self._bank:
-            self.add_callback(_MeasureAtStart(self))
+        self.add_callback(_AtStart(self))
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -186,6 +188,7 @@ class LLMJEPATrainer(SFTTrainer):
                 with_indices=True,
                 fn_kwargs=options,
                 num_proc=args.dataset_num_proc,
+                load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
                 remove_columns=dataset.column_names,
                 desc=f"Building views of the {name} rows",
             )
@@ -228,9 +231,9 @@ class LLMJEPATrainer(SFTTrainer):
         )
         logits = output.logits.reshape(-1, output.logits.shape[-1])  # [labels, V]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.predictor_ids:
+        if self._masked_ids:
             # Inputs only: with their logits out of the softmax the LM term is the baseline's function.
-            ids = torch.tensor(self.predictor_ids, device=logits.device)
+            ids = torch.tensor(self._masked_ids, device=logits.device)
             logits = logits.index_fill(-1, ids, torch.finfo(logits.dtype).min)
         token_nll = F.cross_entropy(logits, next_token[has_label], reduction="none")
         pair_loss = None
@@ -292,18 +295,30 @@ class LLMJEPATrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds lm_loss (mean over tokens), jepa_loss (mean over pairs) and num_tokens since the last training log."""
+        if "train_runtime" in logs:  # the end of training
+            self._count_tokens()
+            logs["num_tokens"] = self._total_train_tokens
         if "loss" in logs:
+            self._count_tokens()
             sums = (
                 self.accelerator.reduce(self._sums.clone(), reduction="sum") if self.args.world_size > 1 else self._sums
             )
-            lm_sum, labels, pair_sum, pairs, tokens = sums.tolist()
+            lm_sum, labels, pair_sum, pairs, _ = sums.tolist()
             self._sums.zero_()
-            self._total_train_tokens += int(tokens)
             logs["lm_loss"] = lm_sum / max(labels, 1)
             if pairs:
                 logs["jepa_loss"] = pair_sum / pairs
             logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        """Move the tokens of all ranks since the last call into the total, which the saved state carries on."""
+        tokens = self._sums[4].clone()
+        if self.args.world_size > 1:
+            tokens = self.accelerator.reduce(tokens, reduction="sum")
+        self._sums[4] = 0
+        self._total_train_tokens += int(tokens)
+        self.state.num_input_tokens_seen = self._total_train_tokens
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -405,6 +420,7 @@ class LLMJEPATrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """The manifest comes last, and older checkpoints go only after it: a kill at any moment leaves one whole."""
+        self._count_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -425,11 +441,16 @@ class LLMJEPATrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL calls this at every checkpoint; the card says what was trained and measured here."""
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self._base_model, self.args, self.state.log_history)
+            write_model_card(self.args.output_dir, self._base_model, self.args, self.history_of_saved_weights())
+
+    def history_of_saved_weights(self) -> list[dict[str, float]]:
+        """The log up to the step whose weights are saved: with load_best_model_at_end, the best one, not the last."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return [entry for entry in self.state.log_history if best is None or entry["step"] <= best]
 
 
-class _MeasureAtStart(TrainerCallback):
-    """Logs the diagnostics before the first step; a resumed run reads them back from its log."""
+class _AtStart(TrainerCallback):
+    """Logs the diagnostics before the first step; a resumed run reads them, and its token count, back."""
 
     def __init__(self, trainer: LLMJEPATrainer) -> None:
         self.trainer = trainer
@@ -439,12 +460,13 @@ class _MeasureAtStart(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         if state.global_step == 0:
+            if not trainer._bank:
+                return
             trainer._start_diagnostics = trainer.measure_space()
             trainer.log({f"eval_{key}": value for key, value in trainer._start_diagnostics.items()})
             return
+        trainer._total_train_tokens = state.num_input_tokens_seen
         for entry in state.log_history:
-            if entry.get("num_tokens") is not None:
-                trainer._total_train_tokens = entry["num_tokens"]
             if entry["step"] == 0 and "eval_recall_at_1" in entry:
                 trainer._start_diagnostics = {
                     key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")

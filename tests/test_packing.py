@@ -57,7 +57,7 @@ def packed_pass(model, base, views, predictors, objective, weight, tmp_path, tok
     """The trainer's own compute_loss on the collator's own batch."""
     trainer = LLMJEPATrainer.__new__(LLMJEPATrainer)  # the loss alone; __init__ would prepare data and add tokens
     trainer.args = dataclasses.replace(config(tmp_path), jepa_weight=weight, objective=objective)
-    trainer.predictor_ids, trainer._base_model, trainer.model = predictors, base, model
+    trainer._masked_ids, trainer._base_model, trainer.model = predictors, base, model
     trainer._sums = torch.zeros(5)
     batch = JEPACollator(tokenizer.pad_token_id, predictors)(views)
     return trainer.compute_loss(model, batch)

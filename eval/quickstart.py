@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, dict[str, Any]] = {}
     for arm, (title, recipe) in ARMS.items():
         folder = options.out / arm
-        shutil.rmtree(folder, ignore_errors=True)  # ours by name: the quickstart always starts afresh
+        if (folder / "run.json").exists():  # an earlier quickstart's: always start afresh
+            shutil.rmtree(folder)
         print(f"\n=== {title}: llm-jepa train {recipe.relative_to(RECIPES.parent.parent)}", flush=True)
         overrides = ["--train_data", str(files["train"]), "--validation_data", str(files["validation"])]
         overrides += ["--output_dir", str(folder)]

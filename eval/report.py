@@ -86,7 +86,8 @@ def _differences(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]
             cells = []
             for wording in ("original", "paraphrase"):
                 of = lambda result, w=wording: 100 * result["metrics"][w]["startswith"]  # noqa: E731
-                gaps = [of(a) - of(b) for a, b in zip(runs[protocol, arm], runs[protocol, "sft"], strict=True)]
+                sft = {result["model"]["run"]["seed"]: of(result) for result in runs[protocol, "sft"]}
+                gaps = [of(result) - sft[result["model"]["run"]["seed"]] for result in runs[protocol, arm]]
                 spread = f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else ""
                 cells.append(f"{statistics.mean(gaps):+.1f}{spread} ({', '.join(f'{gap:+.1f}' for gap in gaps)})")
             lines.append(f"| {protocol} | {title} | " + " | ".join(cells) + " |")

@@ -136,7 +136,15 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
             "--use_cpu true."
         )
     trainer, resume = _build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except (
+        ImportError,
+        KeyError,
+    ) as error:  # an optimizer without its package, a metric_for_best_model nobody computes
+        if isinstance(error, KeyError) and "metric_for_best_model" not in str(error):
+            raise
+        raise UserError(f"Training stopped: {error}") from error
     _finish(trainer, recipe)
     return 0
 
@@ -187,7 +195,9 @@ def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
     args = trainer.args
     if isinstance(trainer.model, PeftModel):
         if trainer.is_world_process_zero():
-            trainer.model.save_pretrained(os.path.join(args.output_dir, "adapter"))
+            folder = os.path.join(args.output_dir, "adapter")
+            trainer.model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)  # the base needs resize_token_embeddings(len(tokenizer))
         merged = trainer.model.merge_and_unload()
         trainer.model = trainer._base_model = merged
     trainer.save_model()

@@ -17,9 +17,12 @@ from torch import Tensor
 def effective_rank(embeddings: Tensor) -> Tensor:
     """exp(entropy of the normalised singular values) of the centred [N, D]; 1 = a line, min(N - 1, D) = isotropic.
 
-    (Roy and Vetterli 2007, definition 1; they do not centre.) A matrix of equal rows has rank 0.
+    (Roy and Vetterli 2007, definition 1; they do not centre.) A matrix of equal rows has rank 0, one with
+    non-finite entries NaN.
     """
     centred = embeddings.float() - embeddings.float().mean(dim=0)
+    if not centred.isfinite().all():  # a diverging run: its next step stops with a message, an SVD would not
+        return torch.full((), torch.nan, device=embeddings.device)
     singular = torch.linalg.svdvals(centred)
     total = singular.sum()
     if total <= 1e-6 * embeddings.float().norm():  # the mean of equal float32 rows is a rounding off them

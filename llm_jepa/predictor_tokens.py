@@ -11,12 +11,13 @@ from peft import PeftConfig
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UserError
+from .views import PREDICTOR_TOKEN
 
 MAX_PREDICTOR_TOKENS = 10  # as many as the reference code defines
 
 
 def predictor_token_names(num_predictor_tokens: int) -> list[str]:
-    return [f"<|predictor_{i}|>" for i in range(1, num_predictor_tokens + 1)]
+    return [PREDICTOR_TOKEN.format(i) for i in range(1, num_predictor_tokens + 1)]
 
 
 def predictor_token_ids(tokenizer: PreTrainedTokenizerBase, num_predictor_tokens: int) -> list[int]:

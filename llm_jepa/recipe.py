@@ -130,7 +130,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A flat YAML mapping of a trusted size and shape. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No recipe at {path}; recipes are YAML files such as recipes/tiny-llama/nl-rx-synth.yaml.")
+        raise UserError(f"No recipe at {path}; write llm-jepa train RECIPE.yaml --field value, the recipe first.")
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes; a recipe is a page of YAML (limit {MAX_BYTES}).")
     try:

@@ -171,11 +171,12 @@ class LLMJEPATrainer(SFTTrainer):
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, *unused: Any) -> Dataset:
-        """Rows -> view columns. Idempotent: `evaluate` calls it again."""
-        if "target_ids" in dataset.column_names:
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, packing: Any, formatting_func: Any, dataset_name: str
+    ) -> Dataset:
+        """Rows -> view columns. Idempotent: `evaluate` calls it again. (TRL's signature; we refuse packing.)"""
+        if set(VIEW_COLUMNS) <= set(dataset.column_names):
             return dataset
-        name = unused[-1] if unused else "eval"
         options = {
             "tokenizer": processing_class,
             "context_view": args.context_view,
@@ -190,14 +191,28 @@ class LLMJEPATrainer(SFTTrainer):
                 num_proc=args.dataset_num_proc,
                 load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
                 remove_columns=dataset.column_names,
-                desc=f"Building views of the {name} rows",
+                desc=f"Building views of the {dataset_name} rows",
             )
         truncated = sum(dataset["truncated"])
         if truncated:
             logger.warning(
-                f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens."
+                f"{truncated} of {len(dataset)} {dataset_name} rows were cut to max_length={args.max_length} tokens."
             )
+        self._check_positions(dataset, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _check_positions(self, dataset: Dataset, name: str) -> None:
+        """Learned positions (gpt2) end somewhere; a longer row would be an index error in the middle of training."""
+        config = self._base_model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None or getattr(config, "rope_parameters", None) is not None:
+            return
+        longest = max(max(map(len, dataset[key])) for key in ("input_ids", "context_ids", "target_ids"))
+        if longest + len(self.predictor_ids) > limit:
+            raise UserError(
+                f"The longest {name} row has {longest} tokens and {len(self.predictor_ids)} predictor tokens, the "
+                f"model {limit} positions; set max_length: {limit - len(self.predictor_ids)} or less."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = VIEW_COLUMNS
@@ -353,7 +368,7 @@ class LLMJEPATrainer(SFTTrainer):
         if self.args.uses_jepa:
             figures["jepa_loss"] = pair_sum / sum(len(rows) for rows in self._eval_rows)
             figures["loss"] += self.args.jepa_weight * figures["jepa_loss"]
-        if self._bank:
+        if self._bank and metric_key_prefix in ("eval", self._bank_prefix):
             space = self.measure_space()
             figures |= space
             self._warn_if_collapsed(space)
@@ -361,13 +376,17 @@ class LLMJEPATrainer(SFTTrainer):
         return output
 
     def measure_space(self) -> dict[str, float]:
-        """`space_diagnostics` of the bank: the first `diagnostics_pairs` validation rows. Every rank does all of it."""
+        """`space_diagnostics` of the bank: the first `diagnostics_pairs` rows of the (first) validation set. Every rank
+        does all of it."""
         with self.compute_loss_context_manager():
             pairs = embed_pairs(self.model, self._base_model, self._bank)
         return space_diagnostics(*pairs)
 
     def _make_bank(self) -> list[dict[str, Tensor]]:
-        dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        dataset, self._bank_prefix = self.eval_dataset, "eval"
+        if isinstance(dataset, dict):
+            name, dataset = next(iter(dataset.items()))
+            self._bank_prefix = f"eval_{name}"
         wanted = self.args.diagnostics_pairs
         if dataset is None or wanted == 0:
             return []

@@ -29,6 +29,7 @@ LabelProtocol = Literal["completion", "paper"]
 IGNORE = -100
 # Letters only, so that no template trims, escapes or splits it.
 PROBE = "jepaprobecontent"
+PREDICTOR_TOKEN = "<|predictor_{}|>"
 
 Message = dict[str, Any]
 
@@ -130,7 +131,7 @@ def build_views(
     """
     example = as_example(row, where)
     if isinstance(example.prompt, str):
-        parts = _plain_parts(example, tokenizer)
+        parts = _plain_parts(example, tokenizer, where)
     else:
         parts = _chat_parts(example, tokenizer, where, with_header=context_view == "message")
     limit = max_length or max(len(parts.input_ids), len(parts.target_ids), len(parts.context_ids))
@@ -193,11 +194,12 @@ class _Parts(NamedTuple):
     target_key: int
 
 
-def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Parts:
+def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str) -> _Parts:
     """Two strings, no template: TRL joins them and appends the eos token to the completion."""
     prompt, completion = str(example.prompt), str(example.completion)
     eos = tokenizer.eos_token or ""
     full = prompt + completion + ("" if completion.endswith(eos) else eos)
+    _refuse_predictor_tokens(full, where)
     ids, offsets = _encode(tokenizer, full, special=True)
     prompt_ids, _ = _encode(tokenizer, prompt, special=True)
     prompt_length = _common_length(prompt_ids, ids)
@@ -229,6 +231,7 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
     text = render(prompt + completion)
+    _refuse_predictor_tokens(text, where)
     prompt_text = render(prompt, generation_prompt=True)
     ids, offsets = _encode(tokenizer, text)
     prompt_length = _common_length(_encode(tokenizer, prompt_text)[0], ids)
@@ -255,6 +258,12 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
         target_ids=_stand_alone(tokenizer, target_text, ids),
         target_key=_key(text[target_start:target_end].strip()),
     )
+
+
+def _refuse_predictor_tokens(text: str, where: str) -> None:
+    """Predictor tokens are inputs that we place: in a label their masked logit would be an infinite loss."""
+    if PREDICTOR_TOKEN.partition("{")[0] in text:
+        raise UserError(f"{where} holds the text of a predictor token, {PREDICTOR_TOKEN.format('...')}; remove it.")
 
 
 def _render(

@@ -170,6 +170,29 @@ def test_help_names_every_key_of_ours(capsys):
         assert key in out
 
 
+def test_launch_with_a_file_that_asks_for_one_process_runs_once(recipe, tmp_path):
+    """Such a file sets no LOCAL_RANK, so a child that saw --launch again would launch for ever."""
+    config = tmp_path / "one.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
+    command = [sys.executable, "-m", "llm_jepa.cli", "train", recipe(max_steps=1), "--launch", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("Saved to") == 1, done.stderr[-1500:]
+
+
+def test_saved_table_and_card_are_of_the_best_step(recipe, tmp_path, capsys):
+    """A learning rate that helps first and harms then: the last evaluation is not that of the saved weights."""
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_lm_loss", "greater_is_better": False}
+    path = recipe(
+        validation_rows=12, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=6, optim="sgd",
+        learning_rate=8.0, lr_scheduler_type="constant", max_grad_norm=0.0, **options,
+    )  # fmt: skip
+    assert main(["train", path]) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 6, "the last step is the best: this would prove nothing"
+    assert f"Validation at step {state['best_global_step']}," in capsys.readouterr().out
+    assert f"(step {state['best_global_step']})" in (tmp_path / "run" / "README.md").read_text()
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}
@@ -320,6 +343,42 @@ def test_resume_mistakes(recipe, tmp_path, capsys):
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
     refused(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "optimizer.pt is missing")
+
+
+def test_resume_on_another_number_of_processes_is_refused(recipe, tmp_path, capsys):
+    assert main(["train", recipe()]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "num_processes": 2}))
+    refused(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "num_processes: 2 -> 1")
+
+
+def test_resume_without_optimizer_state_is_refused(recipe, capsys):
+    assert main(["train", recipe(save_only_model=True)]) == 0
+    refused(capsys, ["train", recipe(save_only_model=True), "--resume_from_checkpoint", "true"], "no optimizer state")
+
+
+def test_processes_that_cannot_see_each_other_are_refused(recipe, monkeypatch, capsys):
+    """torchrun on a machine without GPUs and without use_cpu: each rank would train into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, ["train", recipe(use_cpu=None)], "2 processes were started and cannot see each other")
+
+
+def test_existing_output_is_not_overwritten(trained, tmp_path, rows, capsys):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps(rows[0]) + "\n")
+    out.write_text("kept")
+    for command in (["generate", str(trained), "--prompt", "x"], ["embed", str(trained), "--input", str(data)]):
+        refused(capsys, [*command, "--output", str(out)], "exists; name a new file")
+        refused(capsys, [*command, "--output", str(tmp_path / "no" / "o")], "No folder")
+    assert out.read_text() == "kept"
+
+
+def test_a_best_metric_nobody_computes(recipe, capsys):
+    path = recipe(
+        validation_rows=12, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True,
+        metric_for_best_model="bleu",
+    )  # fmt: skip
+    refused(capsys, ["train", path], "metric_for_best_model", "bleu")
 
 
 def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_path, capsys):

@@ -227,6 +227,15 @@ def start_of_a_random_model():
     return figures
 
 
+def test_non_finite_embeddings_have_no_rank_and_raise_nothing():
+    """A diverged model must reach the trainer's own stop, not die in an SVD."""
+    broken = torch.randn(8, 4)
+    broken[3, 1] = torch.inf
+    assert torch.isnan(effective_rank(broken))
+    rank = space_diagnostics(broken, torch.randn(8, 4))["effective_rank_predicted"]
+    assert rank != rank  # NaN
+
+
 @pytest.mark.parametrize("directions", [3, 6])
 def test_a_cloud_that_became_a_narrow_cone_has_collapsed(directions):
     """Offset^2 = 664 beside 1 + 1: wrong pairs at 664 / 666 = 0.997, right ones at 665 / 666, rank 3 or 6, and right

@@ -87,6 +87,34 @@ def test_both_arms_have_the_same_lm_term(dataset, tokenizer, tmp_path):
     assert jepa.model.generation_config.suppress_tokens == jepa.predictor_ids
 
 
+def test_second_stage_arms_have_the_same_lm_term(dataset, tokenizer, tmp_path):
+    """From a model that brings 3 predictor tokens: k = 3, k = 1 and the baseline mask all three, and agree."""
+    first = make(dataset, tokenizer, config(tmp_path / "first", num_predictor_tokens=3, max_steps=1))
+    first.train()
+    losses = []
+    for name, options in (
+        ("k3", {"jepa_weight": 1.0, "num_predictor_tokens": 3}),
+        ("k1", {"jepa_weight": 1.0, "num_predictor_tokens": 1}),
+        ("sft", {"jepa_weight": 0.0}),
+    ):
+        args = config(tmp_path / name, max_steps=1, **options)
+        trainer = make(dataset, first.processing_class, args, model=copy.deepcopy(first.model))
+        trainer.train()
+        losses += history(trainer, "lm_loss")
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_end_of_turn_row_of_a_fresh_model_is_trained(dataset, tokenizer, tmp_path):
+    """pad = eos = end of turn: as padding_idx its input row would start at zero and never get a gradient."""
+    trainer = make(
+        dataset, tokenizer, config(tmp_path, max_steps=1), model=tiny_model(tokenizer, tie_word_embeddings=False)
+    )
+    row = trainer.model.get_input_embeddings().weight[tokenizer.eos_token_id]
+    before = row.detach().clone()
+    trainer.train()
+    assert before.norm() > 0.05 and not torch.equal(before, row)
+
+
 # -- accumulation -------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +334,16 @@ def test_best_checkpoint_is_the_best_on_validation(dataset, tokenizer, tmp_path)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{1 + losses.index(min(losses))}")
 
 
+def test_diagnostics_of_several_validation_sets_belong_to_the_first(dataset, tokenizer, tmp_path):
+    args = config(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=1, diagnostics_pairs=16)
+    sets = {"near": dataset.select(range(20)), "far": dataset.select(range(20, 40))}
+    trainer = make(dataset, tokenizer, args, sets)
+    trainer.train()
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"eval_near_lm_loss", "eval_far_lm_loss", "eval_near_recall_at_1"} <= logged
+    assert "eval_far_recall_at_1" not in logged
+
+
 def test_diagnostics_are_logged_at_step_zero_and_in_every_evaluation(dataset, tokenizer, tmp_path):
     args = config(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2, diagnostics_pairs=16)
     trainer = make(dataset, tokenizer, args, dataset)
@@ -313,6 +351,14 @@ def test_diagnostics_are_logged_at_step_zero_and_in_every_evaluation(dataset, to
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_effective_rank_predicted" in entry]
     assert steps == [0, 1, 2]
     assert len(trainer._bank[0]["target_key"]) + sum(len(b["target_key"]) for b in trainer._bank[1:]) == 16
+
+
+def test_num_tokens_counts_every_real_token_of_an_epoch_once(dataset, tokenizer, tmp_path):
+    """48 rows in 6 steps, logged every 4: the steps after the last log count too, padding does not."""
+    trainer, _ = run(dataset, tokenizer, tmp_path, max_steps=6, logging_steps=4, jepa_weight=1.0)
+    lengths = [len(trainer.data_collator.segments(row)["input_ids"]) for row in trainer.train_dataset.to_list()]
+    assert history(trainer, "num_tokens")[-1] == sum(lengths)
+    assert trainer.state.num_input_tokens_seen == sum(lengths)
 
 
 def test_tensorboard_gets_every_term_and_the_diagnostics(dataset, tokenizer, tmp_path, monkeypatch):
@@ -398,6 +444,19 @@ def test_arguments_that_would_be_ignored_are_refused(argument, dataset, tokenize
         LLMJEPATrainer(
             tiny_model(tokenizer), config(tmp_path), dataset, processing_class=tokenizer, **{argument: lambda *a: None}
         )
+
+
+def test_text_of_a_predictor_token_is_refused(rows, tokenizer, tmp_path):
+    bad = copy.deepcopy(rows[:3])
+    bad[2]["messages"][-1]["content"] = "a<|predictor_1|>"
+    with pytest.raises(UserError, match="row 2 holds the text of a predictor token"):
+        make(Dataset.from_list(bad), tokenizer, config(tmp_path))
+
+
+def test_rows_longer_than_learned_positions_are_refused(dataset, tokenizer, tmp_path):
+    model = tiny_model(tokenizer, "gpt2", n_positions=40)
+    with pytest.raises(UserError, match="40 positions; set max_length: 39 or less"):
+        make(dataset, tokenizer, config(tmp_path), model=model)
 
 
 def test_empty_and_streaming_data_are_refused(dataset, tokenizer, tmp_path):

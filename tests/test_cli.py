@@ -184,7 +184,8 @@ def test_saved_table_and_card_are_of_the_best_step(recipe, tmp_path, capsys):
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_lm_loss", "greater_is_better": False}
     path = recipe(
         validation_rows=12, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=6, optim="sgd",
-        learning_rate=8.0, lr_scheduler_type="constant", max_grad_norm=0.0, **options,
+        learning_rate=3.0, lr_scheduler_type="constant", max_grad_norm=0.0, per_device_train_batch_size=8,
+        objective="cosine", **options,
     )  # fmt: skip
     assert main(["train", path]) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())

@@ -136,11 +136,8 @@ def build_views(
         parts = _chat_parts(example, tokenizer, where, with_header=context_view == "message")
     limit = max_length or max(len(parts.input_ids), len(parts.target_ids), len(parts.context_ids))
     ids = parts.input_ids[:limit]
-    if label_protocol == "paper":
-        labels = [IGNORE if token == tokenizer.pad_token_id else token for token in ids]
-    else:
-        labels = [IGNORE] * min(parts.prompt_length, len(ids)) + ids[parts.prompt_length :]
-    if len(ids) <= parts.prompt_length or all(label == IGNORE for label in labels[1:]):
+    labels = _labels(ids, parts.prompt_length, label_protocol, tokenizer.pad_token_id)
+    if len(ids) <= max(parts.prompt_length, parts.split) or all(label == IGNORE for label in labels[1:]):
         raise UserError(
             f"{where}: no completion token is left after truncation to max_length={max_length} (the prompt alone has "
             f"{parts.prompt_length} tokens); raise max_length, shorten the prompt or remove the row."
@@ -181,6 +178,13 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _labels(ids: list[int], prompt_length: int, protocol: LabelProtocol, pad_token_id: int | None) -> list[int]:
+    """The two label protocols; see `build_views`."""
+    if protocol == "paper":
+        return [IGNORE if token == pad_token_id else token for token in ids]
+    return [IGNORE] * min(prompt_length, len(ids)) + ids[prompt_length:]
 
 
 class _Parts(NamedTuple):

@@ -20,32 +20,37 @@ from llm_jepa.loading import model_from, tokenizer_from
 from . import nl_rx
 from .provenance import environment, sha256, weights_sha256
 
+# A benchmark is a module with `load(folder)`, `score(answers, generations)`, WORDINGS and METRICS.
+TASKS = {"nl_rx": nl_rx}
+
 
 def score_model(
     model_dir: str,
     data_dir: str,
     *,
+    task: str = "nl_rx",
     limit: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 256,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(result, samples) of a saved model on NL-RX in both wordings. `limit` keeps the first items, for a quick look."""
+    """(result, samples) of a saved model on a task in all wordings. `limit` keeps the first items, for a quick look."""
     import torch
 
     started = time.perf_counter()
-    items, dropped, files = nl_rx.load(data_dir)
+    benchmark = TASKS[task]
+    items, dropped, files = benchmark.load(data_dir)
     items = items[:limit]
     model = model_from(model_dir, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenizer_from(model_dir)
     samples: list[dict[str, Any]] = [{"line": item.line, "answer": item.answer} for item in items]
     metrics = {}
-    for wording in nl_rx.WORDINGS:
+    for wording in benchmark.WORDINGS:
         prompts = [list(getattr(item, wording)) for item in items]
         texts = generate(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
         )
-        metrics[wording] = nl_rx.score([item.answer for item in items], texts)
+        metrics[wording] = benchmark.score([item.answer for item in items], texts)
         for sample, prompt, generation in zip(samples, prompts, texts, strict=True):
             sample[wording] = {
                 "prompt": prompt[-1]["content"],
@@ -54,7 +59,7 @@ def score_model(
             }
     folder = Path(model_dir)
     result = {
-        "task": "nl_rx",
+        "task": task,
         "metrics": metrics,
         "items": len(items),
         "dropped_as_known_from_train": dropped,
@@ -88,7 +93,7 @@ def _training_of(folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a saved model, or a Hub id")
-    parser.add_argument("--task", default="nl_rx", choices=["nl_rx"])
+    parser.add_argument("--task", default="nl_rx", choices=list(TASKS))
     parser.add_argument("--data", required=True, help="folder with the task's files")
     parser.add_argument("--out", required=True, help="result JSON")
     parser.add_argument("--samples", help="also write every generation here, as JSON lines")
@@ -100,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result, samples = score_model(
             options.model,
             options.data,
+            task=options.task,
             limit=options.limit,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
@@ -110,9 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(options.out, result)
     if options.samples:
         Path(options.samples).write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    print(f"{'':12s}" + "".join(f"{name:>12s}" for name in nl_rx.METRICS))
+    names = TASKS[options.task].METRICS
+    print(f"{'':12s}" + "".join(f"{name:>12s}" for name in names))
     for wording, figures in result["metrics"].items():
-        print(f"{wording:12s}" + "".join(f"{100 * figures[name]:11.1f}%" for name in nl_rx.METRICS))
+        print(f"{wording:12s}" + "".join(f"{100 * figures[name]:11.1f}%" for name in names))
     print(f"{result['items']} items ({result['dropped_as_known_from_train']} dropped, known from train)")
     return 0
 

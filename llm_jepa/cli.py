@@ -136,6 +136,12 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
             "--use_cpu true."
         )
     trainer, resume = _build_trainer(recipe)
+    if resume is not None and _restored_if_finished(trainer, resume):
+        if (Path(recipe.training.output_dir) / "model.safetensors").exists():
+            print(f"{recipe.training.output_dir} is already finished ({trainer.state.global_step} steps).")
+        else:  # killed between the last checkpoint and the final save
+            _finish(trainer)
+        return 0
     try:
         trainer.train(resume_from_checkpoint=resume)
     except (
@@ -145,7 +151,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         if isinstance(error, KeyError) and "metric_for_best_model" not in str(error):
             raise
         raise UserError(f"Training stopped: {error}") from error
-    _finish(trainer, recipe)
+    _finish(trainer)
     return 0
 
 
@@ -188,7 +194,20 @@ def _data_seed(recipe: Recipe) -> int:
     return recipe.training.data_seed if recipe.training.data_seed is not None else 0
 
 
-def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
+def _restored_if_finished(trainer: LLMJEPATrainer, resume: str) -> bool:
+    """Load the state and the weights to keep of a run that has no step left; `Trainer.train` would take one more."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(os.path.join(resume, "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    trainer.state = state
+    keep_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    trainer._load_from_checkpoint(state.best_model_checkpoint if keep_best else resume)
+    return True
+
+
+def _finish(trainer: LLMJEPATrainer) -> None:
     """Leave a plain, loadable causal LM in output_dir (LoRA merged, the adapter beside it) and say what happened."""
     from peft import PeftModel
 
@@ -209,12 +228,13 @@ def _finish(trainer: LLMJEPATrainer, recipe: Recipe) -> None:
         )
         start = trainer._start_diagnostics or {}
         if last:
-            print(f"\nValidation at step {last['step']}, the saved weights" + " " * 3 + "step 0    saved")
+            title = f"Validation, saved weights (step {last['step']})"
+            print(f"\n{title:40s}{'step 0':>12s}{'saved':>12s}")
             for key in sorted(key for key in last if key.startswith("eval_")):
                 name = key.removeprefix("eval_")
                 if name not in ("runtime", "samples_per_second", "steps_per_second"):
-                    before = f"{start[name]:10.4g}" if name in start else " " * 10
-                    print(f"  {name:26s}{before}{last[key]:10.4g}")
+                    before = f"{start[name]:.3g}" if name in start else ""
+                    print(f"  {name:38s}{before:>12s}{last[key]:>12.3g}")
         print(f"Saved to {args.output_dir}")
     trainer.end()
 

@@ -49,7 +49,10 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.model_config is None):
-            raise UserError("Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch).")
+            raise UserError(
+                "Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch); "
+                "a from-scratch recipe takes a checkpoint with --model_config null --model_name_or_path NAME."
+            )
         if self.model_config is not None and "model_type" not in self.model_config:
             raise UserError("model_config has no model_type; add one, e.g. model_type: llama.")
 
@@ -128,6 +131,8 @@ class LLMJEPAConfig(SFTConfig):
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu and not self.fp16 and self.bf16 is None:
             self.bf16 = False
+        if (self.bf16 or self.fp16) and not self.use_cpu and not torch.cuda.is_available():
+            raise UserError("bf16 and fp16 need a GPU and none is visible; add --use_cpu true or --bf16 false.")
         # TRL still sets the old name, which transformers warns of.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing

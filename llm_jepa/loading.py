@@ -182,7 +182,9 @@ def _read_jsonl(path: Path) -> Dataset:
 
 def _check_folder(source: str) -> None:
     path = Path(source)
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    # `runs/mistyped` reads like a Hub id; asking the Hub for it takes a minute of retries without a network.
+    beside_us = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or beside_us
     if looks_local and not path.is_dir():
         raise UserError(f"No model folder at {source}.")
     if path.is_dir() and not (path / "config.json").is_file():

@@ -148,6 +148,22 @@ def test_resume_continues_and_equals_the_uninterrupted_run(recipe, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_resuming_a_finished_run_takes_no_step(best, recipe, tmp_path, capsys):
+    """transformers would train one step more. If the final save is missing, it is made from the checkpoint to keep."""
+    options = {"lr_scheduler_type": "constant", "validation_rows": 12, "eval_strategy": "steps", "eval_steps": 2}
+    path = recipe(**options, load_best_model_at_end=best, metric_for_best_model="eval_lm_loss", greater_is_better=False)
+    weights = tmp_path / "run" / "model.safetensors"
+    assert main(["train", path]) == 0
+    before = weights.read_bytes()
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    assert "already finished (4 steps)" in capsys.readouterr().out and weights.read_bytes() == before
+    weights.unlink()
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    a, b = load_file(weights), load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert weights.read_bytes() == before and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_lora_run_leaves_a_plain_merged_model_and_the_adapter(recipe, trained, tmp_path):
     path = recipe(
         model_config=None, model_name_or_path=str(trained), use_peft=True, lora_r=4, lora_target_modules="all-linear"
@@ -190,7 +206,7 @@ def test_saved_table_and_card_are_of_the_best_step(recipe, tmp_path, capsys):
     assert main(["train", path]) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["best_global_step"] < 6, "the last step is the best: this would prove nothing"
-    assert f"Validation at step {state['best_global_step']}," in capsys.readouterr().out
+    assert f"saved weights (step {state['best_global_step']})" in capsys.readouterr().out
     assert f"(step {state['best_global_step']})" in (tmp_path / "run" / "README.md").read_text()
 
 

@@ -457,6 +457,13 @@ class LLMJEPATrainer(SFTTrainer):
             )
         self.accelerator.wait_for_everyone()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied head is not in the file and is not missing; transformers would warn of it at every resume."""
+        model = self._base_model
+        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL calls this at every checkpoint; the card says what was trained and measured here."""
         if self.is_world_process_zero():

@@ -25,6 +25,7 @@ lint: $(STAMP)
 
 # Repeat the committed NL-RX runs:  make results NL_RX=path/to/nl_rx
 results: $(STAMP)
+	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
 	$(BIN)/python -m eval.tiny_nl_rx --data $(NL_RX)
 	$(BIN)/python -m eval.report
 

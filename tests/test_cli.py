@@ -225,7 +225,7 @@ BAD_ROWS = {
 }
 
 
-def refused(capsys, argv, *said):
+def expect_refusal(capsys, argv, *said):
     """Exit code 2, one line on stderr that says all of `said`, no traceback."""
     code = main(argv)
     err = capsys.readouterr().err
@@ -271,7 +271,7 @@ def refused(capsys, argv, *said):
     ],
 )
 def test_recipe_mistakes(changes, said, recipe, tmp_path, capsys):
-    refused(capsys, ["train", recipe(**changes)], said)
+    expect_refusal(capsys, ["train", recipe(**changes)], said)
     assert not list((tmp_path / "run").rglob("*")), "a run that cannot start must leave the folder free"
 
 
@@ -280,7 +280,7 @@ def test_bad_rows_name_the_row_and_the_field(case, recipe, tmp_path, capsys):
     rows, said = BAD_ROWS[case]
     data = tmp_path / "bad.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    refused(capsys, ["train", recipe(train_data=str(data))], said)
+    expect_refusal(capsys, ["train", recipe(train_data=str(data))], said)
     assert not list((tmp_path / "run").rglob("*")), "a run that cannot start must leave the folder free"
 
 
@@ -296,7 +296,7 @@ def test_bad_rows_name_the_row_and_the_field(case, recipe, tmp_path, capsys):
 def test_unreadable_data_files(content, said, recipe, tmp_path, capsys):
     data = tmp_path / "bad.jsonl"
     data.write_bytes(content)
-    refused(capsys, ["train", recipe(train_data=str(data))], "bad.jsonl", said)
+    expect_refusal(capsys, ["train", recipe(train_data=str(data))], "bad.jsonl", said)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_unreadable_data_files(content, said, recipe, tmp_path, capsys):
     ],
 )
 def test_command_line_mistakes(arguments, said, recipe, capsys):
-    refused(capsys, ["train", recipe(), *arguments], said)
+    expect_refusal(capsys, ["train", recipe(), *arguments], said)
 
 
 @pytest.mark.parametrize(
@@ -333,51 +333,55 @@ def test_command_line_mistakes(arguments, said, recipe, capsys):
 )
 def test_wrong_commands(argv, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(capsys, argv, said)
+    expect_refusal(capsys, argv, said)
 
 
 def test_output_dir_of_another_run_is_left_alone(recipe, trained, tmp_path, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    refused(capsys, ["train", recipe(output_dir=str(trained))], "holds another run", "--resume_from_checkpoint true")
-    refused(
+    expect_refusal(
+        capsys, ["train", recipe(output_dir=str(trained))], "holds another run", "--resume_from_checkpoint true"
+    )
+    expect_refusal(
         capsys, ["train", recipe(output_dir=str(trained)), "--resume_from_checkpoint", "true"], "the run has changed"
     )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    refused(capsys, ["train", recipe(output_dir=str(tmp_path / "mine"))], "is not empty")
-    refused(capsys, ["train", recipe(output_dir=str(tmp_path / "mine" / "thesis.txt"))], "is a file")
+    expect_refusal(capsys, ["train", recipe(output_dir=str(tmp_path / "mine"))], "is not empty")
+    expect_refusal(capsys, ["train", recipe(output_dir=str(tmp_path / "mine" / "thesis.txt"))], "is a file")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 def test_resume_mistakes(recipe, tmp_path, capsys):
-    refused(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "no run to resume")
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "no run to resume")
     assert main(["train", recipe()]) == 0
-    refused(
+    expect_refusal(
         capsys, ["train", recipe(learning_rate=0.5), "--resume_from_checkpoint", "true"], "learning_rate: 0.01 -> 0.5"
     )
-    refused(capsys, ["train", recipe(), "--resume_from_checkpoint", str(tmp_path / "x")], "no such folder")
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", str(tmp_path / "x")], "no such folder")
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
-    refused(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "optimizer.pt is missing")
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "optimizer.pt is missing")
 
 
 def test_resume_on_another_number_of_processes_is_refused(recipe, tmp_path, capsys):
     assert main(["train", recipe()]) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "num_processes": 2}))
-    refused(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "num_processes: 2 -> 1")
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "num_processes: 2 -> 1")
 
 
 def test_resume_without_optimizer_state_is_refused(recipe, capsys):
     assert main(["train", recipe(save_only_model=True)]) == 0
-    refused(capsys, ["train", recipe(save_only_model=True), "--resume_from_checkpoint", "true"], "no optimizer state")
+    expect_refusal(
+        capsys, ["train", recipe(save_only_model=True), "--resume_from_checkpoint", "true"], "no optimizer state"
+    )
 
 
 def test_processes_that_cannot_see_each_other_are_refused(recipe, monkeypatch, capsys):
     """torchrun on a machine without GPUs and without use_cpu: each rank would train into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, ["train", recipe(use_cpu=None)], "2 processes were started and cannot see each other")
+    expect_refusal(capsys, ["train", recipe(use_cpu=None)], "2 processes were started and cannot see each other")
 
 
 def test_existing_output_is_not_overwritten(trained, tmp_path, rows, capsys):
@@ -385,8 +389,8 @@ def test_existing_output_is_not_overwritten(trained, tmp_path, rows, capsys):
     data.write_text(json.dumps(rows[0]) + "\n")
     out.write_text("kept")
     for command in (["generate", str(trained), "--prompt", "x"], ["embed", str(trained), "--input", str(data)]):
-        refused(capsys, [*command, "--output", str(out)], "exists; name a new file")
-        refused(capsys, [*command, "--output", str(tmp_path / "no" / "o")], "No folder")
+        expect_refusal(capsys, [*command, "--output", str(out)], "exists; name a new file")
+        expect_refusal(capsys, [*command, "--output", str(tmp_path / "no" / "o")], "No folder")
     assert out.read_text() == "kept"
 
 
@@ -395,20 +399,20 @@ def test_a_best_metric_nobody_computes(recipe, capsys):
         validation_rows=12, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True,
         metric_for_best_model="bleu",
     )  # fmt: skip
-    refused(capsys, ["train", path], "metric_for_best_model", "bleu")
+    expect_refusal(capsys, ["train", path], "metric_for_best_model", "bleu")
 
 
 def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
-    refused(capsys, ["generate", str(broken), "--prompt", "x"], "no config.json")
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "no config.json")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((trained / name).read_bytes())
-    refused(capsys, ["generate", str(broken), "--prompt", "x"], "Cannot load a model")
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "Cannot load a model")
     save_file({"nothing": torch.zeros(1)}, broken / "model.safetensors", metadata={"format": "pt"})
-    refused(capsys, ["generate", str(broken), "--prompt", "x"], "partly random")
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "partly random")
     (broken / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    refused(capsys, ["generate", str(broken), "--prompt", "x"], "no causal LM")
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "no causal LM")
 
 
 def test_predictor_tokens_missing_from_the_tokenizer(trained, tmp_path, rows, capsys):
@@ -420,7 +424,7 @@ def test_predictor_tokens_missing_from_the_tokenizer(trained, tmp_path, rows, ca
     train_tokenizer(rows, 320).save_pretrained(tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(rows[0]) + "\n")
-    refused(
+    expect_refusal(
         capsys, ["embed", str(tmp_path), "--input", str(data), "--output", str(tmp_path / "o")], "lacks <|predictor_1|>"
     )
 
@@ -430,7 +434,7 @@ def test_pickled_weights_are_not_loaded(trained, tmp_path, capsys):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     torch.save(load_file(trained / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    refused(capsys, ["generate", str(tmp_path), "--prompt", "x"], "Cannot load a model")
+    expect_refusal(capsys, ["generate", str(tmp_path), "--prompt", "x"], "Cannot load a model")
 
 
 @pytest.mark.parametrize("arguments", [["train", "missing.yaml"], ["train"], ["embed", "x"]])

@@ -106,6 +106,8 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
     if options.batch_size < 1 or getattr(options, "max_new_tokens", 1) < 1:
         raise UserError("--batch_size and --max_new_tokens must be 1 or more.")
+    if getattr(options, "system", None) and options.input:
+        raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise UserError(f"No folder for --output {options.output}; make it first.")
     if options.output and Path(options.output).exists():

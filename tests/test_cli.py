@@ -328,6 +328,7 @@ def test_command_line_mistakes(arguments, said, recipe, capsys):
         (["generate", "."], "--prompt --input"),
         (["generate", ".", "--prompt", "x", "--temperature", "1"], "unknown arguments"),
         (["generate", ".", "--prompt", "x", "--batch_size", "0"], "1 or more"),
+        (["generate", ".", "--input", "x.jsonl", "--system", "s"], "--system goes with --prompt"),
         (["embed", ".", "--input", "missing.jsonl", "--output", "o"], "No data file"),
     ],
 )

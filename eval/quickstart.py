@@ -41,8 +41,8 @@ READING = """\
 How to read this. One seed of a 0.7M-parameter model from random weights, on generated data. The geometry rows (step 0
 -> best step) are what a run of this size can show: with the JEPA term the context picks its own target among 500
 (recall_at_1, chance 0.002), without it the two views are not aligned. The accuracy rows are no evidence for or against
-LLM-JEPA: a few points between two single runs are noise, and the published gains are for fine-tuning billion-parameter
-models. The extra training tokens are the cost of the views. README.md has repeated runs on the real NL-RX."""
+LLM-JEPA: learning curves are steep here, so another seed or length changes the gap between two single runs by tens of
+points, and its sign. The extra training tokens are the cost of the views. README.md has repeated runs on real NL-RX."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

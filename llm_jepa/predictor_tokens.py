@@ -47,7 +47,8 @@ def add_predictor_tokens(
 
     The embedding grows only if it has no spare rows. A new row is drawn like an ordinary one (mean and spread of the
     old rows, per dimension): transformers' own choice, the mean alone, is nearly zero in a fresh model, and a norm
-    layer turns that into a gradient ten times the rest. The generator is its own: the training seed stays unmoved.
+    layer turns that into a gradient several times too large. The generator is its own: the training seed stays
+    unmoved.
     """
     names = predictor_token_names(num_predictor_tokens)
     new = [name for name in names if name not in tokenizer.get_vocab()]

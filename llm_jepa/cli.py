@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
             raise
         print(f"llm-jepa: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -51,11 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"llm-jepa: stopped: {error}", file=sys.stderr)
         return 3
-    except OSError as error:  # a full disk, a folder that may not be written, a file that went away
-        if os.environ.get("LLM_JEPA_TRACEBACK"):
-            raise
-        print(f"llm-jepa: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("llm-jepa: interrupted", file=sys.stderr)
         return 130
@@ -146,10 +141,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except (
-        ImportError,
-        KeyError,
-    ) as error:  # an optimizer without its package, a metric_for_best_model nobody computes
+    except (ImportError, KeyError) as error:  # an optimizer without its package, a metric nobody computes
         if isinstance(error, KeyError) and "metric_for_best_model" not in str(error):
             raise
         raise UserError(f"Training stopped: {error}") from error
@@ -361,21 +353,20 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _prompts_of(rows: Dataset) -> list[Any]:
-    prompts = []
+    prompts: list[Any] = []
     for index, row in enumerate(rows):
-        turns = row.get("messages") or row.get("prompt")
-        is_chat = isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns
-        )
-        if turns and not is_chat and (row.get("messages") or not isinstance(turns, str)):
-            raise UserError(f"row {index}: give 'prompt' as text, or turns of {{'role', 'content'}}.")
-        if row.get("messages"):
-            messages = row["messages"]
-            prompts.append(messages[:-1] if messages[-1].get("role") == "assistant" else messages)
-        elif row.get("prompt"):
-            prompts.append(row["prompt"])
-        else:
+        prompt = row.get("messages") or row.get("prompt")
+        if not prompt:
             raise UserError(f"row {index} has neither 'prompt' nor 'messages'.")
+        if isinstance(prompt, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in prompt
+        ):
+            answered = row.get("messages") and prompt[-1].get("role") == "assistant"
+            prompts.append(prompt[:-1] if answered else prompt)
+        elif isinstance(prompt, str) and not row.get("messages"):
+            prompts.append(prompt)
+        else:
+            raise UserError(f"row {index}: give 'prompt' as text, or turns of {{'role', 'content'}}.")
     return prompts
 
 

@@ -126,9 +126,8 @@ class LLMJEPATrainer(SFTTrainer):
             self.predictor_ids = add_predictor_tokens(model, processing_class, args.num_predictor_tokens)
             if peft_config is not None:
                 train_token_rows(peft_config, model, self.predictor_ids)
-        self._masked_ids = known_predictor_ids(
-            processing_class
-        )  # in the baseline too, should it start from such a model
+        # In the baseline too, should it start from a model that brings such tokens.
+        self._masked_ids = known_predictor_ids(processing_class)
         model.config.llm_jepa = {
             "jepa_weight": args.jepa_weight,
             "objective": args.objective,
@@ -310,11 +309,10 @@ class LLMJEPATrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds lm_loss (mean over tokens), jepa_loss (mean over pairs) and num_tokens since the last training log."""
-        if "train_runtime" in logs:  # the end of training
+        if "loss" in logs or "train_runtime" in logs:  # a training step, or the end of training
             self._count_tokens()
             logs["num_tokens"] = self._total_train_tokens
         if "loss" in logs:
-            self._count_tokens()
             sums = (
                 self.accelerator.reduce(self._sums.clone(), reduction="sum") if self.args.world_size > 1 else self._sums
             )
@@ -323,7 +321,6 @@ class LLMJEPATrainer(SFTTrainer):
             logs["lm_loss"] = lm_sum / max(labels, 1)
             if pairs:
                 logs["jepa_loss"] = pair_sum / pairs
-            logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:

@@ -39,7 +39,7 @@ ARMS = {
 SPACE = ("recall_at_1", "cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
 READING = """\
 How to read this. One seed of a 0.7M-parameter model from random weights, on generated data. The geometry rows (step 0
--> best step) are what a run of this size can show: with the JEPA term the context picks its own target among 500
+-> best step) are what a run of this size can show: with the JEPA term the context picks its own target among 512
 (recall_at_1, chance 0.002), without it the two views are not aligned. The accuracy rows are no evidence for or against
 LLM-JEPA: learning curves are steep here, so another seed or length changes the gap between two single runs by tens of
 points, and its sign. The extra training tokens are the cost of the views. README.md has repeated runs on real NL-RX."""
@@ -106,10 +106,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def pairs_of(folder: Path, data: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centred, unit-norm predicted and target embeddings [count, D] of test requests."""
+    """Centred, unit-norm predicted and target embeddings [N, D] of the first test requests, at most `count`."""
     model, tokenizer = model_from(str(folder), dtype=torch.float32), tokenizer_from(str(folder))
     how = model.config.llm_jepa
-    rows = read_rows(str(data)).select(range(count))
+    rows = read_rows(str(data))
+    rows = rows.select(range(min(count, len(rows))))
     views = [
         add_view_columns(row, i, tokenizer=tokenizer, context_view=how["context_view"]) for i, row in enumerate(rows)
     ]
@@ -142,7 +143,7 @@ def draw(out: Path, results: dict[str, dict[str, Any]]) -> Path:
     )
     axes[0, 0].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
-    axes[0, 1].set(title="Context picks its own target", xlabel="step", ylabel="recall@1 of 500 pairs", ylim=(0, 1))
+    axes[0, 1].set(title="Context picks its own target", xlabel="step", ylabel="recall@1 of 512 pairs", ylim=(0, 1))
     axes[0, 2].set(title="Directions in use", xlabel="step", ylabel="effective rank", ylim=(0, None))
     for axis in axes[0]:
         axis.legend(frameon=False)

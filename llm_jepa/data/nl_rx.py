@@ -310,7 +310,7 @@ def generate(
 
 
 def write(
-    out_dir: str | os.PathLike[str], *, train: int = 6000, validation: int = 500, test: int = 500, seed: int = 0
+    out_dir: str | os.PathLike[str], *, train: int = 6000, validation: int = 512, test: int = 500, seed: int = 0
 ) -> dict[str, Path]:
     """Write the four JSON Lines files of a quickstart to `out_dir`; returns their paths by name.
 
@@ -338,8 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m llm_jepa.data.nl_rx", description="Write NL-RX-like training and test files.")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write to; made if missing")
     parser.add_argument("--train", type=int, default=6000, metavar="N", help="rows (default: %(default)s)")
-    parser.add_argument("--validation", type=int, default=500, metavar="N", help="rows (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=500, metavar="N", help="rows of each test file (default: 500)")
+    parser.add_argument("--validation", type=int, default=512, metavar="N", help="rows (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=500, metavar="N", help="rows of either test file (default: 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
     given = parser.parse_args(argv)
     try:

@@ -115,7 +115,7 @@ def pairs_of(folder: Path, data: Path, count: int) -> tuple[torch.Tensor, torch.
         add_view_columns(row, i, tokenizer=tokenizer, context_view=how["context_view"]) for i, row in enumerate(rows)
     ]
     collator = JEPACollator(tokenizer.pad_token_id, predictor_token_ids(tokenizer, how["num_predictor_tokens"]))
-    predicted, target, _ = embed_pairs(model, model, [collator(views)])
+    predicted, target, _ = embed_pairs(model, model, [collator(views)], layer=how["readout_layer"])
     centre = lambda x: torch.nn.functional.normalize(x - x.mean(dim=0), dim=-1)  # noqa: E731
     return centre(predicted), centre(target)
 

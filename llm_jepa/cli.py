@@ -291,7 +291,7 @@ def _dry_run(recipe: Recipe) -> int:
     train, _ = load_data(recipe.data, seed=_data_seed(recipe))
     tokenizer = load_tokenizer(recipe.model, recipe.training, train)
     tokenizer.pad_token = recipe.training.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    predictors = predictor_token_names(recipe.training.num_predictor_tokens if recipe.training.uses_jepa else 0)
+    predictors = predictor_token_names(recipe.training.num_predictor_tokens if recipe.training.uses_views else 0)
     tokenizer.add_tokens(predictors, special_tokens=True)
     print("# Resolved recipe\n" + yaml.safe_dump(json.loads(json.dumps(recipe.given)), sort_keys=False))
     print("# The first row, packed\n" + describe_row(train[0], tokenizer, recipe.training, color=sys.stdout.isatty()))
@@ -374,17 +374,18 @@ def _embed(options: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     from .loading import read_rows
-    from .packing import JEPACollator, check_packable, embed_pairs
+    from .packing import JEPACollator, embed_pairs
     from .predictor_tokens import predictor_token_ids
+    from .probe import choose_layout
     from .views import add_view_columns
 
     rows = read_rows(options.input)
     model, tokenizer = _load(options.model)
-    check_packable(model)
     how = getattr(model.config, "llm_jepa", None)
     if how is None:
         print("Note: this model was not trained by llm-jepa; reading both views at their last content token.")
         how = {"num_predictor_tokens": 0, "context_view": "prefix"}
+    layout = choose_layout(model, how["num_predictor_tokens"])
     predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -392,9 +393,11 @@ def _embed(options: argparse.Namespace) -> int:
         add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"])
         for index, row in enumerate(rows)
     ]
-    collator = JEPACollator(tokenizer.pad_token_id, predictors)
+    reads = {key: how[key] for key in ("readout", "predictor_position", "direction") if key in how}
+    collator = JEPACollator(tokenizer.pad_token_id, predictors, layout=layout, **reads)
     size = options.batch_size
-    context, target, _ = embed_pairs(model, model, [collator(views[i : i + size]) for i in range(0, len(views), size)])
+    batches = [collator(views[i : i + size]) for i in range(0, len(views), size)]
+    context, target, _ = embed_pairs(model, model, batches, layer=how.get("readout_layer", -1))
     save_file({"context": context.cpu(), "target": target.cpu()}, options.output)
     print(f"Wrote context and target {tuple(context.shape)} to {options.output}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,8 +37,12 @@ class ModelArguments:
         default="float32",
         metadata={"help": "Dtype of the master weights. Keep float32 under bf16: pure bf16 rounds small steps away."},
     )
-    attn_implementation: Literal["sdpa", "eager"] = field(
-        default="sdpa", metadata={"help": "Attention backend; both are exact for packed rows."}
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = field(
+        default="sdpa",
+        metadata={
+            "help": "Attention backend. sdpa and eager can mask packed rows; flash attention does not, so it needs "
+            "num_predictor_tokens: 0."
+        },
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the saved model is merged."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
@@ -82,26 +87,82 @@ class DataArguments:
 class LLMJEPAConfig(SFTConfig):
     """`trl.SFTConfig` plus the JEPA term. `jepa_weight=0` is plain SFT."""
 
+    # -- the loss
     jepa_weight: float = field(
         default=0.1,
         metadata={
             "help": "Weight of the JEPA loss beside the LM loss (the paper's lambda). 0: plain SFT, no token is added."
         },
     )
-    objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1"] = field(
+    jepa_weight_end: float | None = field(
+        default=None, metadata={"help": "Move jepa_weight to this in a straight line over the run; null: constant."}
+    )
+    jepa_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of optimizer steps without the JEPA term, which cost what plain SFT does (the paper's LD, "
+            "which advises jepa_weight * (1 - LD) = constant)."
+        },
+    )
+    objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1", "stp"] = field(
         default="info_nce",
         metadata={
             "help": "Distance between predicted and target embedding. The paper's is cosine, which collapsed in every "
-            "small run of ours; info_nce did not. InfoNCE takes its negatives from the micro-batch."
+            "small run of ours; info_nce did not. stp: Semantic Tube Prediction, which has no views."
         },
     )
     temperature: float = field(default=0.07, metadata={"help": "Temperature of info_nce; smaller is sharper."})
-    stop_gradient_target: bool = field(
-        default=False, metadata={"help": "Treat the target embedding as a constant (the paper moves both)."}
+    negatives: Literal["micro_batch", "optimizer_step"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "Where info_nce takes its negatives from: the micro-batch of all ranks, or all those of the "
+            "optimizer step (GradCache: one more forward pass, same gradient as one big batch)."
+        },
+    )
+    regularizer: Literal["vicreg", "sigreg"] | None = field(
+        default=None,
+        metadata={"help": "Keep the space from collapsing: each view by itself, over the pairs of all ranks."},
+    )
+    regularizer_weight: float = field(default=1.0, metadata={"help": "Its weight relative to the distance."})
+    projector_dim: int = field(
+        default=128,
+        metadata={
+            "help": "With a regularizer, distance and regularizer see a linear projection of the embeddings to so many "
+            "dimensions, trained along and thrown away; 0: the embeddings themselves."
+        },
+    )
+    stp_formula: Literal["paper", "code"] = field(
+        default="paper",
+        metadata={"help": "objective: stp as the paper writes it, or as its released code computes it."},
+    )
+
+    # -- the two embeddings
+    target_encoder: Literal["self", "stop_gradient", "ema", "base"] = field(
+        default="self",
+        metadata={
+            "help": "Where targets come from. self: this model; both sides move (paper). stop_gradient: this model, "
+            "forward only. ema: a moving average of it. base: the model at the start, whose targets are computed once."
+        },
+    )
+    ema_decay: float = field(
+        default=0.99, metadata={"help": "Decay per optimizer step at the start; rises to 1 on a cosine (BYOL)."}
     )
     num_predictor_tokens: int = field(
         default=1,
-        metadata={"help": f"Predictor tokens after the context, 0..{MAX_PREDICTOR_TOKENS} (the paper's k)."},
+        metadata={"help": f"Predictor tokens of the context, 0..{MAX_PREDICTOR_TOKENS} (the paper's k)."},
+    )
+    predictor_position: Literal["last", "first"] = field(
+        default="last", metadata={"help": "Predictor tokens after the context, or before its content (paper, table 3)."}
+    )
+    direction: Literal["forward", "reverse"] = field(
+        default="forward", metadata={"help": "reverse: the completion predicts the prompt (paper, table 3)."}
+    )
+    readout: Literal["last", "mean"] = field(
+        default="last", metadata={"help": "A view's embedding: the state of its last token, or the mean of all."}
+    )
+    readout_layer: int = field(
+        default=-1,
+        metadata={"help": "Which hidden state is read: -1 the last (after the final norm), 8 that after layer 8."},
     )
     context_view: Literal["prefix", "message"] = field(
         default="prefix",
@@ -119,6 +180,13 @@ class LLMJEPAConfig(SFTConfig):
     )
     diagnostics_pairs: int = field(
         default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
+    )
+    share_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay several examples of a batch in one row where that saves padding. The batch and its gradient "
+            "stay the same (TRL's packing changes both)."
+        },
     )
 
     # Other defaults than the parents'.
@@ -143,17 +211,30 @@ class LLMJEPAConfig(SFTConfig):
 
     def _check(self) -> None:
         """Raises UserError for what our own loss cannot honour; the parents would accept and ignore it."""
-        if not self.jepa_weight >= 0:
-            raise UserError(f"jepa_weight={self.jepa_weight} must be 0 (plain SFT) or more.")
+        for name, low, high, why in (
+            ("jepa_weight", 0, math.inf, "0 is plain SFT"),
+            ("jepa_weight_end", 0, math.inf, "0 ends as plain SFT"),
+            ("jepa_dropout", 0, 1, "it is the share of steps without the JEPA term"),
+            ("regularizer_weight", 0, math.inf, "0 is none"),
+            ("projector_dim", 0, 4096, "64 to 256 is usual, 0 is none"),
+            ("ema_decay", 0, 1, "0.99 is usual"),
+            ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "more tokens are not defined"),
+            ("diagnostics_pairs", 0, math.inf, "0 is off"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}={value} must lie in {low}..{high}: {why}.")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be > 0; CLIP starts at 0.07.")
-        if not 0 <= self.num_predictor_tokens <= MAX_PREDICTOR_TOKENS:
-            raise UserError(f"num_predictor_tokens={self.num_predictor_tokens} must lie in 0..{MAX_PREDICTOR_TOKENS}.")
-        if self.diagnostics_pairs < 0:
-            raise UserError(f"diagnostics_pairs={self.diagnostics_pairs} must be 0 (off) or more.")
+        if self.jepa_dropout == 1:
+            raise UserError("jepa_dropout=1 leaves no step with the JEPA term; set jepa_weight: 0 for plain SFT.")
         for name, allowed, why in (
-            ("packing", False, "it puts several examples in one row; ours holds one example and its views"),
-            ("eval_packing", None, "it puts several examples in one row; ours holds one example and its views"),
+            (
+                "packing",
+                False,
+                "it cuts and mixes examples; share_rows: true saves the padding and changes nothing else",
+            ),
+            ("eval_packing", None, "share_rows: true lays out evaluation rows as well"),
             ("padding_free", False, "views need their own attention mask"),
             ("label_smoothing_factor", 0.0, "our loss does not smooth and would ignore it"),
             ("neftune_noise_alpha", None, "its noise scales with the row length, which the views change"),
@@ -173,11 +254,8 @@ class LLMJEPAConfig(SFTConfig):
             value = getattr(self, name)
             if value != allowed and not (name == "eval_packing" and value is False):
                 raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
-        if self.uses_jepa and self.objective == "info_nce" and self.per_device_train_batch_size < 2:
-            raise UserError(
-                "objective: info_nce needs other pairs in the micro-batch as negatives; set "
-                "per_device_train_batch_size to 2 or more, or objective: cosine."
-            )
+        if self.uses_jepa:
+            self._check_jepa()
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
         if self.max_length is not None and self.max_length < 1:
@@ -185,6 +263,50 @@ class LLMJEPAConfig(SFTConfig):
         if self.chat_template_path is not None and not self.chat_template_path.endswith((".jinja", ".j2")):
             raise UserError(f"chat_template_path={self.chat_template_path!r} must be a .jinja file.")
 
+    def _check_jepa(self) -> None:
+        """Combinations of our own keys that cannot do what they say."""
+        pairs = self.per_device_train_batch_size * self.world_size
+        if self.negatives == "optimizer_step":
+            pairs *= self.gradient_accumulation_steps
+        if self.objective == "info_nce" and pairs < 2:
+            raise UserError(
+                "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
+                "or more, negatives: optimizer_step, or objective: cosine."
+            )
+        if self.negatives == "optimizer_step" and (self.objective != "info_nce" or self.regularizer is not None):
+            raise UserError(
+                "negatives: optimizer_step belongs to objective: info_nce, without a regularizer; remove it."
+            )
+        if self.objective == "stp":
+            for name in ("regularizer", "target_encoder", "predictor_position", "direction", "readout", "context_view"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise UserError(
+                        f"{name}: {getattr(self, name)} means nothing to objective: stp, which has no views."
+                    )
+        if self.regularizer is not None and pairs < max(2, 8 if self.regularizer == "sigreg" else 2):
+            raise UserError(
+                f"regularizer: {self.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
+                "raise per_device_train_batch_size."
+            )
+        if self.predictor_position == "first" and self.context_view == "prefix" and self.direction == "forward":
+            raise UserError(
+                "predictor_position: first cannot share the LM row, whose tokens do not see predictor tokens; set "
+                "context_view: message."
+            )
+
+    @property
+    def target_rows(self) -> Literal["inside", "apart", "cached"]:
+        """Where the collator puts target views: beside what learns, in rows for a pass without gradient, nowhere."""
+        if self.target_encoder == "self" or not self.uses_views:
+            return "inside"
+        return "cached" if self.target_encoder == "base" else "apart"
+
+    @property
+    def uses_views(self) -> bool:
+        """`stp` looks at the LM row alone."""
+        return self.uses_jepa and self.objective != "stp"
+
     @property
     def uses_jepa(self) -> bool:
-        return self.jepa_weight > 0
+        return self.jepa_weight > 0 or (self.jepa_weight_end or 0) > 0

@@ -40,6 +40,62 @@ def recall_at_1(predicted: Tensor, target: Tensor, target_key: Tensor | None = N
     return hit.float().mean()
 
 
+def linear_r2(
+    predicted: Tensor, target: Tensor, target_key: Tensor | None = None, *, train_share: float = 0.5
+) -> Tensor:
+    """R^2 of a linear map from predictions to targets [N, D], fitted on the first pairs, scored on the rest. Scalar.
+
+    1 - sum |s - (W z + b)|^2 / sum |s - mean|^2 over the scored pairs, `mean` that of the fitted targets: 1 = every
+    target follows, 0 = no better than that mean, below 0 = worse. It does not ask, as a cosine does, in
+    which coordinates a prediction knows its target; and unlike the residual of a fit on the very pairs it is measured
+    on (arXiv:2509.14252, table 14) it is not perfect by itself where N < D.
+
+    W is a ridge regression with a free intercept. Its strength is the one of 13, 1e-6 to 1e6 times the mean squared
+    length of the centred fitted predictions, with the least leave-one-out error on the fitted pairs; all 13 come from
+    one singular value decomposition, in float64.
+
+    Args:
+        target_key: [N] ints, equal for equal targets. Scored pairs whose target was fitted are left out: a map could
+            have learnt it by heart.
+        train_share: share of the pairs to fit on, rounded down. The order of the pairs must say nothing.
+
+    NaN for non-finite embeddings and where no pair is left to score; 0 where the scored targets do not vary.
+
+    Raises ValueError for fewer than two pairs to fit or none to score.
+    """
+    fit = int(train_share * len(predicted))
+    if not 2 <= fit < len(predicted):
+        raise ValueError(
+            f"train_share={train_share} of {len(predicted)} pairs leaves {fit} to fit; 2 are needed, and 1 to score."
+        )
+    nothing = torch.full((), torch.nan, device=predicted.device)
+    z, s = predicted.detach().cpu().double(), target.detach().cpu().double()  # on the CPU: MPS has no float64
+    if not (z.isfinite().all() and s.isfinite().all()):
+        return nothing
+    unseen = _unseen(target_key, fit, len(z))
+    if not unseen.any():
+        return nothing
+    new = s[fit:][unseen]
+    if (new - new.mean(dim=0)).norm() <= 1e-6 * new.norm():  # equal but for float32 roundings
+        return torch.zeros((), device=predicted.device)
+    x, y = z[:fit] - z[:fit].mean(dim=0), s[:fit] - s[:fit].mean(dim=0)
+    x_new, y_new = z[fit:][unseen] - z[:fit].mean(dim=0), new - s[:fit].mean(dim=0)
+    mapped = torch.zeros_like(y_new)
+    if x.norm() > 1e-6 * z[:fit].norm():  # else the predictions do not vary, and say nothing
+        u, singular, v = torch.linalg.svd(x, full_matrices=False)  # [fit, K], [K], [K, D], K = min(fit, D)
+        rotated = u.T @ y
+        best, error = x.new_zeros(()), torch.inf
+        for strength in x.square().sum() / fit * torch.logspace(6, -6, 13, dtype=x.dtype):
+            kept = singular.square() / (singular.square() + strength)
+            leverage = 1 / fit + u.square() @ kept  # 1 / fit: the intercept
+            left_out = (y - u @ (kept[:, None] * rotated)) / (1 - leverage)[:, None]
+            if (now := float(left_out.square().sum())) < error * (1 - 1e-9):  # a tie, as for fit = 2: the strongest
+                best, error = strength, now
+        mapped = x_new @ v.T @ ((singular / (singular.square() + best))[:, None] * rotated)
+    r2 = 1 - (y_new - mapped).square().sum() / y_new.square().sum()
+    return r2.float().to(predicted.device)
+
+
 def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | None = None) -> dict[str, float]:
     """Geometry of N pairs of embeddings [N, D].
 
@@ -47,6 +103,7 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
     raw_cosine_matched, raw_cosine_mismatched: the same without centring; both near 1 is the signature of collapse.
     recall_at_1: see `recall_at_1`; chance is 1 / N.
     effective_rank_predicted, effective_rank_target: see `effective_rank`.
+    linear_r2: see `linear_r2`. Left out for fewer than four pairs, and where no target is new in the second half.
 
     Raises ValueError for fewer than two pairs: there is no wrong pair to compare with.
     """
@@ -67,6 +124,8 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
     figures["recall_at_1"] = recall_at_1(predicted, target, target_key)
     figures["effective_rank_predicted"] = effective_rank(predicted)
     figures["effective_rank_target"] = effective_rank(target)
+    if len(predicted) >= 4 and _unseen(target_key, len(predicted) // 2, len(predicted)).any():
+        figures["linear_r2"] = linear_r2(predicted, target, target_key)
     return {key: float(value) for key, value in figures.items()}
 
 
@@ -87,6 +146,13 @@ def has_collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
         for side in ("effective_rank_predicted", "effective_rank_target")
     )
     return to_a_point or to_a_line
+
+
+def _unseen(target_key: Tensor | None, fit: int, count: int) -> Tensor:
+    """[count - fit] bools, on the CPU: which pairs after the first `fit` have a target that those do not have."""
+    if target_key is None:
+        return torch.ones(count - fit, dtype=torch.bool)
+    return ~torch.isin(target_key[fit:], target_key[:fit]).cpu()
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -22,31 +22,31 @@ def describe_row(
 ) -> str:
     """The segments of one packed row with positions, what they see, what is trained and where embeddings are read."""
     views = _views(row, 0, tokenizer, args)
-    packed = _collator(tokenizer, args).segments(views)
+    packed = _collator(tokenizer, args).example(views)
     lines = []
-    for doc in (LM_ROW, CONTEXT, TARGET):
-        at = [i for i, value in enumerate(packed["doc"]) if value == doc]
-        if not at or (doc != LM_ROW and not args.uses_jepa):
-            continue
-        ids = [packed["input_ids"][i] for i in at]
-        positions = [packed["position_ids"][i] for i in at]
-        sees = "itself"
-        if packed["visible"][at[0]]:
-            sees = f"itself and the first {packed['visible'][at[0]]} tokens of the {NAMES[packed['parent'][at[0]]]}"
+    for segment in packed.segments:
+        ids, last = segment.ids, segment.start + len(segment.ids) - 1
+        sees = f"itself and the first {segment.start} tokens of the LM row" if segment.start else "itself"
         text = repr(tokenizer.decode(ids))
         if color:
-            text = f"\x1b[{COLORS[doc]}m{text}\x1b[0m"
-        lines.append(f"{NAMES[doc]:8s} {len(ids):4d} tokens, positions {positions[0]}..{positions[-1]}, sees {sees}")
+            text = f"\x1b[{COLORS[segment.kind]}m{text}\x1b[0m"
+        lines.append(f"{NAMES[segment.kind]:8s} {len(ids):4d} tokens, positions {segment.start}..{last}, sees {sees}")
         lines.append(f"         {text}")
-        if doc == LM_ROW:
+        if segment.kind == LM_ROW:
             trained = [token for token, label in zip(ids, views["labels"], strict=True) if label != IGNORE]
             lines.append(f"         trained: {len(trained)} tokens, {tokenizer.decode(trained)!r}")
-    if args.uses_jepa:
-        for name in ("context", "target"):
-            token = packed["input_ids"][packed[f"{name}_at"]]
-            lines.append(f"{name} embedding read at index {packed[f'{name}_at']}: {tokenizer.decode([token])!r}")
-    else:
+    for name, reads in (("context", packed.contexts), ("target", packed.targets)):
+        for read in reads:
+            s, i = read[-1]
+            token = repr(tokenizer.decode([packed.segments[s].ids[i]]))
+            where = f"the mean of {len(read)} states up to" if args.readout == "mean" else "the state of"
+            lines.append(f"{name} embedding: {where} the {NAMES[packed.segments[s].kind]}'s token {i}, {token}")
+    for ids in packed.apart:
+        lines.append(f"target in a row of its own, without gradient: {tokenizer.decode(ids)!r}")
+    if not args.uses_jepa:
         lines.append("jepa_weight is 0: plain SFT, no view is added.")
+    elif not args.uses_views:
+        lines.append("objective: stp compares states within the LM row; no view is added.")
     return "\n".join(lines)
 
 
@@ -55,7 +55,9 @@ def token_cost(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAC
     sample = [_views(row, i, tokenizer, args) for i, row in enumerate(rows.select(range(min(SAMPLE, len(rows)))))]
     sft = sum(len(views["input_ids"]) for views in sample) / len(sample)
     collator = _collator(tokenizer, args)
-    ours = sum(len(collator.segments(views)["input_ids"]) for views in sample) / len(sample) if args.uses_jepa else sft
+    examples = [collator.example(views) for views in sample]
+    lengths = [sum(len(s.ids) for s in e.segments) + sum(map(len, e.apart)) for e in examples]
+    ours = sum(lengths) / len(sample)
     return (
         f"{ours:.1f} tokens per example against {sft:.1f} of plain SFT: {ours / sft:.2f} x "
         f"(context_view {args.context_view}, mean of {len(sample)} rows; the published code pays 3 x before padding)"
@@ -74,5 +76,13 @@ def _views(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> JEPACollator:
-    ids = predictor_token_ids(tokenizer, args.num_predictor_tokens) if args.uses_jepa else []
-    return JEPACollator(tokenizer.pad_token_id, ids)
+    ids = predictor_token_ids(tokenizer, args.num_predictor_tokens) if args.uses_views else []
+    return JEPACollator(
+        tokenizer.pad_token_id,
+        ids,
+        with_views=args.uses_views,
+        readout=args.readout,
+        predictor_position=args.predictor_position,
+        direction=args.direction,
+        targets=args.target_rows,
+    )

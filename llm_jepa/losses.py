@@ -4,14 +4,18 @@ LLM-JEPA (arXiv:2509.14252, eq. 2) trains
 
     L = L_LM + jepa_weight * d(Pred(Enc(context)), Enc(target))
 
-and this module is `d`. Every function takes `predicted` and `target` [B, D] and returns one value per pair, [B]: the
+and this module is `d`. A distance takes `predicted` and `target` [B, D] and returns one value per pair, [B]: the
 caller averages, so that accumulation steps and ranks of different size weigh every pair alike.
+
+`vicreg` and `sigreg` are terms to add: of the embeddings of one side alone, [B, D], they make one number that is large
+where the space has collapsed.
 
 Everything is computed in float32 at least: near 1, a bfloat16 cosine is off by half its distance from 1.
 """
 
 from __future__ import annotations
 
+import random
 from typing import Literal, get_args
 
 import torch
@@ -107,6 +111,72 @@ def jepa_loss(
     if objective == "info_nce":
         return info_nce(predicted, target, temperature=temperature, target_key=target_key, stop_gradient=stop_gradient)
     return jepa_distance(predicted, target, kind=objective, stop_gradient=stop_gradient)
+
+
+def vicreg(embeddings: Tensor) -> Tensor:
+    """Variance and covariance terms of VICReg, scalar. 0 where every dimension has variance 1 and none is correlated.
+
+    v + c / 25,  v = mean over j of max(0, 1 - sqrt(var_j + 1e-4)),  c = sum over i != j of C_ij^2 / D,  C the
+    covariance of the D dimensions, var its diagonal, both over B - 1 (arXiv:2105.04906, eqs. 1-4, gamma = 1). A point
+    has v = 0.99; a line has no v but a large c. The paper adds the terms of both sides; that is left to the caller.
+
+    Args:
+        embeddings: [B, D], one side of the pairs. Gather ranks first: C of a part is not a part of C.
+
+    Raises ValueError for other shapes and for B < 2, which has no variance.
+    """
+    if embeddings.dim() != 2 or len(embeddings) < 2:
+        raise ValueError(f"embeddings {tuple(embeddings.shape)} must be [B, D] with B >= 2: one row has no variance.")
+    x = _wide(embeddings)
+    x = x - x.mean(dim=0)
+    variance = x.square().sum(dim=0) / (len(x) - 1)  # [D]
+    with torch.autocast(x.device.type, enabled=False):
+        gram = x @ x.T / (len(x) - 1)  # [B, B], as large as C = X^T X / (B - 1) in sum of squares, and D is thousands
+    v = (1 - (variance + 1e-4).sqrt()).clamp_min(0).mean()
+    c = (gram.square().sum() - variance.square().sum()) / x.shape[1]
+    return v + c / 25  # the paper's mu = 25 and nu = 1, over lambda = 25: relative to an invariance term of weight 1
+
+
+def sigreg(embeddings: Tensor, slices: Tensor) -> Tensor:
+    """Sketched Isotropic Gaussian Regularisation, scalar: how far the projections on `slices` are from N(0, 1).
+
+    Mean over slices of B * integral of |f(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt over -5..5, where f(t) = mean over rows of
+    exp(i t x) and x = row . slice (Epps-Pulley; arXiv:2511.08544, section 4.2.3 and algorithm 1). The sample is not
+    standardised: its mean and scale are judged too. B rows drawn from N(0, I) have sqrt(2 pi) - sqrt(2 pi / 3) = 1.06
+    on average, whatever B; a point at 0 has 0.41 B, a stationary value; far from 0 it goes up to 3.95 B.
+
+    Args:
+        embeddings: [B, D]. Gather ranks first: f is averaged over all rows *before* it is squared, and the mean of
+            each rank's value is another, noisier loss.
+        slices: [D, M] unit columns, see `random_slices`. The same on every rank, and new ones every step. A few tensors
+            of [B, M, 17] are kept for the gradient.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if embeddings.dim() != 2 or slices.dim() != 2 or len(slices) != embeddings.shape[1] or not len(embeddings):
+        raise ValueError(
+            f"embeddings {tuple(embeddings.shape)} and slices {tuple(slices.shape)} must be [B, D] and [D, M], B >= 1."
+        )
+    x = _wide(embeddings)
+    # 17 points and -5..5 are the paper's advice (section 6.1). The integrand is even, so all 17 go to t >= 0 (section
+    # 5.1; algorithm 1 has them on -5..5). A spacing h takes x that are 2 pi / h apart for equal: here 20, there 10.
+    t = torch.linspace(0, 5, 17, dtype=x.dtype, device=x.device)
+    normal = torch.exp(-t.square() / 2)  # the characteristic function of N(0, 1), and the window (algorithm 1)
+    with torch.autocast(x.device.type, enabled=False):
+        phase = (x @ slices.to(x.dtype))[..., None] * t  # [B, M, 17]
+    error = (phase.cos().mean(dim=0) - normal).square() + phase.sin().mean(dim=0).square()  # [M, 17]
+    return 2 * len(x) * torch.trapezoid(error * normal, t, dim=-1).mean()
+
+
+def random_slices(dim: int, count: int, *, seed: int, step: int, device: torch.device | str) -> Tensor:
+    """[dim, count] float32 unit columns, uniform on the sphere, for `sigreg`: equal wherever `seed` and `step` are.
+
+    Drawn on the CPU, whatever the device, by a generator of its own: the global one does not move. The paper starts
+    from 1024 slices (arXiv:2511.08544, section 6.1; 256 in algorithm 1), and new ones every step (section 4.3).
+    """
+    mixed = random.Random(f"{seed} {step}").getrandbits(32)  # a CPU generator reads no more than 32 bits of its seed
+    drawn = torch.randn(dim, count, generator=torch.Generator().manual_seed(mixed))
+    return F.normalize(drawn, dim=0).to(device)
 
 
 def _wide(x: Tensor) -> Tensor:

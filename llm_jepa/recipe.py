@@ -2,7 +2,8 @@
 
 A recipe is one flat mapping of the field names in `llm_jepa.config`. YAML is read by its 1.2 core rules (`no` is a
 word, `1e-5` a number), without anchors, tags or duplicate keys. Every value is checked against the field's type and
-choices, from the file and from the command line alike.
+choices, from the file and from the command line alike. `extends: FILE`, relative to the recipe, names one parent whose
+keys the recipe overrides; what comes out is the same as if it had been written out in full.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import os
 import re
 import sys
 import types
@@ -26,6 +28,8 @@ from .errors import UserError
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 20
+MAX_FILES = 5  # a recipe, the file it extends, the file that one extends, ...
+EXTENDS = "extends"
 GROUPS = (ModelArguments, DataArguments, LLMJEPAConfig)
 # Names that people bring along, and what became of them.
 RENAMED = {
@@ -41,6 +45,8 @@ RENAMED = {
     "lambda": "jepa_weight",
     "dataset_name": "train_data",
     "predictors": "num_predictor_tokens",
+    "stop_gradient_target": "target_encoder: stop_gradient",
+    "jepa_ratio": "jepa_dropout (1 - jepa_ratio)",
 }
 # How a run is watched and stored, not what it computes: free to differ between a run and its resumption.
 BOOKKEEPING = {
@@ -65,12 +71,14 @@ class Recipe:
 
 def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and `--field value` overrides. Raises UserError, one line, for anything that cannot be right."""
-    values = read_yaml(path)
-    values.update(_parse_overrides(overrides))
     fields = recipe_fields()
-    unknown = [key for key in values if key not in fields]
-    if unknown:
-        raise UserError(f"{path}: " + "; ".join(_unknown(key, list(fields)) for key in unknown))
+    values: dict[str, Any] = {}
+    for file, own in reversed(_chain(Path(path))):  # the child's keys win
+        unknown = [key for key in own if key not in fields]
+        if unknown:
+            raise UserError(f"{file}: " + "; ".join(_unknown(key, list(fields)) for key in unknown))
+        values.update(own)
+    values.update(_parse_overrides(overrides))
     resolved = {key: coerce(key, value, fields[key][1]) for key, value in values.items()}
     groups = [
         {key: resolved[key] for key in resolved if key in {f.name for f in dataclasses.fields(group) if f.init}}
@@ -114,6 +122,7 @@ def describe_keys() -> str:
     lines.append(
         f"\nAnd {others} keys of trl.SFTConfig and transformers.TrainingArguments: learning_rate, num_train_epochs,\n"
         "per_device_train_batch_size, gradient_accumulation_steps, bf16, eval_strategy, save_steps, report_to, ..."
+        f"\n\n`{EXTENDS}: FILE` in a recipe (relative to it) takes the keys of another one, which its own override."
     )
     return "\n".join(lines)
 
@@ -145,6 +154,34 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe and the files it extends, parents last, each with its own keys (`extends` aside). Raises UserError."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        own = read_yaml(path)
+        chain.append((path, own))
+        if EXTENDS not in own:
+            return chain
+        parent = _parent(path, own.pop(EXTENDS))
+        if any(os.path.samefile(parent, file) for file, _ in chain):
+            raise UserError(f"{path} extends {parent}, which is itself or extends it: a circle has no values.")
+        if len(chain) == MAX_FILES:
+            raise UserError(f"{path} extends {parent}, file {MAX_FILES + 1} of a recipe that may have {MAX_FILES}.")
+        path = parent
+
+
+def _parent(path: Path, name: Any) -> Path:
+    """The file that the recipe at `path` extends. Raises UserError."""
+    # Plain names only: no absolute path, drive, URL, `~`, `$`, backslash, nor `..` after a name. Nobody has to guess
+    # which file is meant, and it means the same on every machine.
+    if not isinstance(name, str) or not re.fullmatch(r"(\.\./)*([\w-][\w .-]*/)*[\w-][\w .-]*\.ya?ml", name):
+        raise UserError(f"{path} extends {str(name)[:80]!r}: write one .yaml file relative to it, as ../_base.yaml.")
+    parent = path.parent / name
+    if not os.path.isfile(parent):
+        raise UserError(f"{path} extends {parent}, which is no file; the name is relative to {path.parent}.")
+    return parent
+
+
 def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """--field value, --field=value and --field-with-hyphens value; values are YAML scalars or flow collections."""
     values: dict[str, Any] = {}
@@ -160,6 +197,8 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name} has no value; write --{name} VALUE.")
             text = rest.pop(0)
+        if name == EXTENDS:
+            raise UserError(f"--{EXTENDS}: only a recipe file can extend another; on the command line give the keys.")
         if name not in fields:
             raise UserError(_unknown(name, list(fields), "--"))
         if name in values:

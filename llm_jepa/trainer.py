@@ -2,23 +2,28 @@
 
 One step, from a collated batch to a loss, is `_forward` and `compute_loss`. Both terms are sums divided by counts of
 the *whole* optimizer step (labels and pairs over all micro-batches and ranks), so that batch 8 = 2 x 4 = 3 + 5 = two
-ranks of 4 in gradient. InfoNCE is the exception by nature: its negatives are the micro-batch.
+ranks of 4 in gradient. Where every pair meets every other (InfoNCE, the regularizers) the pairs of all ranks are
+gathered; accumulation steps still part them, unless `negatives: optimizer_step` says otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -35,28 +40,42 @@ from trl import SFTTrainer
 from . import checkpoint
 from .config import LLMJEPAConfig
 from .diagnostics import has_collapsed, space_diagnostics
+from .distributed import shared_coin
 from .errors import NonFiniteLossError, UserError
 from .loading import model_from, tokenizer_from
-from .losses import jepa_loss
 from .model_card import write_model_card
-from .packing import JEPACollator, check_packable, embed_pairs, model_inputs, read_pairs
+from .objective import EVALUATION, Objective
+from .packing import (
+    JEPACollator,
+    embed_pairs,
+    lm_rows_only,
+    model_inputs,
+    read,
+    router_logits_of,
+    router_loss,
+)
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
-from .views import IGNORE, add_view_columns
+from .probe import choose_layout
+from .target_encoder import load_state, save_state, target_table
+from .views import IGNORE, Views, add_view_columns
 
 logger = logging.get_logger(__name__)
 
-VIEW_COLUMNS = ["input_ids", "labels", "split", "context_ids", "target_ids", "target_key", "truncated"]
+VIEW_COLUMNS = [field.name for field in fields(Views)]
+JEPA_STATE = "jepa_state.safetensors"
 COLLAPSE_HINT = (
     "The embedding space has collapsed: wrong pairs are as close as right ones, or hardly any direction is left "
     "({figures}). The JEPA loss is low for a trivial reason. Try objective: info_nce, a smaller jepa_weight, or "
-    "stop_gradient_target: true."
+    "target_encoder: stop_gradient."
 )
 
 
 class StepOutput(NamedTuple):
     token_nll: Tensor  # [labels] negative log-likelihood in nats, float32
-    row_of_label: Tensor  # [labels] which row each belongs to
-    pair_loss: Tensor | None  # [B], None for plain SFT
+    label_at: Tensor  # [labels] the flat place in the batch that predicts each
+    pair_loss: Tensor | None  # [P], None for plain SFT
+    example_of_pair: Tensor | None  # [P]
+    router_loss: Tensor | None  # of a mixture of experts
     num_tokens: Tensor  # real tokens in the batch, views included
 
 
@@ -103,11 +122,6 @@ class LLMJEPATrainer(SFTTrainer):
                 f"One process sees {args.n_gpu} GPUs and would wrap the model in nn.DataParallel; use --launch ddp, or "
                 "show it one with CUDA_VISIBLE_DEVICES=0."
             )
-        if args.world_size > 1 and args.uses_jepa and args.objective == "info_nce":
-            raise UserError(
-                f"objective: info_nce compares pairs within one rank only, and this run has {args.world_size}: its "
-                "negatives would depend on the number of GPUs. Use one rank, or objective: cosine."
-            )
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise UserError("average_tokens_across_devices: false would weight ranks by their share; remove it.")
 
@@ -121,8 +135,7 @@ class LLMJEPATrainer(SFTTrainer):
             model.generation_config.pad_token_id = processing_class.pad_token_id
 
         self.predictor_ids: list[int] = []
-        if args.uses_jepa:
-            check_packable(model)
+        if args.uses_views:
             self.predictor_ids = add_predictor_tokens(model, processing_class, args.num_predictor_tokens)
             if peft_config is not None:
                 train_token_rows(peft_config, model, self.predictor_ids)
@@ -132,17 +145,28 @@ class LLMJEPATrainer(SFTTrainer):
             "jepa_weight": args.jepa_weight,
             "objective": args.objective,
             "num_predictor_tokens": len(self.predictor_ids),
+            "predictor_position": args.predictor_position,
+            "direction": args.direction,
+            "readout": args.readout,
+            "readout_layer": args.readout_layer,
             "context_view": args.context_view,
             "label_protocol": args.label_protocol,
         }
         self._base_model = model
         self._use_cache = model.config.use_cache
         multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1
-        collator = JEPACollator(processing_class.pad_token_id, self.predictor_ids, args.uses_jepa, multiple)
+        self._pairs_of = JEPACollator(
+            processing_class.pad_token_id,
+            self.predictor_ids,
+            pad_to_multiple_of=multiple,
+            readout=args.readout,
+            predictor_position=args.predictor_position,
+            direction=args.direction,
+        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=self._pairs_of,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -153,6 +177,10 @@ class LLMJEPATrainer(SFTTrainer):
             self.accelerator.parallelism_config.cp_enabled or self.accelerator.parallelism_config.sp_enabled
         ):
             raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
+        if (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and not self.is_fsdp_enabled:
+            raise UserError(
+                "FSDP was asked for, and without GPUs Accelerate makes DDP of it in silence; use --launch cpu."
+            )
         narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
         if narrow:
             logger.warning(
@@ -161,12 +189,110 @@ class LLMJEPATrainer(SFTTrainer):
             )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step itself
         self._pairs_in_step: Tensor | int = 1
-        self._sums = torch.zeros(5, device=args.device)  # lm_sum, labels, pair_sum, pairs, tokens since the last log
-        self._eval_rows: list[Tensor] = []
+        # lm_sum, labels, pair_sum, pairs, tokens, router loss, micro-batches since the last log
+        self._sums = torch.zeros(7, device=args.device)
+        self._eval_examples: list[Tensor] = []
+        config = model.config.get_text_config()
+        self.objective = Objective(args, config.hidden_size, args.device)
+        if args.uses_views:
+            self._check_objective()
+        self._set_layout()
+        if args.uses_jepa and args.target_encoder == "base":
+            self._embed_base_targets()
         self._bank = self._make_bank()
         self._start_diagnostics: dict[str, float] | None = None
+        self._resumed_from: str | None = None
         self._warned_of_collapse = False
-        self.add_callback(_AtStart(self))
+        self.add_callback(_Steps(self))
+
+    def _check_objective(self) -> None:
+        """What can only be refused once model and data are there."""
+        args, config = self.args, self._base_model.config.get_text_config()
+        if not -config.num_hidden_layers - 1 <= args.readout_layer <= config.num_hidden_layers:
+            raise UserError(
+                f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
+                f"{config.num_hidden_layers} (-1 is the last)."
+            )
+        pairs = args.per_device_train_batch_size * args.world_size
+        if args.negatives == "optimizer_step":
+            pairs *= args.gradient_accumulation_steps
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        if args.objective == "info_nce":
+            key = "context_key" if args.direction == "reverse" else "target_key"
+            distinct = len(set(self.train_dataset[key]))
+            if distinct < min(pairs, len(self.train_dataset)):
+                raise UserError(
+                    f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
+                    f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."
+                )
+        if args.regularizer is not None:
+            if sharded:
+                raise UserError(f"regularizer: {args.regularizer} has no sharded projector; use --launch ddp.")
+            if not args.projector_dim and pairs < config.hidden_size:
+                raise UserError(
+                    f"regularizer: {args.regularizer} without a projector would judge {config.hidden_size} dimensions "
+                    f"by {pairs} pairs; set projector_dim: 128, or a batch of {config.hidden_size} pairs."
+                )
+        if args.target_encoder == "ema" and self.is_deepspeed_enabled:
+            raise UserError(
+                "target_encoder: ema cannot follow weights that DeepSpeed holds; use --launch fsdp2 or ddp."
+            )
+        if args.target_encoder == "base" and sharded:
+            raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
+
+    def _set_layout(self) -> None:
+        """Try the model (rank 0 decides for all), and make the collators of its layout."""
+        args, predictors = self.args, len(self.predictor_ids)
+        found: list[Any] = ["packed", ""]  # layout, error
+        if args.uses_views or (args.diagnostics_pairs and self.eval_dataset is not None):
+            if self.is_world_process_zero() or self.is_distributed_loading_by_transformers:  # a sharded pass takes all
+                try:
+                    found[0] = choose_layout(self._base_model, predictors)
+                except UserError as error:
+                    found[1] = str(error)
+            if args.world_size > 1:
+                broadcast_object_list(found)
+            for module in self._base_model.modules():
+                if isinstance(module, FSDPModule):  # the optimizer would take the gathered weights for its own
+                    module.reshard()
+            if found[1] and args.uses_views:
+                raise UserError(found[1])
+            if found[1]:
+                logger.warning(f"No diagnostics of the embedding space: {found[1]}")
+                args.diagnostics_pairs = 0
+        if args.share_rows and found[0] != "packed":
+            raise UserError(f"share_rows: true needs packed rows, which {type(self._base_model).__name__} cannot have.")
+        self._pairs_of = replace(self._pairs_of, layout=found[0])
+        self.data_collator = replace(
+            self._pairs_of,
+            with_views=args.uses_views,
+            with_tubes=args.uses_jepa and args.objective == "stp",
+            row_cost=6 * self._base_model.config.get_text_config().hidden_size if args.share_rows else 0,
+            targets=args.target_rows,
+        )
+
+    def _embed_base_targets(self) -> None:
+        """The start model's targets of every row, once. Equal targets have one row in the table."""
+        side = "contexts" if self.args.direction == "reverse" else "targets"
+        number: dict[tuple[int, ...], int] = {}
+
+        def numbered(dataset: Any) -> Any:
+            if dataset is None or isinstance(dataset, dict):
+                return dataset and {name: numbered(part) for name, part in dataset.items()}
+            rows = [[number.setdefault(tuple(ids), len(number)) for ids in views] for views in dataset[side]]
+            return dataset.add_column("target_rows", rows)
+
+        for name in ("train_dataset", "eval_dataset"):
+            setattr(self, name, numbered(getattr(self, name)))
+        table = target_table(
+            self._base_model,
+            list(number),
+            pad_token_id=self.processing_class.pad_token_id,
+            batch_size=self.args.per_device_eval_batch_size,
+            readout=self.args.readout,
+            layer=self.args.readout_layer,
+        )
+        self.data_collator = replace(self.data_collator, target_table=table)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -197,6 +323,9 @@ class LLMJEPATrainer(SFTTrainer):
             logger.warning(
                 f"{truncated} of {len(dataset)} {dataset_name} rows were cut to max_length={args.max_length} tokens."
             )
+        if args.train_sampling_strategy == "group_by_length":  # by the length of the packed row
+            lengths = [sum(len(s.ids) for s in self._pairs_of.example(row).segments) for row in dataset]
+            dataset = dataset.add_column(args.length_column_name, lengths)
         self._check_positions(dataset, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
@@ -206,7 +335,10 @@ class LLMJEPATrainer(SFTTrainer):
         limit = getattr(config, "max_position_embeddings", None)
         if limit is None or getattr(config, "rope_parameters", None) is not None:
             return
-        longest = max(max(map(len, dataset[key])) for key in ("input_ids", "context_ids", "target_ids"))
+        longest = max(map(len, dataset["input_ids"]))
+        longest = max(
+            longest, *(len(ids) for key in ("contexts", "targets") for views in dataset[key] for ids in views)
+        )
         if longest + len(self.predictor_ids) > limit:
             raise UserError(
                 f"The longest {name} row has {longest} tokens and {len(self.predictor_ids)} predictor tokens, the "
@@ -214,35 +346,69 @@ class LLMJEPATrainer(SFTTrainer):
             )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = VIEW_COLUMNS
+        self._signature_columns = [*VIEW_COLUMNS, "target_rows", self.args.length_column_name]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of one optimizer step, with its label and pair counts over all of them and all ranks."""
+        """The micro-batches of one optimizer step, with its label and pair counts over all of them and all ranks.
+
+        `jepa_dropout` takes the views out of all of them, by one coin of (seed, step).
+        """
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        step = self.state.global_step
+        if self.args.jepa_dropout and shared_coin(self.args.seed, step) < self.args.jepa_dropout:
+            batches = [lm_rows_only(batch) for batch in batches]
+        elif self.args.objective == "stp":
+            for batch in batches:
+                batch |= self.objective.draw_tubes(batch, step)
         counts = torch.zeros(2, device=device, dtype=torch.long)
         for batch in batches:
             counts[0] += (batch["labels"][:, 1:] != IGNORE).sum()
-            counts[1] += len(batch["target_at"]) if "target_at" in batch else 0
+            counts[1] += len(batch["example_of_pair"]) if "example_of_pair" in batch else 0
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         counts = counts.clamp(min=1)
         self._pairs_in_step = counts[1]
+        if self.args.negatives == "optimizer_step" and all("context_at" in batch for batch in batches):
+            self._compare_all_pairs(batches)
         return batches, counts[0]
+
+    def _compare_all_pairs(self, batches: list[dict[str, Any]]) -> None:
+        """`negatives: optimizer_step`: the embeddings of the whole step, without gradient, for `compare_all`.
+
+        The passes that learn draw their random numbers (dropout) again as they were here.
+        """
+        model = self.model_wrapped
+        model.train()
+        found = []
+        for batch in batches:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                target = self.objective.target_without_gradient(model, batch)
+                batch["random_again"] = _same_random_numbers(self.args.device)
+                hidden = self._call(model, batch, logits_to_keep=1).hidden_states[self.args.readout_layer]
+            predicted = read(hidden, batch["context_at"]).float()
+            found.append((predicted, (read(hidden, batch["target_at"]) if target is None else target).float()))
+        self.objective.compare_all(batches, found, step=self.state.global_step)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def _forward(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> StepOutput:
-        """One forward pass through the wrapped model: logits at label positions only, the last hidden state only."""
+    def _call(self, model: torch.nn.Module, inputs: dict[str, Any], logits_to_keep: Any) -> Any:
+        """One forward pass through the wrapped model, keeping the hidden state that is read and no other."""
+        states = {"output_hidden_states": self.args.readout_layer} if self.objective.is_in(inputs) else {}
+        experts = {"output_router_logits": False} if self.aux_loss_enabled else {}
+        return model(**model_inputs(inputs, self._base_model), logits_to_keep=logits_to_keep, **states, **experts)
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> StepOutput:
+        """A collated batch -> both terms, unreduced. Logits are computed at label positions only."""
         next_token = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)  # [R, L]
         has_label = next_token != IGNORE
-        packed = "doc" in inputs
-        output = model(
-            **model_inputs(inputs, self._base_model),
-            logits_to_keep=has_label,
-            **({"output_hidden_states": -1} if packed else {}),
-        )
+        target = None if "known_loss" in inputs else self.objective.target_without_gradient(model, inputs)
+        with (
+            inputs.get("random_again", contextlib.nullcontext)(),
+            router_logits_of(self._base_model, self.aux_loss_enabled) as router_logits,
+        ):
+            output = self._call(model, inputs, has_label)
         logits = output.logits.reshape(-1, output.logits.shape[-1])  # [labels, V]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self._masked_ids:
@@ -250,24 +416,30 @@ class LLMJEPATrainer(SFTTrainer):
             ids = torch.tensor(self._masked_ids, device=logits.device)
             logits = logits.index_fill(-1, ids, torch.finfo(logits.dtype).min)
         token_nll = F.cross_entropy(logits, next_token[has_label], reduction="none")
+        num_tokens = (inputs["doc"] >= 0).sum()
+        if "apart_attention_mask" in inputs:
+            num_tokens = num_tokens + inputs["apart_attention_mask"].sum()
         pair_loss = None
-        if packed:
-            predicted, target = read_pairs(output.hidden_states[-1], inputs)
-            pair_loss = jepa_loss(
-                predicted,
-                target,
-                objective=self.args.objective,
-                temperature=self.args.temperature,
-                target_key=inputs["target_key"],
-                stop_gradient=self.args.stop_gradient_target,
-            )
-        real = inputs["doc"] >= 0 if packed else inputs["attention_mask"] > 0
-        return StepOutput(token_nll, has_label.nonzero()[:, 0], pair_loss, real.sum())
+        if self.objective.is_in(inputs):
+            hidden = output.hidden_states[self.args.readout_layer]
+            step = self.state.global_step if self.model.training else EVALUATION
+            pair_loss = self.objective.pair_loss(hidden, inputs, target, step=step)
+        return StepOutput(
+            token_nll,
+            has_label.flatten().nonzero()[:, 0],
+            pair_loss,
+            inputs.get("example_of_pair"),
+            router_loss(self._base_model, router_logits, inputs) if router_logits else None,
+            num_tokens,
+        )
+
+    def jepa_weight_now(self) -> float:
+        return self.objective.weight(self.state.global_step / max(self.state.max_steps, 1))
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
@@ -282,16 +454,22 @@ class LLMJEPATrainer(SFTTrainer):
         pair_sum, pairs = lm_sum.new_zeros(()), 0
         if step.pair_loss is not None:
             pair_sum, pairs = step.pair_loss.sum(), len(step.pair_loss)
-            loss = loss + self.args.jepa_weight * pair_sum / (
-                pairs if num_items_in_batch is None else self._pairs_in_step
-            )
+            of = max(pairs, 1) if num_items_in_batch is None else self._pairs_in_step
+            loss = loss + self.jepa_weight_now() * pair_sum / of
         if self.model.training:
-            self._sums[0] += lm_sum.detach()
-            self._sums[1] += len(step.token_nll)
-            self._sums[2] += pair_sum.detach()
-            self._sums[3] += pairs
-            self._sums[4] += step.num_tokens
-        return loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+            self._sums[:5] += torch.stack(
+                [lm_sum.detach(), loss.new_tensor(len(step.token_nll)), pair_sum.detach(), loss.new_tensor(pairs),
+                 step.num_tokens.to(loss)]
+            ).float()  # fmt: skip
+        loss = loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        if step.router_loss is not None:
+            # As TRL weighs it: a mean over micro-batches, and over ranks.
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * step.router_loss / micro_batches
+            if self.model.training:
+                self._sums[5] += step.router_loss.detach()
+                self._sums[6] += 1
+        return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Called after clipping and before the optimizer: the last moment to keep NaN out of the weights."""
@@ -316,11 +494,15 @@ class LLMJEPATrainer(SFTTrainer):
             sums = (
                 self.accelerator.reduce(self._sums.clone(), reduction="sum") if self.args.world_size > 1 else self._sums
             )
-            lm_sum, labels, pair_sum, pairs, _ = sums.tolist()
+            lm_sum, labels, pair_sum, pairs, _, router, micro_batches = sums.tolist()
             self._sums.zero_()
             logs["lm_loss"] = lm_sum / max(labels, 1)
             if pairs:
                 logs["jepa_loss"] = pair_sum / pairs
+            if micro_batches:
+                logs["aux_loss"] = router / micro_batches
+            if self.args.jepa_weight_end is not None:
+                logs["jepa_weight"] = self.jepa_weight_now()
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
@@ -337,16 +519,22 @@ class LLMJEPATrainer(SFTTrainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
-        """Collects sums per row; `evaluation_loop` turns them into token- and pair-weighted means."""
+        """Collects sums per example; `evaluation_loop` turns them into token- and pair-weighted means."""
         inputs = self._prepare_inputs(inputs)
+        if self.args.uses_jepa and self.args.objective == "stp":
+            inputs |= self.objective.draw_tubes(inputs, EVALUATION)
         with torch.no_grad(), self.compute_loss_context_manager():
             step = self._forward(model, inputs)
-        rows = inputs["input_ids"].shape[0]
-        lm_sum = step.token_nll.new_zeros(rows).index_add_(0, step.row_of_label, step.token_nll)
-        labels = torch.bincount(step.row_of_label, minlength=rows).to(lm_sum)
-        pair_loss = step.pair_loss.to(lm_sum) if step.pair_loss is not None else torch.zeros_like(lm_sum)
-        # Per row, so that the rows a distributed sampler repeats to fill the last batch are dropped again.
-        self._eval_rows.append(self.accelerator.gather_for_metrics(torch.stack([lm_sum, labels, pair_loss], dim=1)))
+        starts, order = inputs["lm_at"].sort()
+        example_of_label = order[torch.searchsorted(starts, step.label_at, right=True) - 1]
+        sums = step.token_nll.new_zeros(4, len(starts))
+        sums[0].index_add_(0, example_of_label, step.token_nll)
+        sums[1] += torch.bincount(example_of_label, minlength=len(starts))
+        if step.pair_loss is not None and step.example_of_pair is not None:
+            sums[2].index_add_(0, step.example_of_pair, step.pair_loss.to(sums))
+            sums[3] += torch.bincount(step.example_of_pair, minlength=len(starts))
+        # Per example, so that those a distributed sampler repeats to fill the last batch are dropped again.
+        self._eval_examples.append(self.accelerator.gather_for_metrics(sums.T.contiguous()))
         return None, None, None
 
     def evaluation_loop(
@@ -357,14 +545,14 @@ class LLMJEPATrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._eval_rows = []
+        self._eval_examples = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        lm_sum, labels, pair_sum = torch.cat(self._eval_rows).double().cpu().sum(dim=0).tolist()
+        lm_sum, labels, pair_sum, pairs = torch.cat(self._eval_examples).double().cpu().sum(dim=0).tolist()
         figures = {"lm_loss": lm_sum / max(labels, 1)}
         figures["loss"] = figures["lm_loss"]
         if self.args.uses_jepa:
-            figures["jepa_loss"] = pair_sum / sum(len(rows) for rows in self._eval_rows)
-            figures["loss"] += self.args.jepa_weight * figures["jepa_loss"]
+            figures["jepa_loss"] = pair_sum / max(pairs, 1)
+            figures["loss"] += self.jepa_weight_now() * figures["jepa_loss"]
         if self._bank and metric_key_prefix in ("eval", self._bank_prefix):
             space = self.measure_space()
             figures |= space
@@ -376,7 +564,7 @@ class LLMJEPATrainer(SFTTrainer):
         """`space_diagnostics` of the bank: the first `diagnostics_pairs` rows of the (first) validation set. Every rank
         does all of it."""
         with self.compute_loss_context_manager():
-            pairs = embed_pairs(self.model, self._base_model, self._bank)
+            pairs = embed_pairs(self.model, self._base_model, self._bank, layer=self.args.readout_layer)
         return space_diagnostics(*pairs)
 
     def _make_bank(self) -> list[dict[str, Tensor]]:
@@ -390,22 +578,16 @@ class LLMJEPATrainer(SFTTrainer):
         if len(dataset) < 2:
             logger.warning("The validation set has one row: no diagnostics of the embedding space.")
             return []
-        if not self.args.uses_jepa:
-            try:
-                check_packable(self._base_model)
-            except UserError as error:
-                logger.warning(f"No diagnostics of the embedding space: {error}")
-                return []
         if len(dataset) < wanted:
             logger.warning(
                 f"The diagnostics use {len(dataset)} validation pairs, not diagnostics_pairs={wanted}: recall and "
                 "rank depend on the number of pairs, so compare them only with runs on as many."
             )
         rows = dataset.select(range(min(wanted, len(dataset)))).to_list()
-        # A baseline has no predictor tokens: its context is read at the last content token.
-        collator = JEPACollator(self.processing_class.pad_token_id, self.predictor_ids)
+        # Always of the model itself, whatever the target encoder. A baseline has no predictor tokens: its context is
+        # read at the last content token.
         size = self.args.per_device_eval_batch_size
-        return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return [self._pairs_of(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _warn_if_collapsed(self, now: dict[str, float]) -> None:
         start = self._start_diagnostics
@@ -442,6 +624,10 @@ class LLMJEPATrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        state = self.objective.state()
+        if state and (self.args.should_save or self.is_fsdp_enabled):
+            save_state(folder / self._jepa_state_file(), state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             run_dir = self._get_output_dir(trial=trial)
@@ -453,6 +639,28 @@ class LLMJEPATrainer(SFTTrainer):
                 use_mtime=False,
             )
         self.accelerator.wait_for_everyone()
+
+    def _jepa_state_file(self) -> str:
+        """Of a sharded average every rank has its own part."""
+        return f"rank{self.args.process_index}_{JEPA_STATE}" if self.is_fsdp_enabled else JEPA_STATE
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed_from = resume_from_checkpoint
+
+    def _restore_objective(self) -> None:
+        """The moving average starts at the weights, or where the checkpoint left it; the projector likewise."""
+        self.objective.start_averaging(self.model)
+        if self._resumed_from is not None and self.objective.state():
+            self.objective.load(load_state(Path(self._resumed_from) / self._jepa_state_file()))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The projector's weights are trained too; they belong to the loss and not to the model."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.objective.projector is not None and is_new:
+            optimizer.add_param_group({"params": list(self.objective.projector.parameters())})
+        return optimizer
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied head is not in the file and is not missing; transformers would warn of it at every resume."""
@@ -472,8 +680,9 @@ class LLMJEPATrainer(SFTTrainer):
         return [entry for entry in self.state.log_history if best is None or entry["step"] <= best]
 
 
-class _AtStart(TrainerCallback):
-    """Logs the diagnostics before the first step; a resumed run reads them, and its token count, back."""
+class _Steps(TrainerCallback):
+    """Logs the diagnostics before the first step; a resumed run reads them, and its token count, back. Around an
+    optimizer step, the moving average and the projector are seen to."""
 
     def __init__(self, trainer: LLMJEPATrainer) -> None:
         self.trainer = trainer
@@ -482,6 +691,7 @@ class _AtStart(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer._restore_objective()
         if state.global_step == 0:
             if not trainer._bank:
                 return
@@ -494,6 +704,32 @@ class _AtStart(TrainerCallback):
                 trainer._start_diagnostics = {
                     key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")
                 }
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            reduce = self.trainer.accelerator.reduce
+            self.trainer.objective.before_optimizer_step(lambda gradient: reduce(gradient, reduction="mean"))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.objective.after_optimizer_step(state.global_step / state.max_steps)
+
+
+def _same_random_numbers(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which the random numbers (dropout) are drawn that would come now."""
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng(devices=[] if gpu is None else [device]):
+            torch.set_rng_state(cpu)
+            if gpu is not None:
+                torch.cuda.set_rng_state(gpu, device)
+            yield
+
+    return again
 
 
 def check_dataset(name: str, dataset: Any) -> None:

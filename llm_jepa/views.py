@@ -41,10 +41,13 @@ class Views:
 
     input_ids: list[int]  # the LM row
     labels: list[int]  # -100 where the LM loss does not look
-    split: int  # LM tokens up to and including the last content token of the prompt: the `prefix` context view
-    context_ids: list[int]  # the stand-alone context of `context_view="message"`; empty for `prefix`
-    target_ids: list[int]
-    target_key: int  # equal for equal target texts: such rows are no negatives of each other
+    contexts: list[list[int]]  # the context view, then those of the row's `views` column
+    targets: list[list[int]]  # likewise
+    headers: list[int]  # tokens before the content of a context and of a target: where `predictor_position: first` goes
+    content: list[int]  # start, end of the prompt's last turn, start, end of the completion: content tokens of the row
+    context_key: int  # equal for equal texts: such rows are no negatives of each other
+    target_key: int
+    index: int  # which row of the data set
     truncated: bool  # max_length cut the LM row or a view
 
 
@@ -54,6 +57,8 @@ class Example(NamedTuple):
     prompt: str | list[Message]
     completion: str | list[Message]
     render_kwargs: dict[str, Any]  # tools, chat_template_kwargs: passed to the chat template
+    contexts: list[str]  # other wordings of the prompt's last turn, from the `views` column
+    targets: list[str]  # other wordings of the completion
 
 
 def as_example(row: dict[str, Any], where: str) -> Example:
@@ -101,7 +106,27 @@ def as_example(row: dict[str, Any], where: str) -> Example:
     except ValueError as error:
         raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
     kwargs = {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
-    return Example(prompt, completion, kwargs)
+    return Example(prompt, completion, kwargs, *_more_views(row.get("views"), where))
+
+
+def _more_views(views: Any, where: str) -> tuple[list[str], list[str]]:
+    """The optional `views` column, {"contexts": [text, ...], "targets": [text, ...]}; either may be missing."""
+    if views is None:
+        return [], []
+    if not isinstance(views, dict) or not set(views) <= {"contexts", "targets"}:
+        found = f"the keys {sorted(views)}" if isinstance(views, dict) else type(views).__name__
+        raise UserError(
+            f"{where}: 'views' must hold {{'contexts': [text, ...], 'targets': [text, ...]}}, either of them; "
+            f"found {found}."
+        )
+    for name, texts in views.items():
+        if texts is not None and not (
+            isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+        ):
+            raise UserError(
+                f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."
+            )
+    return views.get("contexts") or [], views.get("targets") or []
 
 
 def _are_turns(side: Any) -> bool:
@@ -116,8 +141,12 @@ def build_views(
     label_protocol: LabelProtocol = "completion",
     max_length: int | None = None,
     where: str = "the row",
+    index: int = 0,
 ) -> Views:
     """Tokenize one row.
+
+    The `views` column (optional) holds other wordings, `{"contexts": [...], "targets": [...]}`: further contexts in the
+    place of the prompt's last turn, further targets in the place of the completion. They have views, and no labels.
 
     Args:
         context_view: "prefix": the LM row up to the last content token of the prompt, system prompt and earlier turns
@@ -131,34 +160,38 @@ def build_views(
     """
     example = as_example(row, where)
     if isinstance(example.prompt, str):
-        parts = _plain_parts(example, tokenizer, where)
+        parts = _plain_parts(example, tokenizer, where, alone=context_view == "message")
     else:
-        parts = _chat_parts(example, tokenizer, where, with_header=context_view == "message")
-    limit = max_length or max(len(parts.input_ids), len(parts.target_ids), len(parts.context_ids))
+        parts = _chat_parts(example, tokenizer, where, alone=context_view == "message")
+    views = [*parts.contexts, *parts.targets]
+    longest = max(map(len, [parts.input_ids, *views]))
+    limit = max_length or longest
     ids = parts.input_ids[:limit]
     labels = _labels(ids, parts.prompt_length, label_protocol, tokenizer.pad_token_id)
-    if len(ids) <= max(parts.prompt_length, parts.split) or all(label == IGNORE for label in labels[1:]):
+    if len(ids) <= max(parts.prompt_length, parts.content[1]) or all(label == IGNORE for label in labels[1:]):
         raise UserError(
             f"{where}: no completion token is left after truncation to max_length={max_length} (the prompt alone has "
             f"{parts.prompt_length} tokens); raise max_length, shorten the prompt or remove the row."
         )
-    if parts.split < 1 or not parts.target_ids:
+    if not all(views):
         raise UserError(f"{where}: a view has no content token; check its text and the tokenizer's chat template.")
-    context_ids = parts.context_ids if context_view == "message" else []
     return Views(
         input_ids=ids,
         labels=labels,
-        split=parts.split,
-        context_ids=context_ids[:limit],
-        target_ids=parts.target_ids[:limit],
+        contexts=[view[:limit] for view in parts.contexts],
+        targets=[view[:limit] for view in parts.targets],
+        headers=parts.headers,
+        content=[min(place, len(ids)) for place in parts.content],
+        context_key=parts.context_key,
         target_key=parts.target_key,
-        truncated=max(len(parts.input_ids), len(context_ids), len(parts.target_ids)) > limit,
+        index=index,
+        truncated=longest > limit,
     )
 
 
 def add_view_columns(row: dict[str, Any], index: int, **kwargs: Any) -> dict[str, Any]:
     """`datasets.Dataset.map(..., with_indices=True)` form of `build_views`."""
-    return asdict(build_views(row, where=f"row {index}", **kwargs))
+    return asdict(build_views(row, where=f"row {index}", index=index, **kwargs))
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -192,34 +225,45 @@ class _Parts(NamedTuple):
 
     input_ids: list[int]
     prompt_length: int
-    split: int
-    context_ids: list[int]
-    target_ids: list[int]
+    contexts: list[list[int]]
+    targets: list[list[int]]
+    headers: list[int]
+    content: list[int]
+    context_key: int
     target_key: int
 
 
-def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str) -> _Parts:
+def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
     """Two strings, no template: TRL joins them and appends the eos token to the completion."""
     prompt, completion = str(example.prompt), str(example.completion)
     eos = tokenizer.eos_token or ""
     full = prompt + completion + ("" if completion.endswith(eos) else eos)
-    _refuse_predictor_tokens(full, where)
     ids, offsets = _encode(tokenizer, full, special=True)
     prompt_ids, _ = _encode(tokenizer, prompt, special=True)
     prompt_length = _common_length(prompt_ids, ids)
+    texts = [prompt.rstrip(), *(text.rstrip() for text in example.contexts)]
     content = completion.removesuffix(eos).rstrip() if eos else completion.rstrip()
-    split = min(_tokens_before(offsets, len(prompt.rstrip())), prompt_length)
+    goals = [content, *(text.rstrip() for text in example.targets)]
+    _refuse_predictor_tokens(" ".join([full, *texts, *goals]), where)
+    split = min(_tokens_before(offsets, len(texts[0])), prompt_length)
+    has_content = any(stop > start for start, stop in offsets[:split])  # BOS alone is no context
+    bos = int(ids[:1] == [tokenizer.bos_token_id])
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
-        split=split if any(stop > start for start, stop in offsets[:split]) else 0,  # BOS alone is no context
-        context_ids=_stand_alone(tokenizer, prompt.rstrip(), ids),
-        target_ids=_stand_alone(tokenizer, content, ids),
+        contexts=[
+            _stand_alone(tokenizer, texts[0], ids) if alone else ids[:split] if has_content else [],
+            *(_stand_alone(tokenizer, text, ids) for text in texts[1:]),
+        ],
+        targets=[_stand_alone(tokenizer, text, ids) for text in goals],
+        headers=[bos, bos],
+        content=[bos, split, prompt_length, _tokens_before(offsets, len(prompt + content))],
+        context_key=_key(texts[0]),
         target_key=_key(content),
     )
 
 
-def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, with_header: bool) -> _Parts:
+def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
     prompt: list[Message] = list(example.prompt)  # type: ignore[arg-type]
     completion: list[Message] = list(example.completion)  # type: ignore[arg-type]
     if tokenizer.chat_template is None:
@@ -235,7 +279,7 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
     text = render(prompt + completion)
-    _refuse_predictor_tokens(text, where)
+    _refuse_predictor_tokens(" ".join([text, *example.contexts, *example.targets]), where)
     prompt_text = render(prompt, generation_prompt=True)
     ids, offsets = _encode(tokenizer, text)
     prompt_length = _common_length(_encode(tokenizer, prompt_text)[0], ids)
@@ -243,23 +287,36 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
     context_start, context_end = _content_span(render, prompt + completion, len(prompt) - 1, where)
     target_start, target_end = _content_span(render, prompt + completion, len(prompt), where)
     # What opens the assistant turn: everything between what closes the prompt's last turn and the content.
-    alone = render(prompt)
-    closing = alone[_content_span(render, prompt, len(prompt) - 1, where)[1] :]
+    closing = render(prompt)[_content_span(render, prompt, len(prompt) - 1, where)[1] :]
     turn_start = context_end + _shared(tokenizer, text[context_end:], closing)
-    target_text = text[turn_start:target_end].rstrip()
-    context_ids: list[int] = []
-    if with_header:
-        header = _user_header(tokenizer, prompt[-1].get("role"), where)
-        context_ids = _stand_alone(tokenizer, header + text[context_start:context_end].rstrip(), ids)
+    target_header = text[turn_start:target_start]
+    split = min(
+        _tokens_before(offsets, len(text[:context_end].rstrip())), sum(stop <= target_start for _, stop in offsets)
+    )
+    # A further context stands where the first one does: after all that comes before the prompt's last turn, or alone.
+    header = _user_header(tokenizer, prompt[-1].get("role"), where) if alone else text[:context_start]
+    opened = _stand_alone(tokenizer, header, ids) if alone else _encode(tokenizer, header)[0]
+    first = text[context_start:context_end].rstrip()
+    encode = (lambda view: _stand_alone(tokenizer, view, ids)) if alone else (lambda view: _encode(tokenizer, view)[0])
+    targets = [text[target_start:target_end].rstrip(), *(more.strip() for more in example.targets)]
+    target_views = [_stand_alone(tokenizer, target_header + target, ids) for target in targets]
+    context_view = encode(header + first) if alone else ids[:split]
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
-        split=min(
-            _tokens_before(offsets, len(text[:context_end].rstrip())),
-            sum(stop <= target_start for _, stop in offsets),
-        ),
-        context_ids=context_ids,
-        target_ids=_stand_alone(tokenizer, target_text, ids),
+        contexts=[context_view, *(encode(header + more.strip()) for more in example.contexts)],
+        targets=target_views,
+        headers=[
+            _common_length(opened, context_view),
+            _common_length(_stand_alone(tokenizer, target_header, ids), target_views[0]),
+        ],
+        content=[
+            sum(stop <= context_start for _, stop in offsets[:split]),
+            split,
+            max(prompt_length, sum(stop <= target_start for _, stop in offsets)),
+            _tokens_before(offsets, len(text[:target_end].rstrip())),
+        ],
+        context_key=_key(text[context_start:context_end].strip()),
         target_key=_key(text[target_start:target_end].strip()),
     )
 

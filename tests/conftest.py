@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from llm_jepa.config import LLMJEPAConfig
 from llm_jepa.data import nl_rx
@@ -45,6 +45,77 @@ FAMILIES = {
              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }  # fmt: skip
 
+# More, for the claims about many families. Windows and chunks are 8 tokens, rows are longer. A large spread of the
+# weights makes attention attend: at 0.02 it is nearly flat, and an error in who sees whom nearly invisible.
+BASE = {key: value for key, value in LLAMA.items() if key != "model_type"} | {
+    "pad_token_id": None, "initializer_range": 0.3,
+}  # fmt: skip
+WINDOWED = {**BASE, "sliding_window": 8}
+MIXED = {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+MORE_FAMILIES = {
+    # attention with positions of its own or rotary ones: packed
+    "llama": BASE,
+    "qwen2": BASE,
+    "qwen3": {**BASE, "head_dim": 8},
+    "olmo2": BASE,
+    "olmo3": MIXED,
+    "mistral": WINDOWED,
+    "ministral": {**MIXED, "head_dim": 8},
+    "phi": BASE,
+    "phi3": WINDOWED,
+    "gemma": {**BASE, "head_dim": 8},
+    "gemma2": {**MIXED, **GEMMA},
+    "gemma3_text": {**MIXED, **GEMMA},
+    "gemma4_text": {**MIXED, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": 400, "num_kv_shared_layers": 0},
+    "cohere": BASE,
+    "cohere2": MIXED,
+    "gpt_neox": BASE,
+    "smollm3": BASE,
+    "granite": BASE,
+    "stablelm": BASE,
+    "glm4": {**BASE, "head_dim": 8},
+    "starcoder2": WINDOWED,
+    "modernbert-decoder": {**MIXED, "pad_token_id": 0},
+    "gpt2": {**GPT, **NO_DROPOUT},
+    "gptj": {**GPT, **NO_DROPOUT, "rotary_dim": 4},
+    "opt": {**BASE, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "init_std": 0.3},
+    "biogpt": {**BASE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "falcon": {**BASE, "alibi": False, "new_decoder_architecture": False},
+    "mixtral": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**BASE, **EXPERTS, "num_experts": 4},
+    "gpt_oss": {**MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {**BASE, "head_dim": 8, "attention_chunk_size": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+                    "intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"],
+                    "no_rope_layers": [1, 0]},
+    "deepseek_v3": {**BASE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+                    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+    # ALiBi, windows by place, recurrence, convolution: rows of their own
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "initializer_range": 0.3},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256, "window_size": 8,
+                "attention_types": [[["global", "local"], 1]], "resid_dropout": 0.0, "embed_dropout": 0.0,
+                "attention_dropout": 0.0, "initializer_range": 0.3},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8,
+               "n_groups": 1, "expand": 2, "chunk_size": 16},
+    "qwen3_next": {**BASE, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16,
+                   "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {**BASE, "layer_types": ["conv", "full_attention"]},
+    "jamba": {**BASE, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
+    "falcon_h1": {**BASE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "head_dim": 8,
+                  "mamba_chunk_size": 32},
+    "recurrent_gemma": {**BASE, "lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 256},
+}  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
@@ -66,6 +137,22 @@ def tiny_model(
 ) -> PreTrainedModel:
     attention = options.pop("attn_implementation", "sdpa")
     return random_model({**FAMILIES[family], **options}, tokenizer, seed=0, dtype=dtype, attn_implementation=attention)
+
+
+def family_model(
+    tokenizer: PreTrainedTokenizerFast, family: str, dtype: torch.dtype = torch.float64, **options: object
+) -> PreTrainedModel:
+    """One of MORE_FAMILIES, evaluation mode. Experts one by one: their grouped product has no float64 here."""
+    attention = options.pop("attn_implementation", None)  # the family's own choice: sdpa where it can
+    settings = {**MORE_FAMILIES[family], **options, "vocab_size": len(tokenizer)}
+    settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    experts = {"experts_implementation": "eager"} if any("expert" in key for key in settings) else {}
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **settings), dtype=dtype, attn_implementation=attention, **experts
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(dtype).eval()  # some keep a few weights in float32
 
 
 def config(output_dir: object, **options: object) -> LLMJEPAConfig:

@@ -114,7 +114,7 @@ def test_embed_writes_what_the_model_computes(trained, tmp_path, rows):
     predictors = tokenizer.convert_tokens_to_ids(["<|predictor_1|>", "<|predictor_2|>"])
     for i, row in enumerate(rows[:3]):
         views = build_views(row, tokenizer)
-        for name, ids in (("context", views.input_ids[: views.split] + predictors), ("target", views.target_ids)):
+        for name, ids in (("context", views.contexts[0] + predictors), ("target", views.targets[0])):
             hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
             torch.testing.assert_close(saved[name][i], hidden, rtol=1e-4, atol=1e-5)
 

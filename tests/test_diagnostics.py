@@ -7,8 +7,10 @@ from math import sqrt
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llm_jepa.diagnostics import effective_rank, has_collapsed, recall_at_1, space_diagnostics
+from llm_jepa.diagnostics import effective_rank, has_collapsed, linear_r2, recall_at_1, space_diagnostics
 
 RAW = ("raw_cosine_matched", "raw_cosine_mismatched")
 CENTRED = ("cosine_matched", "cosine_mismatched", "recall_at_1", "effective_rank_predicted", "effective_rank_target")
@@ -166,6 +168,10 @@ def test_figures_are_plain_floats():
     found = space_diagnostics(CLOUD_Z.bfloat16(), CLOUD_S.bfloat16(), torch.tensor([1, 2, 3]))
     assert set(found) == {*RAW, *CENTRED}
     assert all(type(value) is float for value in found.values())
+    z, s = linear_pairs(8, noise=0.5)
+    found = space_diagnostics(z.bfloat16(), s.bfloat16(), torch.arange(8))
+    assert set(found) == {*RAW, *CENTRED, "linear_r2"}
+    assert all(type(value) is float for value in found.values())
 
 
 @pytest.mark.parametrize(
@@ -182,9 +188,10 @@ def test_figures_are_plain_floats():
     ids=["two pairs", "zeros", "one side zero", "equal rows", "one dimension", "one key", "tiny and huge"],
 )
 def test_small_and_degenerate_banks_have_finite_figures(predicted, target, key):
-    """Cosines within -1..1, recall within 0..1, ranks within 0..D."""
+    """Cosines within -1..1, recall within 0..1, ranks within 0..D; a constant prediction explains nothing."""
     found = space_diagnostics(predicted, target, key)
     assert all(math.isfinite(value) for value in found.values())
+    assert found.pop("linear_r2", 0) == 0
     assert all(abs(found[name]) <= 1 + 1e-5 for name in found if "rank" not in name)
     assert all(0 <= found[name] <= predicted.shape[1] + 1e-3 for name in found if "rank" in name)
 
@@ -199,6 +206,198 @@ def test_without_a_wrong_pair_the_mismatched_cosine_is_zero():
 def test_fewer_than_two_pairs_are_refused(count):
     with pytest.raises(ValueError, match="two"):
         space_diagnostics(CLOUD_Z[:count], CLOUD_S[:count])
+
+
+# -- linear R^2 -----------------------------------------------------------------------------------------------------
+
+
+def linear_pairs(count, *, dimensions=6, noise=0.0, seed=0):
+    """z from N(0, I) and s = z W + b + noise e: of the variance of s, 1 / (1 + noise^2) follows from z. W is orthogonal
+    times 3; both sides are off the origin."""
+    draw = generator(seed)
+    z, e = torch.randn(2, count, dimensions, generator=draw, dtype=torch.float64).unbind()
+    w = torch.linalg.qr(torch.randn(dimensions, dimensions, generator=draw, dtype=torch.float64))[0]
+    return z + 4, 3 * (z @ w + noise * e) - 7
+
+
+def refitted(z, s, fit):
+    """`linear_r2` the long way: W by normal equations, the leave-one-out error by leaving each pair out."""
+
+    def ridge(z, s, strength):
+        x, y = z - z.mean(dim=0), s - s.mean(dim=0)
+        w = torch.linalg.solve(x.T @ x + strength * torch.eye(z.shape[1], dtype=z.dtype), x.T @ y)
+        return lambda new: (new - z.mean(dim=0)) @ w + s.mean(dim=0)
+
+    scale = (z[:fit] - z[:fit].mean(dim=0)).square().sum(dim=1).mean()
+    errors = {}
+    for strength in (scale * 10**power for power in range(6, -7, -1)):
+        errors[strength] = 0
+        for i in range(fit):
+            others = torch.arange(fit) != i
+            errors[strength] += (ridge(z[:fit][others], s[:fit][others], strength)(z[i]) - s[i]).square().sum().item()
+    mapped = ridge(z[:fit], s[:fit], min(errors, key=errors.get))(z[fit:])
+    return 1 - (s[fit:] - mapped).square().sum() / (s[fit:] - s[:fit].mean(dim=0)).square().sum()
+
+
+@pytest.mark.parametrize(
+    "count, dimensions, noise", [(24, 3, 0.3), (24, 3, 2.0), (16, 20, 0.1), (16, 20, 1.0), (5, 2, 0.1)]
+)
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_linear_r2_is_a_ridge_fit_of_the_first_pairs_with_the_strength_of_least_leave_one_out_error(
+    count, dimensions, noise, share
+):
+    """With more pairs than dimensions and with fewer, where the fit itself is perfect at any small strength."""
+    z, s = linear_pairs(count, dimensions=dimensions, noise=noise)
+    expected = refitted(z, s, int(share * count)).item()
+    assert linear_r2(z, s, train_share=share).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_linear_r2_worked_by_hand():
+    """Fitted on z = -1, 1 with s = 0, 4: one pair left out leaves one, whose target is the guess at any strength, so
+    the first and largest stays: 1e6 times the mean square 1, against a sum of squares 2, a slope of 4 / (1e6 + 2). The
+    guess for all others is 2: R^2 = 1 - 13 / 13 to 1e-5. With the pair 0, 2 between the two, the smallest strength is
+    best: slope 2, guesses 8 and -4 for z = 3, -3, targets 7 and -4, mean 2: R^2 = 1 - 1 / (25 + 36)."""
+    z, s = torch.tensor([[-1.0], [1.0], [3.0], [-3.0]]), torch.tensor([[0.0], [4.0], [4.0], [-1.0]])
+    assert linear_r2(z, s).item() == pytest.approx(0, abs=3e-5)
+    z = torch.tensor([[-1.0], [0.0], [1.0], [3.0], [-3.0]])
+    s = torch.tensor([[0.0], [2.0], [4.0], [7.0], [-4.0]])
+    assert linear_r2(z, s, train_share=0.6).item() == pytest.approx(1 - 1 / 61, abs=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 3.0])
+def test_linear_r2_is_the_share_of_the_variance_that_follows(noise):
+    """1 / (1 + noise^2), on 2000 scored pairs; less 6 dimensions' worth of fit over 2000 pairs."""
+    z, s = linear_pairs(4000, noise=noise)
+    assert linear_r2(z, s).item() == pytest.approx(1 / (1 + noise**2), abs=0.02 if noise else 1e-6)
+
+
+@pytest.mark.parametrize("count, dimensions", [(400, 8), (40, 200), (64, 64)])
+def test_linear_r2_of_pairs_that_have_nothing_in_common_is_about_zero(count, dimensions):
+    """Though with fewer pairs than dimensions a map fits the first half perfectly, and where D = N / 2 an unregularised
+    one would blow up on the second."""
+    z, s = torch.randn(2, count, dimensions, generator=generator(3)).unbind()
+    assert abs(linear_r2(z, s).item()) < 0.1
+
+
+def test_linear_r2_with_fewer_pairs_than_dimensions_sees_what_lies_in_few_directions():
+    """100 pairs in 300 dimensions, of which 5 vary."""
+    z, s = linear_pairs(100, dimensions=5)
+    axes = torch.linalg.qr(torch.randn(300, 10, generator=generator(1), dtype=torch.float64))[0]
+    assert linear_r2(z @ axes[:, :5].T, s @ axes[:, 5:].T).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_linear_r2_does_not_see_scale_rotation_or_translation_of_either_side():
+    """Nor the order within each half; it does see the halves swapped, the sides swapped and one dimension stretched."""
+    z, s = linear_pairs(40, noise=0.7)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator(1), dtype=torch.float64))[0]
+    order = torch.cat([torch.randperm(20, generator=generator()), 20 + torch.randperm(20, generator=generator())])
+    before = linear_r2(z, s).item()
+    assert 0.4 < before < 0.9
+    moves = (lambda x: x * 1e-6, lambda x: x * 1e6, lambda x: x @ rotation, lambda x: x + 30 * rotation[0])
+    for move in moves:
+        assert linear_r2(move(z), s).item() == pytest.approx(before, abs=1e-5)
+        assert linear_r2(z, move(s)).item() == pytest.approx(before, abs=1e-5)
+    assert linear_r2(z[order], s[order]).item() == pytest.approx(before, abs=1e-5)
+    stretch = torch.tensor([9.0, 1, 1, 1, 1, 1])
+    for other in ((z.roll(20, 0), s.roll(20, 0)), (s, z), (z, s * stretch), (z.roll(1, 0), s)):
+        assert linear_r2(*other).item() != pytest.approx(before, abs=1e-3)
+
+
+def test_linear_r2_scores_no_pair_whose_target_was_fitted():
+    """20 of the 40 scored pairs repeat fitted ones, and 40 pairs in 60 dimensions are half learnt
+    by heart. With keys those are gone, and what is left is what the other 20 alone give."""
+    z, s = torch.randn(2, 80, 60, generator=generator(2), dtype=torch.float64).clone()
+    s = s + z  # else the best strength is so large that nothing is learnt by heart
+    repeated = torch.arange(50, 70)
+    z[repeated], s[repeated] = z[5:25].clone(), s[5:25].clone()
+    key = torch.arange(80)
+    key[repeated] = key[5:25].clone()
+    kept = torch.ones(80, dtype=torch.bool).index_fill(0, repeated, False)
+    alone = linear_r2(z[kept], s[kept], train_share=0.67).item()  # 40 of 60 are fitted
+    assert linear_r2(z, s).item() > alone + 0.1
+    assert linear_r2(z, s, key).item() == pytest.approx(alone, abs=1e-6)
+    assert linear_r2(z, s, torch.arange(80)).item() == linear_r2(z, s).item()
+    assert space_diagnostics(z, s, key)["linear_r2"] == pytest.approx(alone, abs=1e-6)
+
+
+def test_equal_targets_within_the_scored_half_stay():
+    """Only what was fitted leaks."""
+    z, s = linear_pairs(20, noise=0.5)
+    key = torch.cat([torch.arange(10), torch.full((10,), 77)])
+    assert linear_r2(z, s, key).item() == linear_r2(z, s).item()
+
+
+def test_without_a_new_target_there_is_no_linear_r2():
+    """A yes/no task: NaN, and no figure among the diagnostics, which a log would carry as not a number for ever."""
+    z, s = linear_pairs(20)
+    assert torch.isnan(linear_r2(z, s, torch.arange(20) % 2))
+    assert "linear_r2" not in space_diagnostics(z, s, torch.arange(20) % 2)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_linear_r2_is_a_diagnostic_of_four_pairs_or_more(count):
+    z, s = linear_pairs(count)
+    found = space_diagnostics(z, s)
+    assert ("linear_r2" in found) is (count >= 4)
+    if count >= 4:
+        assert found["linear_r2"] == pytest.approx(linear_r2(z.float(), s.float()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("row", [1, 18])
+def test_linear_r2_of_non_finite_embeddings_is_nan(side, value, row):
+    """In the fitted and in the scored half, on either side; with the other figures no error."""
+    pair = [x.float() for x in linear_pairs(20)]
+    pair[side][row, 2] = value
+    assert torch.isnan(linear_r2(*pair))
+    assert math.isnan(space_diagnostics(*pair)["linear_r2"])
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 1e4])
+def test_linear_r2_of_targets_that_do_not_vary_is_zero(level):
+    """The scored ones alone or all of them; also where one is a float32 rounding off the others, and where they are not
+    what was fitted."""
+    z, s = (x.float() for x in linear_pairs(22))
+    s[11:] = level
+    assert linear_r2(z, s).item() == 0
+    if level:
+        s[15] = s[15].nextafter(torch.tensor(2e4))
+        assert (s[15] != s[16]).all() and linear_r2(z, s).item() == 0
+    s[:] = level
+    assert linear_r2(z, s).item() == 0
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 1e4])
+def test_linear_r2_of_predictions_that_do_not_vary_is_zero(level):
+    """All guesses are the mean of the fitted targets; the rounding of equal rows is no prediction."""
+    z, s = (x.float() for x in linear_pairs(22))
+    z[:11] = level
+    assert linear_r2(z, s).item() == 0
+
+
+def test_linear_r2_needs_no_grad_and_gives_none():
+    z, s = linear_pairs(20, noise=0.5)
+    assert not linear_r2(z.requires_grad_(), s).requires_grad
+    assert linear_r2(z, s).shape == () and linear_r2(z, s).dtype == torch.float32
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 30), st.integers(1, 40), st.integers(1, 5), st.integers(0, 10**6))
+def test_linear_r2_is_never_above_one_and_always_finite(count, dimensions, targets, seed):
+    """Also with outliers, and with a target of another size than the prediction."""
+    draw = generator(seed)
+    z = torch.randn(count, dimensions, generator=draw) ** 3
+    s = torch.randn(count, targets, generator=draw) ** 3 + z[:, :1]
+    found = linear_r2(z, s, train_share=0.7).item()
+    assert math.isfinite(found) and found <= 1
+
+
+@pytest.mark.parametrize("count, share", [(3, 0.5), (1, 0.5), (0, 0.5), (10, 0.1), (10, 1.0), (10, 0.0)])
+def test_linear_r2_refuses_a_share_that_leaves_nothing_to_fit_or_score(count, share):
+    z, s = linear_pairs(count)
+    with pytest.raises(ValueError, match="train_share"):
+        linear_r2(z, s, train_share=share)
 
 
 # -- collapse -------------------------------------------------------------------------------------------------------

@@ -86,9 +86,3 @@ def test_two_ranks_are_one_process(rows, tmp_path):
         assert ours and theirs == pytest.approx(ours, rel=1e-4), key
     model_card = (folder_two / "README.md").read_text()
     assert "4 x 1 x 2" in model_card, "the second run did not have two ranks"
-
-
-def test_info_nce_on_two_ranks_is_refused_with_exit_code_2(rows, tmp_path):
-    done, folder = train(tmp_path, rows, "nce", "--objective", "info_nce", "--launch", "cpu", "--num_processes", "2")
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "objective: info_nce" in done.stderr and not (folder / "model.safetensors").exists()

@@ -9,15 +9,17 @@ The two pairs (their cosines are neither 1, 0 nor -1, and one is negative):
 from __future__ import annotations
 
 import math
-from math import exp, log, sqrt
+from math import exp, log, pi, sqrt
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_jepa.config import LLMJEPAConfig
-from llm_jepa.losses import OBJECTIVES, info_nce, jepa_distance, jepa_loss
+from llm_jepa.losses import OBJECTIVES, info_nce, jepa_distance, jepa_loss, random_slices, sigreg, vicreg
 
 DISTANCES = ("cosine", "l2", "mse", "smooth_l1")
 Z = [[1.0, 2.0, 2.0], [2.0, -1.0, 2.0]]
@@ -392,9 +394,10 @@ def test_an_unknown_distance_is_refused_by_naming_the_known_ones(kind):
 
 
 def test_the_objectives_of_a_recipe_are_those_of_the_losses():
-    """The list is written down twice: here and as a choice in the configuration."""
+    """The list is written down twice: here and as a choice in the configuration, which adds the one without pairs."""
     choices = get_args(get_type_hints(LLMJEPAConfig)["objective"])
-    assert sorted(choices) == sorted(OBJECTIVES) == sorted([*DISTANCES, "info_nce"])
+    assert sorted(choices) == sorted([*OBJECTIVES, "stp"])
+    assert sorted(OBJECTIVES) == sorted([*DISTANCES, "info_nce"])
 
 
 def test_jepa_loss_is_the_named_objective():
@@ -406,3 +409,280 @@ def test_jepa_loss_is_the_named_objective():
         torch.testing.assert_close(values[kind], jepa_distance(z, s, kind=kind), rtol=0, atol=0)
     torch.testing.assert_close(values["info_nce"], info_nce(z, s, temperature=0.3, target_key=key), rtol=0, atol=0)
     assert len({round(value[0].item(), 6) for value in values.values()}) == 5
+
+
+# -- terms of one side: VICReg --------------------------------------------------------------------------------------
+
+# Means 2, 0.2 and 4. Squared deviations sum to 2, 0.14 and 0, over B - 1 = 2: variances 1, 0.07 and 0. The first two
+# have covariance (-1 x -0.2 + 0 x -0.1 + 1 x 0.3) / 2 = 0.25, the third none.
+CLOUD = [[1.0, 0.0, 4.0], [2.0, 0.1, 4.0], [3.0, 0.5, 4.0]]
+
+
+def cloud(rows=12, dimensions=5, seed=0, dtype=torch.float64):
+    """Off the origin, correlated, with variances on both sides of 1."""
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.3, 1.5, dimensions, dtype=torch.float64)
+    return (draw(rows, dimensions) @ (torch.eye(dimensions) + 0.3 * draw(dimensions, dimensions)) * scale + 0.4).to(
+        dtype
+    )
+
+
+def unit_columns(dimensions, count, seed=1):
+    return random_slices(dimensions, count, seed=seed, step=0, device="cpu").double()
+
+
+TERMS = {"vicreg": vicreg, "sigreg": lambda x: sigreg(x, unit_columns(x.shape[1], 6))}
+
+
+def test_vicreg_worked_by_hand():
+    """v = (0 + 1 - sqrt(0.0701) + 1 - 0.01) / 3, as 1 - sqrt(1.0001) is cut to 0;  c = 2 x 0.25^2 / 3;  v + c / 25."""
+    expected = (1 - sqrt(0.0701) + 0.99) / 3 + 2 * 0.25**2 / 3 / 25
+    assert vicreg(torch.tensor(CLOUD, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12)
+    assert vicreg(torch.tensor(CLOUD)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_covariance_term_of_vicreg_worked_by_hand():
+    """Without a variance below 1: (2, 0, -2) and (3, -1, -2) have variances 4 and 7, covariance (6 + 4) / 2 = 5 and
+    c = 2 x 25 / 2; with three equal columns of variance 4, c = 6 x 16 / 3."""
+    x = torch.tensor([[2.0, 3.0], [0.0, -1.0], [-2.0, -2.0]])
+    assert vicreg(x).item() == pytest.approx(25 / 25, rel=1e-6)
+    assert vicreg(x[:, :1].expand(-1, 3)).item() == pytest.approx(32 / 25, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (30, 4), (2, 2), (5, 1)])
+def test_vicreg_is_its_four_equations(shape):
+    """With fewer and with more rows than dimensions; in value and gradient."""
+    x = cloud(*shape).requires_grad_()
+    deviation = x - x.mean(dim=0)
+    covariance = sum(torch.outer(row, row) for row in deviation) / (shape[0] - 1)
+    v = torch.relu(1 - torch.sqrt(covariance.diagonal() + 1e-4)).sum() / shape[1]
+    c = covariance[~torch.eye(shape[1], dtype=torch.bool)].square().sum() / shape[1]
+    found = vicreg(x)
+    torch.testing.assert_close(found, v + c / 25)
+    torch.testing.assert_close(*(gradients(value, x)[0] for value in (found, v + c / 25)))
+
+
+def test_vicreg_of_a_point_a_line_and_a_round_cloud():
+    """0.99 = 1 - sqrt(1e-4);  a line along (1, ..., 1) with variance 1 has 30 covariances of 1: 30 / 6 / 25 = 0.2;
+    orthogonal columns of variance 1 have nothing, to the 5e-5 by which sqrt(1 + 1e-4) is more than 1 (cut)."""
+    line = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64).expand(-1, 6)
+    frame = torch.linalg.qr(cloud(20, 6) - cloud(20, 6).mean(dim=0))[0] * sqrt(19)
+    assert vicreg(torch.full((4, 6), 3.7)).item() == pytest.approx(0.99, abs=1e-6)
+    assert vicreg(line).item() == pytest.approx(0.2, abs=1e-6)
+    assert vicreg(frame).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_vicreg_drives_a_nearly_collapsed_cloud_apart():
+    """A step down the gradient lengthens every deviation that is not 0; at the point itself there is no direction."""
+    x = (1 + 1e-3 * cloud()).requires_grad_()
+    (slope,) = gradients(vicreg(x), x)
+    assert vicreg(x) > 0.9
+    assert ((x - slope).std(dim=0) > 1.5 * x.std(dim=0)).all()
+    point = torch.ones(4, 3, requires_grad=True)
+    assert torch.autograd.grad(vicreg(point), point)[0].abs().max() == 0
+
+
+# -- terms of one side: SIGReg --------------------------------------------------------------------------------------
+
+
+def epps_pulley(x):
+    """The integral of `sigreg` over all t, for projections x [B], by the three Gaussian integrals
+
+    int e^(itd) e^(-t^2/2) = sqrt(2 pi) e^(-d^2/2),  int e^(itx) e^(-t^2) = sqrt(pi) e^(-x^2/4),  int e^(-3t^2/2)
+    = sqrt(2 pi / 3), of the squared modulus written out over pairs of rows. What is beyond |t| = 5 is 1e-6.
+    """
+    apart = x[:, None] - x[None, :]
+    pairs = sqrt(2 * pi) * torch.exp(-apart.square() / 2).mean() - 2 * sqrt(pi) * torch.exp(-x.square() / 4).mean()
+    return len(x) * (pairs + sqrt(2 * pi / 3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=9),
+    st.lists(st.floats(0, 2 * pi), min_size=1, max_size=4),
+)
+def test_sigreg_is_the_integral_of_its_definition(rows, angles):
+    """For any rows in the plane and any directions, to the error of the quadrature."""
+    x = torch.tensor(rows, dtype=torch.float64)
+    slices = torch.tensor([[math.cos(a) for a in angles], [math.sin(a) for a in angles]], dtype=torch.float64)
+    expected = sum(epps_pulley(x @ direction) for direction in slices.T) / len(angles)
+    assert sigreg(x, slices).item() == pytest.approx(expected.item(), abs=2e-5 * len(rows))
+
+
+def test_the_gradient_of_sigreg_is_that_of_the_integral():
+    x, slices = cloud().requires_grad_(), unit_columns(5, 3)
+    expected = sum(epps_pulley(x @ direction) for direction in slices.T) / 3
+    torch.testing.assert_close(*(gradients(v, x)[0] for v in (sigreg(x, slices), expected)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_sigreg_of_a_point_grows_with_the_number_of_rows(count):
+    """|e^(itx) - e^(-t^2/2)|^2 = 1 - 2 cos(tx) e^(-t^2/2) + e^(-t^2) for every row alike: B sqrt(2 pi) (1 - sqrt 2
+    e^(-x^2/4) + 1 / sqrt 3), 0.409 B at x = 0. Along (0.6, 0.8) the point (1, 2) is at 2.2, along (1, 0) at 1. At 10 it
+    is 3.95 B; with points 2 pi / 10 apart, as those of algorithm 1, it would pass for 0."""
+    value = lambda x: count * sqrt(2 * pi) * (1 - sqrt(2) * exp(-(x**2) / 4) + 1 / sqrt(3))  # noqa: E731
+    slices = torch.tensor([[0.6, 1.0], [0.8, 0.0]])
+    assert sigreg(torch.zeros(count, 2), slices).item() == pytest.approx(value(0), rel=1e-5)
+    found = sigreg(torch.tensor([[1.0, 2.0]]).expand(count, 2), slices)
+    assert found.item() == pytest.approx((value(2.2) + value(1)) / 2, rel=1e-5)
+    far = sigreg(torch.tensor([[6.0, 8.0]]).expand(count, 2), slices[:, :1])
+    assert far.item() == pytest.approx(3.954 * count, rel=1e-3) and value(10) == pytest.approx(3.954 * count, rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [8, 200])
+@pytest.mark.parametrize("sd", [1.0, 2.0])
+def test_sigreg_of_a_gaussian_sample_has_the_expected_value(rows, sd):
+    """Of N(0, sd^2): E|f - e^(-t^2/2)|^2 = (1 - e^(-sd^2 t^2)) / B + (e^(-sd^2 t^2/2) - e^(-t^2/2))^2. For sd = 1 the
+    integral times B is sqrt(2 pi) (1 - 1 / sqrt 3) = 1.059, whatever B. Mean of 4000 samples: each slice is one."""
+    e = lambda a: sqrt(pi / a)  # noqa: E731  # int e^(-a t^2), with the window's 1/2 in a
+    s2 = sd**2
+    expected = e(0.5) - e(s2 + 0.5) + rows * (e(s2 + 0.5) - 2 * e(s2 / 2 + 1) + e(1.5))
+    if sd == 1:
+        assert expected == pytest.approx(1.0594, abs=1e-4)
+    x = sd * torch.randn(rows, 4000, generator=torch.Generator().manual_seed(rows))
+    assert sigreg(x, torch.eye(4000)).item() == pytest.approx(expected, rel=0.05)
+
+
+def test_sigreg_of_the_same_rows_twice_is_twice_as_large():
+    """The characteristic function is the same, B is not."""
+    x, slices = cloud(), unit_columns(5, 6)
+    torch.testing.assert_close(sigreg(torch.cat([x, x]), slices), 2 * sigreg(x, slices))
+
+
+def test_the_characteristic_function_of_two_ranks_is_averaged_before_it_is_squared():
+    """x and -x have conjugate f, so together the imaginary part is gone; the mean of the two values keeps it."""
+    x, slices = cloud() + 1, unit_columns(5, 6)
+    together = sigreg(torch.cat([x, -x]), slices) / 2
+    assert sigreg(-x, slices).item() == pytest.approx(sigreg(x, slices).item(), rel=1e-12)
+    assert together < 0.9 * sigreg(x, slices)
+    t = torch.linspace(-8, 8, 4001, dtype=x.dtype)
+    error = (torch.cos((x @ slices)[..., None] * t).mean(dim=0) - torch.exp(-t.square() / 2)).square()
+    expected = len(x) * torch.trapezoid(error * torch.exp(-t.square() / 2), t, dim=-1).mean()
+    assert together.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_sigreg_turns_with_its_slices():
+    """x R and R^T a have the same projections; x R and a do not, and neither do 1.1 x or x + 0.1."""
+    x, slices = cloud(), unit_columns(5, 6)
+    rotation = torch.linalg.qr(cloud(5, 5, seed=3))[0]
+    value = sigreg(x, slices).item()
+    assert sigreg(x @ rotation, rotation.T @ slices).item() == pytest.approx(value, rel=1e-10)
+    for other in (x @ rotation, 1.1 * x, x + 0.1):
+        assert sigreg(other, slices).item() != pytest.approx(value, rel=1e-3)
+
+
+def test_sigreg_is_largest_for_a_point_and_least_for_a_round_gaussian():
+    """Also a gaussian off the origin, of half the size, or flat is worse than the round one."""
+    round_cloud = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    flat = torch.tensor([1.0] * 4 + [0.0] * 4)
+    line, point = round_cloud[:, :1] * torch.eye(8)[:1], torch.zeros(256, 8)
+    slices = unit_columns(8, 512)
+    values = [sigreg(x, slices).item() for x in (round_cloud, round_cloud * flat, line, point)]
+    assert values == sorted(values) and values[0] < 1.5
+    assert values[0] * 5 < values[1] < values[3] / 2 and values[2] < 0.9 * values[3]
+    assert all(sigreg(x, slices).item() > 5 * values[0] for x in (round_cloud + 1, round_cloud / 2, 2 * round_cloud))
+
+
+def test_descending_sigreg_gives_a_cloud_the_mean_and_the_covariance_of_a_standard_gaussian():
+    """From a flat cloud off the origin, with new slices every step as in training."""
+    x = torch.randn(128, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = (x * torch.tensor([0.1, 1, 1.5, 0.5]) + torch.tensor([0.5, -0.5, 0, 1])).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for step in range(400):
+        optimizer.zero_grad()
+        sigreg(x, random_slices(4, 16, seed=0, step=step, device="cpu")).backward()
+        optimizer.step()
+    assert x.mean(dim=0).abs().max() < 0.1
+    torch.testing.assert_close(x.detach().T.cov(), torch.eye(4, dtype=x.dtype), atol=0.15, rtol=0)
+
+
+# -- slices ---------------------------------------------------------------------------------------------------------
+
+
+def test_random_slices_are_unit_columns_in_all_directions():
+    """a a^T has mean I / D on the sphere, a has mean 0: to 4 / sqrt(20000)."""
+    slices = random_slices(3, 20000, seed=4, step=7, device="cpu")
+    assert slices.shape == (3, 20000) and slices.dtype == torch.float32
+    torch.testing.assert_close(slices.norm(dim=0), torch.ones(20000))
+    torch.testing.assert_close(slices @ slices.T / 20000, torch.eye(3) / 3, atol=0.01, rtol=0)
+    assert slices.mean(dim=1).abs().max() < 0.02
+
+
+def test_random_slices_are_those_of_the_seed_and_the_step():
+    """Also where the two differ by more than 32 bits or by being swapped: a generator on the CPU reads 32 bits."""
+    draw = lambda seed, step: random_slices(4, 8, seed=seed, step=step, device="cpu")  # noqa: E731
+    torch.testing.assert_close(draw(3, 5), draw(3, 5), rtol=0, atol=0)
+    pairs = [(3, 5), (3, 6), (4, 5), (5, 3), (3, 5 + 2**32), (3 + 2**32, 5), (35, 5), (3, 55), (33, 5), (-3, 5)]
+    assert len({tuple(draw(*pair).flatten().tolist()) for pair in pairs}) == len(pairs)
+
+
+def test_random_slices_neither_move_nor_follow_the_global_generator():
+    """Dropout and data order are the same with and without the regulariser, and ranks seeded apart agree."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = random_slices(4, 8, seed=3, step=5, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(random_slices(4, 8, seed=3, step=5, device="cpu"), first)
+
+
+# -- both terms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_is_a_scalar_whose_gradient_is_the_numerical_one(term):
+    x = cloud(6, 4).requires_grad_()
+    assert TERMS[term](x).shape == ()
+    assert torch.autograd.gradcheck(TERMS[term], (x,))
+    gradients(TERMS[term](x), x)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_does_not_know_the_order_of_the_rows(term):
+    """Its gradient moves with them."""
+    x, order = cloud(6, 4).requires_grad_(), torch.tensor([3, 0, 5, 4, 1, 2])
+    moved = x.detach()[order].requires_grad_()
+    torch.testing.assert_close(TERMS[term](moved), TERMS[term](x))
+    torch.testing.assert_close(gradients(TERMS[term](moved), moved)[0], gradients(TERMS[term](x), x)[0][order])
+
+
+@pytest.mark.parametrize("shift, changes", [("vicreg", False), ("sigreg", True)])
+def test_sigreg_alone_sees_the_mean(shift, changes):
+    x = cloud()
+    moved = TERMS[shift](x + torch.tensor([3.0, -1.0, 0.5, 0.0, 2.0]))
+    assert (abs(moved / TERMS[shift](x) - 1) > 0.1).item() is changes
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_is_computed_in_float32_at_least(term):
+    """bfloat16 in: 1 % from the float64 value of the same numbers, and gradients in bfloat16; also under autocast,
+    which leaves float32 alone; float64 stays float64."""
+    x = cloud(32, 16).bfloat16().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    expected = TERMS[term](wide)
+    (by_wide,) = gradients(expected, wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x.float() @ x.float().T).dtype == torch.bfloat16, "autocast is not at work"
+        found = TERMS[term](x)
+        plain = TERMS[term](x.detach().float())
+    assert (found.dtype, plain.dtype, expected.dtype) == (torch.float32, torch.float32, torch.float64)
+    for value in (found, plain):
+        assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    (by_x,) = gradients(found, x)
+    assert by_x.dtype == torch.bfloat16
+    assert (by_x.double() - by_wide).norm() < 0.01 * by_wide.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (4,), (2, 3, 4)])
+def test_vicreg_refuses_what_has_no_variance(shape):
+    with pytest.raises(ValueError, match="B >= 2"):
+        vicreg(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "shape, slices", [((0, 4), (4, 6)), ((4,), (4, 6)), ((2, 3, 4), (4, 6)), ((5, 4), (6, 4)), ((5, 4), (4,))]
+)
+def test_sigreg_refuses_slices_that_do_not_fit(shape, slices):
+    with pytest.raises(ValueError, match="must be"):
+        sigreg(torch.ones(shape), torch.ones(slices))

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, config, tiny_model
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerState
 
 from llm_jepa.errors import UserError
 from llm_jepa.losses import jepa_loss
-from llm_jepa.packing import JEPACollator, check_packable, model_inputs, read_pairs, who_sees_whom
+from llm_jepa.objective import Objective
+from llm_jepa.packing import KINDS, LM_ROW, TARGET, JEPACollator, model_inputs, read_pairs, who_sees_whom
 from llm_jepa.predictor_tokens import add_predictor_tokens
 from llm_jepa.trainer import LLMJEPATrainer
 from llm_jepa.views import add_view_columns
@@ -45,21 +47,21 @@ def separate_passes(model, views, predictors, objective, weight):
         wanted = torch.tensor(view["labels"][1:])
         nll = nll + F.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
         labels += int((wanted != -100).sum())
-        context = (view["context_ids"] or view["input_ids"][: view["split"]]) + predictors
-        contexts.append(hidden_of(context).hidden_states[-1][0, -1])
-        targets.append(hidden_of(view["target_ids"]).hidden_states[-1][0, -1])
+        contexts.append(hidden_of(view["contexts"][0] + predictors).hidden_states[-1][0, -1])
+        targets.append(hidden_of(view["targets"][0]).hidden_states[-1][0, -1])
     keys = torch.tensor([view["target_key"] for view in views])
     pair = jepa_loss(torch.stack(contexts), torch.stack(targets), objective=objective, target_key=keys)
     return nll / labels + weight * pair.mean()
 
 
-def packed_pass(model, base, views, predictors, objective, weight, tmp_path, tokenizer):
+def packed_pass(model, base, views, predictors, objective, weight, tmp_path, tokenizer, **collator):
     """The trainer's own compute_loss on the collator's own batch."""
     trainer = LLMJEPATrainer.__new__(LLMJEPATrainer)  # the loss alone; __init__ would prepare data and add tokens
     trainer.args = dataclasses.replace(config(tmp_path), jepa_weight=weight, objective=objective)
     trainer._masked_ids, trainer._base_model, trainer.model = predictors, base, model
-    trainer._sums = torch.zeros(5)
-    batch = JEPACollator(tokenizer.pad_token_id, predictors)(views)
+    trainer.objective = Objective(trainer.args, base.config.hidden_size, torch.device("cpu"))
+    trainer.state, trainer.aux_loss_enabled, trainer._sums = TrainerState(max_steps=1), False, torch.zeros(7)
+    batch = JEPACollator(tokenizer.pad_token_id, predictors, **collator)(views)
     return trainer.compute_loss(model, batch)
 
 
@@ -135,12 +137,12 @@ def test_who_sees_whom_of_a_row_worked_by_hand():
     view = {
         "input_ids": [5, 6, 7],
         "labels": [-100, -100, 7],
-        "split": 2,
-        "context_ids": [],
-        "target_ids": [8, 9],
+        "contexts": [[5, 6]],
+        "targets": [[8, 9]],
+        "headers": [0, 0],
         "target_key": 1,
     }
-    longer = {**view, "target_ids": [8, 9, 9]}
+    longer = {**view, "targets": [[8, 9, 9]]}
     batch = JEPACollator(pad_token_id=0, predictor_ids=[4])([view, longer])
     mask = who_sees_whom(batch["doc"], batch["parent"], batch["visible"], batch["position_ids"])[0]
     expected = [
@@ -169,11 +171,11 @@ def test_perturbing_what_must_be_invisible_changes_nothing(rows, tokenizer):
     before = hidden(batch["input_ids"])
     swap = lambda where: torch.where(where, (batch["input_ids"] * 7 + 3) % 200 + 10, batch["input_ids"])  # noqa: E731
 
-    after = hidden(swap(batch["doc"] == 2))
-    assert not torch.equal(after[batch["doc"] == 2], before[batch["doc"] == 2])
-    assert torch.equal(after[batch["doc"] != 2], before[batch["doc"] != 2])
+    after = hidden(swap(batch["doc"] == TARGET))
+    assert not torch.equal(after[batch["doc"] == TARGET], before[batch["doc"] == TARGET])
+    assert torch.equal(after[batch["doc"] != TARGET], before[batch["doc"] != TARGET])
 
-    split = torch.tensor([view["split"] for view in views])[:, None]
+    split = torch.tensor([len(view["contexts"][0]) for view in views])[:, None]
     after = hidden(swap((batch["doc"] == 0) & (batch["position_ids"] >= split)))
     assert torch.equal(after[batch["doc"] == 1], before[batch["doc"] == 1])
     assert torch.equal(after[batch["doc"] == 2], before[batch["doc"] == 2])
@@ -184,7 +186,8 @@ def test_perturbing_what_must_be_invisible_changes_nothing(rows, tokenizer):
 def test_plain_collator_adds_no_token(rows, tokenizer):
     views = views_of(rows, tokenizer)
     batch = JEPACollator(tokenizer.pad_token_id, with_views=False)(views)
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "doc", "lm_at"}
+    assert set((batch["doc"] % KINDS)[batch["attention_mask"].bool()].tolist()) == {LM_ROW}
     for row, mask, view in zip(batch["input_ids"], batch["attention_mask"], views, strict=True):
         assert row[mask.bool()].tolist() == view["input_ids"]
 
@@ -192,31 +195,3 @@ def test_plain_collator_adds_no_token(rows, tokenizer):
 def test_pad_to_multiple_of(rows, tokenizer):
     batch = JEPACollator(tokenizer.pad_token_id, pad_to_multiple_of=16)(views_of(rows, tokenizer))
     assert batch["input_ids"].shape[1] % 16 == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
-        ({"model_type": "mamba2"}, "mamba2"),
-        ({"model_type": "mistral", "hidden_size": 32}, "mistral"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"attn": "flash_attention_2"}, "flash_attention_2"),
-    ],
-)
-def test_families_not_known_to_be_exact_are_refused(changes, named, tokenizer):
-    model = tiny_model(tokenizer)
-    if "attn" in changes:
-        model.config._attn_implementation = changes["attn"]
-    for key in ("model_type", "layer_types"):
-        if key in changes:
-            setattr(model.config, key, changes[key])
-    with pytest.raises(UserError, match=named):
-        check_packable(model)
-
-
-def test_trainer_refuses_an_inexact_family(dataset, tokenizer, tmp_path):
-    model = tiny_model(tokenizer)
-    model.config.model_type = "bloom"
-    with pytest.raises(UserError, match="jepa_weight: 0"):
-        LLMJEPATrainer(model, config(tmp_path), dataset, processing_class=tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import os
 import time
@@ -18,9 +19,11 @@ from llm_jepa.config import LLMJEPAConfig
 from llm_jepa.errors import UserError
 from llm_jepa.recipe import (
     BOOKKEEPING,
+    EXTENDS,
     GROUPS,
     MAX_BYTES,
     MAX_DEPTH,
+    MAX_FILES,
     RENAMED,
     coerce,
     describe_keys,
@@ -30,7 +33,8 @@ from llm_jepa.recipe import (
 )
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(ROOT.glob("recipes/**/*.y*ml"))
+FILES = sorted(ROOT.glob("recipes/**/*.y*ml"))
+RECIPES = [path for path in FILES if not path.name.startswith("_")]  # the others are extended, and not run
 MINIMAL = {"model_name_or_path": "some/model", "train_data": "rows.jsonl", "output_dir": "runs/x", "use_cpu": "true"}
 
 
@@ -52,6 +56,20 @@ def file(tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         return path
+
+    return write
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes files by their path below one folder and returns that of the first."""
+
+    def write(**texts: str) -> Path:
+        for name, text in texts.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path / next(iter(texts))
 
     return write
 
@@ -518,32 +536,189 @@ def test_the_neighbours_of_what_is_refused_are_accepted(changes, file):
     assert parse(file(minimal(**changes))).given.items() >= {"train_data": "rows.jsonl"}.items()
 
 
+# -- one recipe from another ----------------------------------------------------------------------------------------
+
+
+def test_a_recipe_that_extends_another_is_the_one_written_out_in_full(files):
+    """Three files in three folders, every key of theirs in another place; only what it computes counts."""
+    path = files(
+        **{
+            "model/task/run.yaml": "extends: ../_model.yaml\noutput_dir: runs/x\nseed: 3\n",
+            "model/_model.yaml": "extends: ../_all.yaml\nmodel_name_or_path: some/model\nlearning_rate: 1\n",
+            "_all.yaml": "train_data: rows.jsonl\nuse_cpu: true\nseed: 7\nlr_scheduler_kwargs: {a: 1, b: 2}\n",
+            "full.yaml": minimal("lr_scheduler_kwargs: {a: 1, b: 2}\nlearning_rate: 1\nseed: 3\n"),
+        }
+    )
+    ours, full = parse(path), parse(path.parent.parent.parent / "full.yaml")
+    assert ours.given == full.given and "extends" not in ours.given
+    assert json.dumps(ours.identity()) == json.dumps(full.identity())
+    assert (ours.model, ours.data, ours.training) == (full.model, full.data, full.training)
+
+
+def test_the_nearest_file_wins_and_the_command_line_before_all(files):
+    """seed in three files, learning_rate in two, max_steps in the last one. A mapping is replaced as a whole."""
+    path = files(
+        **{
+            "a.yaml": "extends: b.yaml\nseed: 1\n",
+            "b.yaml": "extends: c.yaml\nseed: 2\nlearning_rate: 2\nlr_scheduler_kwargs: {b: 2}\n",
+            "c.yaml": minimal("seed: 3\nlearning_rate: 3\nmax_steps: 3\nlr_scheduler_kwargs: {c: 3}\n"),
+        }
+    )
+    expected = {"seed": 1, "learning_rate": 2.0, "max_steps": 3, "lr_scheduler_kwargs": {"b": 2}}
+    assert parse(path).given == {**MINIMAL, "use_cpu": True, **expected}
+    assert parse(path, ["--seed", "9", "--max_steps", "8"]).given.items() >= {"seed": 9, "max_steps": 8}.items()
+
+
+def test_null_overrides_the_parent_with_null(files):
+    """From a checkpoint to random weights; and an optional key back to nothing."""
+    text = f"extends: b.yaml\nmodel_name_or_path: null\nmodel_config: {LLAMA}\nmax_length:\n"
+    recipe = parse(files(**{"a.yaml": text, "b.yaml": minimal("max_length: 64\n")}))
+    assert recipe.model.model_name_or_path is None and recipe.training.max_length is None
+    assert recipe.given["model_name_or_path"] is recipe.given["max_length"] is None
+    assert "temperature: expected float" in refused(
+        parse, files(**{"a.yaml": "extends: b.yaml\ntemperature: null\n", "b.yaml": minimal("temperature: 1\n")})
+    )
+
+
+def test_a_parent_is_found_from_the_recipe_and_not_from_the_current_folder(files, tmp_path, monkeypatch):
+    text = "extends: base.yaml\n"
+    path = files(**{"a/x.yaml": text, "a/base.yaml": minimal("seed: 1\n"), "b/base.yaml": minimal("seed: 2\n")})
+    monkeypatch.chdir(tmp_path / "b")
+    assert parse(path).given["seed"] == parse("../a/x.yaml").given["seed"] == 1
+
+
+def test_read_yaml_reads_one_file(files):
+    path = files(**{"a.yaml": "extends: b.yaml\nseed: 1\n", "b.yaml": minimal()})
+    assert read_yaml(path) == {"extends": "b.yaml", "seed": 1}
+
+
+@pytest.mark.parametrize("guilty", ["a.yaml", "b.yaml", "c.yaml"])
+def test_an_unknown_key_names_the_file_it_stands_in(guilty, files, tmp_path):
+    """And no other; also when a child overrides it, for it says nothing there either."""
+    texts = {"a.yaml": "extends: b.yaml\n", "b.yaml": "extends: c.yaml\n", "c.yaml": minimal()}
+    texts[guilty] += "learnin_rate: 1\n"
+    message = refused(parse, files(**texts))
+    assert message.startswith(f"{tmp_path / guilty}: unknown key 'learnin_rate'; did you mean 'learning_rate'?")
+    assert not any(str(tmp_path / name) in message for name in texts if name != guilty)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_circle_is_refused(length, files, tmp_path):
+    """Of one file, of two, of three: the last one names the first again."""
+    names = [f"{n}.yaml" for n in range(length)]
+    texts = {name: minimal(f"extends: {after}\n") for name, after in zip(names, names[1:] + names[:1], strict=True)}
+    message = refused(parse, files(**texts))
+    assert message.startswith(f"{tmp_path / names[-1]} extends {tmp_path / names[0]}, ")
+    assert "a circle has no values" in message
+
+
+def test_a_circle_is_one_of_files_and_not_of_names(files, tmp_path):
+    """x/../y/../x/a.yaml is x/a.yaml, and so may be a link: found at once, and not when the chain gets too long."""
+    path = files(**{"x/a.yaml": minimal("extends: ../y/b.yaml\n"), "y/b.yaml": minimal("extends: ../x/a.yaml\n")})
+    assert "a circle has no values" in refused(parse, path)
+    path = files(**{"a.yaml": minimal("extends: link.yaml\n")})
+    (tmp_path / "link.yaml").symlink_to(path)
+    assert "a circle has no values" in refused(parse, path)
+
+
+def test_two_children_may_share_a_parent_but_a_chain_has_an_end(files, tmp_path):
+    """MAX_FILES are read; one more is refused, and names the file that is too many."""
+    texts = {f"{n}.yaml": f"extends: {n + 1}.yaml\n" for n in range(MAX_FILES - 1)}
+    path = files(**texts, **{f"{MAX_FILES - 1}.yaml": minimal("seed: 5\n")})
+    assert parse(path).given["seed"] == 5
+    files(**{f"{MAX_FILES - 1}.yaml": f"extends: {MAX_FILES}.yaml\n", f"{MAX_FILES}.yaml": minimal()})
+    message = refused(parse, path)
+    assert str(tmp_path / f"{MAX_FILES - 1}.yaml") in message and str(tmp_path / f"{MAX_FILES}.yaml") in message
+    assert parse(tmp_path / "1.yaml").given == parse(tmp_path / f"{MAX_FILES}.yaml").given
+
+
+@pytest.mark.parametrize("name", ["none.yaml", "folder.yaml", "../none.yaml", "no/such/none.yml", "x" * 300 + ".yaml"])
+def test_a_parent_that_is_no_file_is_refused_with_both_names(name, files, tmp_path):
+    path = files(**{"a.yaml": f"extends: {name}\n"})
+    (tmp_path / "folder.yaml").mkdir()
+    message = refused(parse, path)
+    assert message.startswith(f"{path} extends {tmp_path / name}, which is no file")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/{root}/b.yaml", "./b.yaml", "sub/../b.yaml", "sub/./b.yaml", "sub//b.yaml", "..", "../", "sub", "b",
+        "b.yaml/", "~/b.yaml", "$HOME/b.yaml", "C:/b.yaml", "C:b.yaml", "file:///b.yaml", "https://a.b/c.yaml",
+        "sub\\\\b.yaml", "b.json", "b.yaml.txt", ".yaml", "*.yaml", "", "b.yaml\\n", "b\\n.yaml", "b\\0.yaml",
+    ],
+)  # fmt: skip
+def test_a_parent_is_a_plain_name_relative_to_the_recipe(name, files, tmp_path):
+    """Every name below would lead to a file, or look as if it did; the files are there."""
+    text = 'extends: "' + name.replace("{root}", str(tmp_path).lstrip("/")) + '"\n'
+    path = files(**{"a.yaml": text, "b.yaml": minimal(), "sub/b.yaml": minimal(), "b.json": minimal(), "b": minimal()})
+    message = refused(parse, path)
+    assert message.startswith(f"{path} extends ") and "write one .yaml file relative to it" in message
+    assert len(message) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize("value", ["null", "5", "true", "[b.yaml]", "{b.yaml: 1}", "", "[]"])
+def test_a_parent_is_one_name(value, files):
+    path = files(**{"a.yaml": f"extends: {value}\n", "b.yaml": minimal()})
+    assert "write one .yaml file" in refused(parse, path)
+
+
+def test_a_broken_parent_is_named(files, tmp_path):
+    path = files(**{"a.yaml": "extends: b.yaml\n", "b.yaml": "- no mapping\n"})
+    assert refused(parse, path).startswith(f"{tmp_path / 'b.yaml'} must hold")
+
+
+@pytest.mark.parametrize("arguments", [["--extends", "b.yaml"], ["--extends=b.yaml"], ["--extends", "null"]])
+def test_extends_is_no_key_and_no_override(arguments, files):
+    """It says where keys come from. A field of that name would be shadowed by it."""
+    assert EXTENDS not in recipe_fields() and EXTENDS not in BOOKKEEPING
+    path = files(**{"a.yaml": minimal(), "b.yaml": minimal()})
+    assert "--extends: only a recipe file can extend another" in refused(parse, path, arguments)
+    assert "`extends: FILE`" in describe_keys()
+
+
 # -- the recipes we ship --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def resolved(path: Path) -> dict[str, Any]:
+    """On a machine without a GPU, hence use_cpu."""
+    return parse(path, ["--use_cpu", "true"]).given
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_parses(path):
-    """On a machine without a GPU, hence use_cpu."""
-    recipe = parse(path, ["--use_cpu", "true"])
-    assert recipe.given.keys() >= {"train_data", "output_dir", "jepa_weight", "seed"}
+    assert resolved(path).keys() >= {"train_data", "output_dir", "jepa_weight", "seed"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in RECIPES], ids=lambda path: str(path))
+def test_a_file_with_an_underscore_is_a_parent_and_cannot_be_run(path):
+    """It misses what a run needs, and somebody extends it."""
+    assert "sets no" in refused(parse, path, ["--use_cpu", "true"])
+    parents = [(file.parent / read_yaml(file)[EXTENDS]).resolve() for file in FILES if EXTENDS in read_yaml(file)]
+    assert path.resolve() in parents
+
+
+def test_the_template_is_complete_by_itself():
+    assert EXTENDS not in read_yaml(ROOT / "recipes" / "template.yaml")
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in RECIPES if path.stem.endswith("-baseline")], ids=lambda path: path.stem
+    "path", [path for path in RECIPES if path.stem.endswith("-baseline")], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_a_recipe_and_its_baseline_differ_in_the_weight_and_the_folder_alone(path):
     """Of a comparison of two arms nothing else may change; every key is compared, set or default."""
     twin = path.with_name(path.name.replace("-baseline", ""))
     assert twin in RECIPES
-    ours, plain = read_yaml(twin), read_yaml(path)
+    ours, plain = resolved(twin), resolved(path)
     differing = {key for key in {*ours, *plain} if ours.get(key, "unset") != plain.get(key, "unset")}
     assert differing == {"jepa_weight", "output_dir"}
     assert plain["jepa_weight"] == 0 and ours["jepa_weight"] > 0
 
 
 def test_there_are_recipes_and_no_two_share_a_folder():
-    assert len(RECIPES) >= 3 and any(path.stem.endswith("-baseline") for path in RECIPES)
-    folders = [read_yaml(path)["output_dir"] for path in RECIPES]
+    assert len(RECIPES) >= 30 and sum(path.stem.endswith("-baseline") for path in RECIPES) >= 12
+    folders = [resolved(path)["output_dir"] for path in RECIPES]
     assert len(set(folders)) == len(folders)
 
 
@@ -612,6 +787,16 @@ def test_any_file_is_a_mapping_or_a_user_error(tmp_path_factory, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     found = parses_or_refuses(read_yaml, path)
     assert found is None or (isinstance(found, dict) and all(isinstance(key, str) for key in found))
+
+
+@given(st.one_of(SCALARS, st.text("./ab", max_size=8).map(lambda text: f"{text}.yaml")))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_any_parent_is_found_or_a_user_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(minimal(f"extends: {text}\n"))
+    (path.parent / "b.yaml").write_text("seed: 3\n")
+    recipe = parses_or_refuses(parse, path)
+    assert recipe is None or recipe.given["seed"] == 3
 
 
 @given(st.sampled_from(sorted(recipe_fields())), SCALARS, st.booleans())

@@ -340,8 +340,8 @@ def test_template_arguments_are_trls(name, extra, written, tmp_path):
     assert theirs != plain, "the argument did nothing"
     view = build_views(rows[0], tokenizer)
     assert (view.input_ids, view.labels) == (theirs["input_ids"], theirs["labels"])
-    assert tokenizer.decode(view.input_ids[: view.split]).endswith("user\nx")
-    assert tokenizer.decode(view.target_ids) == SHAPES[name].target("over")
+    assert tokenizer.decode(view.input_ids[: view.content[1]]).endswith("user\nx")
+    assert tokenizer.decode(view.targets[0]) == SHAPES[name].target("over")
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -355,7 +355,7 @@ def test_a_chat_row_has_the_bos_of_its_template_only(add_bos):
             tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
             assert tokenizer("x")["input_ids"][0] == bos
         view = build_views(pair([("user", "x")], "over"), tokenizer, context_view="message")
-        for ids in (view.input_ids, view.context_ids, view.target_ids):
+        for ids in (view.input_ids, view.contexts[0], view.targets[0]):
             assert ids.count(bos) == count and (ids[0] == bos) == bool(count)
 
 
@@ -371,12 +371,12 @@ def test_split_is_right_after_the_last_content_token_of_the_prompt(name):
             turns = turns_of(shape, content, kind)
             view = build_views(pair(turns, "user"), tokenizer)
             before, after = (
-                tokenizer.decode(view.input_ids[: view.split]),
-                tokenizer.decode(view.input_ids[view.split :]),
+                tokenizer.decode(view.input_ids[: view.content[1]]),
+                tokenizer.decode(view.input_ids[view.content[1] :]),
             )
             assert before == shape.text(turns), (kind, content)
             assert (before + after).startswith(shape.text([*turns, ("assistant", "user")]))
-            assert view.context_ids == [] and not view.truncated
+            assert view.contexts == [view.input_ids[: view.content[1]]] and not view.truncated
 
 
 @every_shape
@@ -387,12 +387,12 @@ def test_target_is_header_and_content(name):
         for answer in CONTENTS:
             turns = turns_of(shape, "over", kind)
             view = build_views(pair(turns, answer), tokenizer)
-            assert tokenizer.decode(view.target_ids) == shape.target(answer), (kind, answer)
-            assert view.target_ids == ids_of(tokenizer, shape.target(answer))
+            assert tokenizer.decode(view.targets[0]) == shape.target(answer), (kind, answer)
+            assert view.targets[0] == ids_of(tokenizer, shape.target(answer))
             if shape.header_in_row:
-                bare = view.target_ids[1:] if shape.bos else view.target_ids
+                bare = view.targets[0][1:] if shape.bos else view.targets[0]
                 starts = [i for i in range(len(view.input_ids)) if view.input_ids[i : i + len(bare)] == bare]
-                assert any(i >= view.split for i in starts), "the target's tokens are not those of the LM row"
+                assert any(i >= view.content[1] for i in starts), "the target's tokens are not those of the LM row"
 
 
 @every_shape
@@ -403,10 +403,10 @@ def test_message_context_is_header_and_content_of_the_last_user_turn(name):
         for content in CONTENTS:
             row = pair(turns_of(shape, content, kind), "over")
             view, prefix = build_views(row, tokenizer, context_view="message"), build_views(row, tokenizer)
-            assert tokenizer.decode(view.context_ids) == shape.context(content), (kind, content)
-            assert view.context_ids == ids_of(tokenizer, shape.context(content))
-            assert dataclasses.replace(view, context_ids=[]) == prefix
-            seen = tokenizer.decode(prefix.input_ids[: prefix.split])
+            assert tokenizer.decode(view.contexts[0]) == shape.context(content), (kind, content)
+            assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
+            assert dataclasses.replace(view, contexts=prefix.contexts, headers=prefix.headers) == prefix
+            seen = tokenizer.decode(prefix.input_ids[: prefix.content[1]])
             assert ("Be the fox." in seen) == ("system" in kind) and ("quick fox" in seen) >= ("multi" in kind)
             assert (shape.opening in seen) == ("system" not in kind or not shape.opening)
 
@@ -436,10 +436,10 @@ def test_published_templates_of_supported_families(name, header, end, bos, thoug
     opening = BOS if bos else ""
     for content in ("the fox", "user", "🦊", "x"):
         view = build_views(pair([*EARLIER, ("user", content)], "assistant"), tokenizer, context_view="message")
-        assert tokenizer.decode(view.input_ids[: view.split]).endswith(header.format("user") + content)
-        assert tokenizer.decode(view.input_ids[view.split :]).startswith(end)
-        assert tokenizer.decode(view.context_ids) == opening + header.format("user") + content
-        assert tokenizer.decode(view.target_ids) == opening + header.format("assistant") + thought + "assistant"
+        assert tokenizer.decode(view.input_ids[: view.content[1]]).endswith(header.format("user") + content)
+        assert tokenizer.decode(view.input_ids[view.content[1] :]).startswith(end)
+        assert tokenizer.decode(view.contexts[0]) == opening + header.format("user") + content
+        assert tokenizer.decode(view.targets[0]) == opening + header.format("assistant") + thought + "assistant"
     assert tokenizer.convert_tokens_to_ids(end) in end_of_turn_ids(tokenizer)
 
 
@@ -460,9 +460,9 @@ def test_system_prompt_that_moves_when_the_answer_comes(tmp_path):
     view = build_views(row, tokenizer, context_view="message")
     assert (view.input_ids, view.labels) == (theirs["input_ids"], theirs["labels"])
     assert tokenizer.decode(view.input_ids) == f"{BOS}[INST] the fox [/INST] over</s>"
-    assert tokenizer.decode(view.target_ids) == f"{BOS} over"
-    assert tokenizer.decode(view.context_ids) == f"{BOS}[INST] the fox"
-    assert tokenizer.decode(view.input_ids[: view.split]) == f"{BOS}[INST] the fox"
+    assert tokenizer.decode(view.targets[0]) == f"{BOS} over"
+    assert tokenizer.decode(view.contexts[0]) == f"{BOS}[INST] the fox"
+    assert tokenizer.decode(view.input_ids[: view.content[1]]) == f"{BOS}[INST] the fox"
 
 
 def test_thoughts_of_earlier_turns_are_gone():
@@ -471,8 +471,8 @@ def test_thoughts_of_earlier_turns_are_gone():
     turns = [("user", "fox"), ("assistant", "<think>\nsecret\n</think>\n\nover"), ("user", "x")]
     view = build_views(pair(turns, "fox"), tokenizer)
     assert "secret" not in tokenizer.decode(view.input_ids)
-    assert tokenizer.decode(view.input_ids[: view.split]) == shape.text(turns)
-    assert tokenizer.decode(view.target_ids) == shape.target("fox")
+    assert tokenizer.decode(view.input_ids[: view.content[1]]) == shape.text(turns)
+    assert tokenizer.decode(view.targets[0]) == shape.target("fox")
 
 
 def test_thoughts_of_the_answer_are_cut_right_or_refused():
@@ -484,7 +484,7 @@ def test_thoughts_of_the_answer_are_cut_right_or_refused():
     except UserError as error:
         assert "row 3" in str(error)
     else:
-        assert tokenizer.decode(view.target_ids).endswith("<think>\nwhy\n</think>\n\nfox")
+        assert tokenizer.decode(view.targets[0]).endswith("<think>\nwhy\n</think>\n\nfox")
 
 
 def test_content_that_shares_a_token_with_the_template_keeps_that_token():
@@ -492,9 +492,9 @@ def test_content_that_shares_a_token_with_the_template_keeps_that_token():
     tokenizer = tokenizer_of("mistral")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}! {% endfor %}"
     view = build_views(pair([("user", "fox]")], "over]"), tokenizer)
-    assert tokenizer.convert_ids_to_tokens(view.input_ids[: view.split])[-1] == "]!"
-    assert tokenizer.decode(view.input_ids[: view.split]) == "fox]!"
-    assert tokenizer.decode(view.target_ids) == "over]", "a view on its own ends with its content"
+    assert tokenizer.convert_ids_to_tokens(view.input_ids[: view.content[1]])[-1] == "]!"
+    assert tokenizer.decode(view.input_ids[: view.content[1]]) == "fox]!"
+    assert tokenizer.decode(view.targets[0]) == "over]", "a view on its own ends with its content"
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -524,10 +524,10 @@ def test_cuts_of_a_sentencepiece_tokenizer():
         for content in map(str.strip, CONTENTS):
             turns = turns_of(shape, content, kind)
             view = build_views(pair(turns, content), tokenizer, context_view="message")
-            assert view.input_ids[: view.split] == ids_of(tokenizer, shape.text(turns)), (kind, content)
-            assert view.input_ids[view.split] == tokenizer.eos_token_id
-            assert view.context_ids == ids_of(tokenizer, shape.context(content))
-            assert view.target_ids == ids_of(tokenizer, shape.target(content))
+            assert view.input_ids[: view.content[1]] == ids_of(tokenizer, shape.text(turns)), (kind, content)
+            assert view.input_ids[view.content[1]] == tokenizer.eos_token_id
+            assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
+            assert view.targets[0] == ids_of(tokenizer, shape.target(content))
 
 
 def test_a_normalizer_that_shortens_text_does_not_move_the_cut():
@@ -536,9 +536,9 @@ def test_a_normalizer_that_shortens_text_does_not_move_the_cut():
     tokenizer._tokenizer.normalizer = normalizers.NFC()
     turns = [("user", "e\u0301e\u0301e\u0301 fox e\u0301")]
     view = build_views(pair(turns, "e\u0301e\u0301 over"), tokenizer, context_view="message")
-    assert tokenizer.decode(view.input_ids[: view.split]) == shape.text([("user", "ééé fox é")])
-    assert tokenizer.decode(view.context_ids) == shape.context("ééé fox é")
-    assert tokenizer.decode(view.target_ids) == shape.target("éé over")
+    assert tokenizer.decode(view.input_ids[: view.content[1]]) == shape.text([("user", "ééé fox é")])
+    assert tokenizer.decode(view.contexts[0]) == shape.context("ééé fox é")
+    assert tokenizer.decode(view.targets[0]) == shape.target("éé over")
 
 
 def test_the_last_prompt_turn_need_not_be_the_users():
@@ -546,8 +546,8 @@ def test_the_last_prompt_turn_need_not_be_the_users():
     shape, tokenizer = SHAPES["chatml"], tokenizer_of("chatml")
     row = pair([("user", "x"), ("assistant", "look"), ("tool", "42")], "over")
     view = build_views(row, tokenizer)
-    assert tokenizer.decode(view.input_ids[: view.split]).endswith("<|im_start|>tool\n42")
-    assert tokenizer.decode(view.target_ids) == shape.target("over")
+    assert tokenizer.decode(view.input_ids[: view.content[1]]).endswith("<|im_start|>tool\n42")
+    assert tokenizer.decode(view.targets[0]) == shape.target("over")
     with pytest.raises(UserError, match="row 3.*'tool'.*context_view: prefix"):
         build_views(row, tokenizer, context_view="message", where="row 3")
 
@@ -568,11 +568,11 @@ def test_cuts_hold_for_any_printable_content(name):
     def check(earlier, content, answer):
         turns = [("user", earlier), ("assistant", content), ("user", content)]
         view = build_views(pair(turns, answer), tokenizer, context_view="message")
-        assert tokenizer.decode(view.input_ids[: view.split]) == shape.text(turns)
-        assert tokenizer.decode(view.context_ids) == shape.context(content)
-        assert tokenizer.decode(view.target_ids) == shape.target(answer)
-        assert view.context_ids == ids_of(tokenizer, shape.context(content))
-        assert view.target_ids == ids_of(tokenizer, shape.target(answer))
+        assert tokenizer.decode(view.input_ids[: view.content[1]]) == shape.text(turns)
+        assert tokenizer.decode(view.contexts[0]) == shape.context(content)
+        assert tokenizer.decode(view.targets[0]) == shape.target(answer)
+        assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
+        assert view.targets[0] == ids_of(tokenizer, shape.target(answer))
 
     check()
 
@@ -633,10 +633,10 @@ def test_max_length_cuts_row_and_views_at_the_end(name, context_view, tmp_path):
                 build_views(row, tokenizer, **options)
             continue
         view = build_views(row, tokenizer, **options)
-        for field in ("input_ids", "labels", "context_ids", "target_ids"):
-            assert getattr(view, field) == getattr(whole, field)[:limit]
-        assert view.split == whole.split and view.target_key == whole.target_key
-        longest = max(len(whole.input_ids), len(whole.context_ids), len(whole.target_ids))
+        assert view.input_ids == whole.input_ids[:limit] and view.labels == whole.labels[:limit]
+        assert view.contexts == [whole.contexts[0][:limit]] and view.targets == [whole.targets[0][:limit]]
+        assert view.content[1] == whole.content[1] and view.target_key == whole.target_key
+        longest = max(len(whole.input_ids), len(whole.contexts[0]), len(whole.targets[0]))
         assert view.truncated == (limit < longest)
     assert prompt_length + 1 < len(whole.input_ids)
 
@@ -651,8 +651,8 @@ def test_a_target_longer_than_its_row_is_cut_and_counted():
     tokenizer, row = plain_tokenizer(), {"prompt": "x abc", "completion": "qwrtzpsf"}
     tokenizer.add_tokens(["abcqwrtzpsf"])
     whole, cut = (build_views(row, tokenizer, max_length=length) for length in (8, 4))
-    assert len(whole.input_ids) == 4 and len(whole.target_ids) == 8 and not whole.truncated
-    assert cut == dataclasses.replace(whole, target_ids=whole.target_ids[:4], truncated=True)
+    assert len(whole.input_ids) == 4 and len(whole.targets[0]) == 8 and not whole.truncated
+    assert cut == dataclasses.replace(whole, targets=[whole.targets[0][:4]], truncated=True)
 
 
 # -- plain strings ------------------------------------------------------------------------------------------------
@@ -668,10 +668,10 @@ def test_a_token_across_the_boundary_is_not_in_the_context(add_bos, tmp_path):
     for row, reference in zip(rows, theirs, strict=True):
         view = build_views(row, tokenizer)
         prompt_length = next(i for i, label in enumerate(reference["labels"]) if label != IGNORE)
-        seen = tokenizer.decode(view.input_ids[: view.split]).removeprefix(BOS if add_bos else "")
-        assert 0 < view.split <= prompt_length and row["prompt"].startswith(seen) and seen.strip()
+        seen = tokenizer.decode(view.input_ids[: view.content[1]]).removeprefix(BOS if add_bos else "")
+        assert 0 < view.content[1] <= prompt_length and row["prompt"].startswith(seen) and seen.strip()
         merged += seen != row["prompt"].rstrip()
-        assert tokenizer.decode(view.target_ids) == (BOS if add_bos else "") + row["completion"].rstrip()
+        assert tokenizer.decode(view.targets[0]) == (BOS if add_bos else "") + row["completion"].rstrip()
     assert merged >= 3, "no token crossed the boundary"
 
 
@@ -694,9 +694,9 @@ def test_plain_views_are_the_two_strings(add_bos):
     tokenizer, bos = plain_tokenizer(add_bos), BOS if add_bos else ""
     row = {"prompt": "the quick fox \n", "completion": " jumps over \n"}
     view = build_views(row, tokenizer, context_view="message")
-    assert view.context_ids == ids_of(tokenizer, f"{bos}the quick fox")
-    assert view.target_ids == ids_of(tokenizer, f"{bos} jumps over")
-    assert tokenizer.decode(view.input_ids[: view.split]) == f"{bos}the quick fox"
+    assert view.contexts[0] == ids_of(tokenizer, f"{bos}the quick fox")
+    assert view.targets[0] == ids_of(tokenizer, f"{bos} jumps over")
+    assert tokenizer.decode(view.input_ids[: view.content[1]]) == f"{bos}the quick fox"
     assert tokenizer.decode(view.input_ids) == f"{bos}the quick fox \n jumps over \n{tokenizer.eos_token}"
 
 
@@ -728,7 +728,7 @@ def test_no_eos_token_adds_none():
     tokenizer = plain_tokenizer()
     tokenizer.eos_token = None
     view = build_views({"prompt": "x", "completion": " over"}, tokenizer)
-    assert tokenizer.decode(view.input_ids) == "x over" and tokenizer.decode(view.target_ids) == " over"
+    assert tokenizer.decode(view.input_ids) == "x over" and tokenizer.decode(view.targets[0]) == " over"
     assert end_of_turn_ids(tokenizer) == []
 
 
@@ -758,7 +758,7 @@ def test_a_changed_template_has_its_own_header():
     for name in ("chatml", "gemma", "chatml"):
         tokenizer.chat_template = SHAPES[name].template
         view = build_views(pair([("user", "x")], "over"), tokenizer, context_view="message")
-        assert tokenizer.decode(view.context_ids) == SHAPES[name].user[0] + "x"
+        assert tokenizer.decode(view.contexts[0]) == SHAPES[name].user[0] + "x"
 
 
 # -- errors -------------------------------------------------------------------------------------------------------
@@ -843,8 +843,8 @@ def test_a_template_that_hides_content_is_cut_right_or_refused(template):
     except UserError as error:
         assert "row 3" in str(error)
     else:
-        assert tokenizer.decode(view.input_ids[: view.split]).lower().endswith("the fox")
-        assert tokenizer.decode(view.target_ids).lower().endswith("over")
+        assert tokenizer.decode(view.input_ids[: view.content[1]]).lower().endswith("the fox")
+        assert tokenizer.decode(view.targets[0]).lower().endswith("over")
 
 
 # -- keys ---------------------------------------------------------------------------------------------------------
@@ -859,7 +859,7 @@ def test_keys_are_equal_exactly_for_equal_targets():
     ]
     for a in views:
         for b in views:
-            assert (a.target_key == b.target_key) == (a.target_ids == b.target_ids)
+            assert (a.target_key == b.target_key) == (a.targets[0] == b.targets[0])
     assert len({view.target_key for view in views}) == len(answers) - 2
 
 
@@ -886,3 +886,66 @@ def test_keys_are_the_same_in_another_process(tmp_path):
     )
     other_hash, key = map(int, done.stdout.split())
     assert other_hash != hash("x") and key == build_views(row, tokenizer).target_key
+
+
+# -- the `views` column -------------------------------------------------------------------------------------------
+
+
+@every_shape
+@pytest.mark.parametrize("context_view", ["prefix", "message"])
+def test_further_views_are_those_of_the_row_rewritten(name, context_view):
+    """A further context is the context of the row with that wording in its place; a further target likewise."""
+    shape, tokenizer = SHAPES[name], tokenizer_of(name)
+    kind = kinds(shape)[-1]
+    first, other = (pair(turns_of(shape, *a), b) for a, b in ((("the fox", kind), "over"), (("a quick x", kind), "on")))
+    both = {**first, "views": {"contexts": ["a quick x", "the fox"], "targets": ["on"]}}
+    options = {"context_view": context_view}
+    view, one, two = (build_views(row, tokenizer, **options) for row in (both, first, other))
+    assert view.contexts == [*one.contexts, *two.contexts, *one.contexts]
+    assert view.targets == [*one.targets, *two.targets]
+    assert dataclasses.replace(view, contexts=one.contexts, targets=one.targets) == one
+
+
+@pytest.mark.parametrize("context_view", ["prefix", "message"])
+def test_further_views_of_plain_strings(context_view):
+    tokenizer = plain_tokenizer()
+    row = {"prompt": "the fox", "completion": " over", "views": {"contexts": ["a x "], "targets": None}}
+    view = build_views(row, tokenizer, context_view=context_view)
+    assert [tokenizer.decode(ids) for ids in view.contexts] == ["the fox", "a x"] and len(view.targets) == 1
+
+
+@pytest.mark.parametrize(
+    ("views", "said"),
+    [
+        (["a paraphrase"], "list"),
+        ("a paraphrase", "str"),
+        ({"context": ["a paraphrase"]}, "context"),
+        ({"contexts": "a paraphrase"}, "contexts"),
+        ({"contexts": [" "]}, "contexts"),
+        ({"targets": [3]}, "targets"),
+        ({"targets": {"a": "b"}}, "targets"),
+    ],
+)
+def test_a_views_column_of_the_wrong_type_is_named(views, said):
+    row = {"prompt": "the fox", "completion": " over", "views": views}
+    with pytest.raises(UserError, match=f"row 7: 'views'.*{said}"):
+        build_views(row, plain_tokenizer(), where="row 7")
+
+
+def test_a_further_view_is_cut_and_counted():
+    row = {"prompt": "the fox", "completion": " over", "views": {"contexts": ["the fox x the fox x the fox"]}}
+    whole, cut = (build_views(row, plain_tokenizer(), max_length=length) for length in (None, 4))
+    assert not whole.truncated and cut.truncated and cut.contexts[1] == whole.contexts[1][:4]
+
+
+@every_shape
+def test_content_ranges_are_the_content(name):
+    """`content`: the token ranges of the last user turn's text and of the completion's in the LM row."""
+    for tokenizer, row in (
+        (plain_tokenizer(), {"prompt": "the fox", "completion": " over"}),
+        (tokenizer_of(name), pair(turns_of(SHAPES[name], "the fox", kinds(SHAPES[name])[-1]), "over")),
+    ):
+        view = build_views(row, tokenizer)
+        a, b, c, d = view.content
+        found = [tokenizer.decode(view.input_ids[start:end]).strip() for start, end in ((a, b), (c, d))]
+        assert found[1] == "over" and found[0].endswith("the fox") and len(found[0]) <= len("\nthe fox")

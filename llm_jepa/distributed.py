@@ -1,0 +1,78 @@
+"""What ranks have to agree on: the pairs of all of them, with exact gradients, and one coin.
+
+A loss in which every pair meets every other (InfoNCE) is written like this, and is then the single process's loss in
+value and in gradient, however the rows are spread:
+
+    z, own = gather_with_grad(predicted)              # [b_r, D] -> [B, D], B = sum of b_r
+    s, _ = gather_with_grad(target)
+    value = info_nce(z, s)                            # [B]: every rank computes all of it,
+    loss = value[own].sum() / B * world_size          # but sums its own rows only
+
+*Own rows only*, because the backward of the gather adds up what all ranks hand back: a rank that summed all of `value`
+would count every row world_size times. *The global count*, because ranks of different size must not weigh the same.
+*Times world_size* where the wrapper averages the gradients of the weights over ranks (DDP, FSDP2) instead of adding
+them up. Every rank must run the backward, one without rows too: it is a collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_with_grad(x: Tensor) -> tuple[Tensor, slice]:
+    """`x` [b_r, ...] of all ranks -> [sum of b_r, ...] in the order of ranks, and which of these rows are our own.
+
+    b_r may differ from rank to rank and may be 0; the rest of the shape, and the dtype, may not. Integers, as keys are,
+    gather without gradient. The gradient of a gathered row is the sum of what all ranks have for it, added in float32
+    at least. A rank whose `x` needs no gradient while another's does takes part in the backward all the same: the
+    others would wait for it. Without process group, or with one process: `x` itself.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x, slice(0, len(x))
+    wants_grad = x.requires_grad and torch.is_grad_enabled()
+    headers = _all_gather(torch.tensor([len(x), wants_grad], device=x.device))
+    sizes, wanted = torch.stack(headers, dim=1).tolist()
+    if any(wanted) and not wants_grad:
+        x = x.detach().requires_grad_()
+    start = sum(sizes[: dist.get_rank()])
+    own = slice(start, start + len(x))
+    return _Gather.apply(x, sizes, own), own
+
+
+def _all_gather(x: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return parts
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], own: slice) -> Tensor:
+        ctx.own = own
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        return torch.cat([part[:size] for part, size in zip(_all_gather(padded), sizes, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)  # a copy: all_reduce writes into it
+        dist.all_reduce(total)
+        return total[ctx.own].to(grad.dtype), None, None
+
+
+def shared_coin(seed: int, step: int) -> float:
+    """A uniform number in [0, 1) that depends on (seed, step) alone.
+
+    So it is the same on every rank, platform and resumed run, and no generator moves. Ranks that drew one each would
+    disagree, and wait for each other in the next collective for ever.
+    """
+    digest = hashlib.sha256(f"llm_jepa coin {int(seed)} {int(step)}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -1,0 +1,170 @@
+"""The JEPA term of a training run: what is compared with what, over which pairs, at which weight.
+
+`losses` has the formulas. Here are the choices of a recipe around them: where targets come from, whose pairs meet, the
+projector that is thrown away, the weight's schedule; and what of it a resumed run must find again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LLMJEPAConfig
+from .distributed import gather_with_grad
+from .losses import jepa_loss, random_slices, sigreg, vicreg
+from .packing import embed_targets, read
+from .semantic_tube import draw_tube, tube_distance
+from .target_encoder import MovingAverage
+
+SLICES = 256  # of sigreg, new ones every step: algorithm 1 of arXiv:2511.08544
+EVALUATION = -1  # the "step" of evaluations: tubes and slices stay the same from one to the next
+
+
+class Objective:
+    """Args: the run's configuration, the width of the hidden states, the device of this rank."""
+
+    def __init__(self, args: LLMJEPAConfig, hidden_size: int, device: torch.device) -> None:
+        self.args = args
+        self.average: MovingAverage | None = None
+        self.projector: torch.nn.Linear | None = None
+        if args.uses_views and args.regularizer is not None and args.projector_dim:
+            with torch.random.fork_rng(devices=[]):  # the run's own seed stays unmoved
+                torch.manual_seed(args.seed)
+                self.projector = torch.nn.Linear(hidden_size, args.projector_dim).to(device)
+
+    def weight(self, progress: float) -> float:
+        """`jepa_weight`, or where the straight line from it to `jepa_weight_end` is at `progress` in 0..1."""
+        start, end = self.args.jepa_weight, self.args.jepa_weight_end
+        return start if end is None else start + (end - start) * min(progress, 1.0)
+
+    # -- embeddings ---------------------------------------------------------------------------------------------------
+
+    def is_in(self, batch: dict[str, Any]) -> bool:
+        """Whether this batch has pairs or tubes: not after `lm_rows_only`, not in plain SFT."""
+        return "context_at" in batch or "tubes" in batch
+
+    def target_without_gradient(self, model: torch.nn.Module, batch: dict[str, Any]) -> Tensor | None:
+        """[P, D] of a target encoder that does not learn: cached (base), or from a forward-only pass, *before* the
+        forward pass that learns. None for `target_encoder: self`, whose targets are in the rows."""
+        if "target_embedding" in batch:
+            embedding: Tensor = batch["target_embedding"]
+            return embedding
+        if "apart_input_ids" not in batch:
+            return None
+        if self.average is None:
+            return embed_targets(model, batch, layer=self.args.readout_layer)
+        with self.average.in_place_of_weights():
+            return embed_targets(model, batch, layer=self.args.readout_layer)
+
+    def draw_tubes(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """`objective: stp`: a tube per example that is long enough for one, of (seed, step, row of the data set)."""
+        tubes, examples = [], []
+        places = zip(*(batch[key].tolist() for key in ("lm_at", "content", "index")), strict=True)
+        for example, (at, (a, b, c, d), index) in enumerate(places):
+            tube = draw_tube([(a, b), (c, d)], self.args.stp_formula, Random(f"{self.args.seed} {step} {index}"))
+            if tube is not None:
+                tubes.append((0, at, tube))
+                examples.append(example)
+        owners = torch.tensor(examples, dtype=torch.long, device=batch["lm_at"].device)
+        # As a function: Trainer would take tuples in a batch apart.
+        return {"tubes": functools.partial(tube_distance, tubes=tubes), "example_of_pair": owners}
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def pair_loss(self, hidden: Tensor, batch: dict[str, Any], target: Tensor | None, *, step: int) -> Tensor:
+        """States [R, L, D] of the layer that is read -> a loss per pair, [P]."""
+        if "tubes" in batch:
+            distance: Tensor = batch["tubes"](hidden.flatten(0, 1)[None])
+            return distance
+        predicted = read(hidden, batch["context_at"])
+        if "known_loss" in batch:  # see `compare_all`: the values, and embeddings times their known gradients
+            loss: Tensor = batch["known_loss"]
+            for name, gradient in batch["known_gradients"].items():
+                side = predicted if name == "predicted" else read(hidden, batch["target_at"])
+                linear = (side * gradient).sum(dim=-1)
+                loss = loss + linear - linear.detach()
+            return loss
+        target = read(hidden, batch["target_at"]) if target is None else target
+        return self.compare(predicted, target, batch["target_key"], step=step)
+
+    def compare(self, predicted: Tensor, target: Tensor, target_key: Tensor, *, step: int) -> Tensor:
+        """Embeddings [P, D] -> a loss per pair [P]. Where all pairs meet, those of all ranks do."""
+        args, own = self.args, slice(None)
+        if self.projector is not None:
+            with torch.autocast(predicted.device.type, enabled=False):
+                both = torch.cat([predicted, target]).to(self.projector.weight.dtype)
+                predicted, target = self.projector(both).chunk(2)
+        if args.objective == "info_nce" or args.regularizer is not None:
+            predicted, own = gather_with_grad(predicted)
+            target, _ = gather_with_grad(target)
+            target_key, _ = gather_with_grad(target_key)
+        loss = jepa_loss(
+            predicted, target, objective=args.objective, temperature=args.temperature, target_key=target_key
+        )
+        if args.regularizer is not None:
+            # Each view by itself; a target without gradient has no spread to mend.
+            sides = [predicted, target] if args.target_encoder == "self" else [predicted]
+            term: Callable[[Tensor], Tensor] = vicreg
+            if args.regularizer == "sigreg":
+                slices = random_slices(predicted.shape[1], SLICES, seed=args.seed, step=step, device=predicted.device)
+                term = lambda side: sigreg(side, slices)  # noqa: E731
+            loss = loss + args.regularizer_weight * torch.stack([term(side) for side in sides]).mean()
+        return loss[own]
+
+    def compare_all(self, batches: list[dict[str, Any]], found: list[tuple[Tensor, Tensor]], *, step: int) -> None:
+        """InfoNCE over all micro-batches and ranks of a step (GradCache, arXiv:2101.06983).
+
+        `found` has the embeddings of each batch, computed without gradient. Their loss and its gradients in them go
+        into the batches, where `pair_loss` meets them again: the gradient in the weights is that of one big batch.
+        """
+        predicted, target = (torch.cat(side).detach() for side in zip(*found, strict=True))
+        sides = {"predicted": predicted.requires_grad_()}
+        if self.args.target_encoder == "self":
+            sides["target"] = target.requires_grad_()
+        key = torch.cat([batch["target_key"] for batch in batches])
+        loss = self.compare(predicted, target, key, step=step)
+        gradients = torch.autograd.grad(loss.sum(), list(sides.values()))
+        sizes = [len(batch["target_key"]) for batch in batches]
+        parts = [gradient.split(sizes) for gradient in gradients]
+        for i, (batch, values) in enumerate(zip(batches, loss.detach().split(sizes), strict=True)):
+            batch["known_loss"] = values
+            batch["known_gradients"] = {name: part[i] for name, part in zip(sides, parts, strict=True)}
+
+    # -- around the optimizer step, and across runs -------------------------------------------------------------------
+
+    def start_averaging(self, model: torch.nn.Module) -> None:
+        if self.args.uses_views and self.args.target_encoder == "ema":
+            self.average = MovingAverage(model, self.args.ema_decay)
+
+    def before_optimizer_step(self, reduce_mean: Callable[[Tensor], Tensor]) -> None:
+        """What DDP does for the model's gradients, for the projector's."""
+        for p in self.projector.parameters() if self.projector is not None else ():
+            if p.grad is not None:
+                p.grad = reduce_mean(p.grad)
+
+    def after_optimizer_step(self, progress: float) -> None:
+        if self.average is not None:
+            self.average.update(progress)
+        if self.projector is not None:
+            self.projector.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside model and optimizer. It is no part of the saved model."""
+        state = self.average.state() if self.average is not None else {}
+        if self.projector is not None:
+            state |= {f"projector.{name}": value for name, value in self.projector.state_dict().items()}
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        if self.average is not None:
+            self.average.load(state)
+        if self.projector is not None:
+            prefix = "projector."
+            self.projector.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            )

@@ -1,0 +1,112 @@
+"""Targets that do not move with the gradient: a moving average of the model, and the model at the start."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .distributed import gather_with_grad
+from .errors import UserError
+from .packing import embed_targets, evaluating, rows_apart
+
+
+class MovingAverage:
+    """Exponential moving average of a model's trainable weights, in float32, sharded as they are.
+
+    decay(t) = 1 - (1 - decay) * (cos(pi * t) + 1) / 2 with t = step / steps: from `decay` to 1 (BYOL,
+    arXiv:2006.07733, section 3.2).
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._average = {name: _local(p).detach().float().clone() for name, p in self._weights.items()}
+
+    def decay_at(self, progress: float) -> float:
+        return 1 - (1 - self.decay) * (math.cos(math.pi * min(progress, 1.0)) + 1) / 2
+
+    @torch.no_grad()
+    def update(self, progress: float) -> None:
+        """Once per optimizer step, after it."""
+        weight = 1 - self.decay_at(progress)
+        for name, average in self._average.items():
+            average.lerp_(_local(self._weights[name]).float(), weight)
+
+    @contextlib.contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """The model computes with the average. Not between a forward pass and its backward pass."""
+        kept = {}
+        try:
+            for name, p in self._weights.items():
+                if isinstance(p, DTensor):  # FSDP gathers from the storage it was given
+                    kept[name] = _local(p).detach().clone()
+                    _local(p).data.copy_(self._average[name])
+                else:
+                    kept[name] = p.data
+                    p.data = self._average[name].to(p.dtype)
+            yield
+        finally:
+            for name, data in kept.items():
+                p = self._weights[name]
+                if isinstance(p, DTensor):
+                    _local(p).data.copy_(data)
+                else:
+                    p.data = data
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"ema.{name}": average for name, average in self._average.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, average in self._average.items():
+            average.copy_(state[f"ema.{name}"])
+
+
+def _local(p: Tensor) -> Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+@torch.no_grad()
+def target_table(
+    model: torch.nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    readout: str = "last",
+    layer: int = -1,
+) -> Tensor:
+    """Embeddings [N, D] float32, on the CPU, of N token sequences; the ranks share the work. Evaluation mode."""
+    device = next(model.parameters()).device
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if len(sequences) < world:
+        raise UserError(f"{len(sequences)} distinct targets are fewer than {world} ranks; use fewer ranks.")
+    mine = by_length[torch.distributed.get_rank() if world > 1 else 0 :: world]
+    parts = []
+    with evaluating(model):
+        for start in range(0, len(mine), batch_size):
+            batch = rows_apart([sequences[i] for i in mine[start : start + batch_size]], pad_token_id, readout)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            parts.append(embed_targets(model, batch, layer=layer).float())
+    found, _ = gather_with_grad(torch.cat(parts))
+    order, _ = gather_with_grad(torch.tensor(mine, device=device))
+    table = torch.empty_like(found, device="cpu")
+    table[order.cpu()] = found.cpu()
+    return table
+
+
+def save_state(path: Path, state: dict[str, Tensor]) -> None:
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"The checkpoint has no {path.name}, which holds its target encoder or projector.")
+    return load_file(path)

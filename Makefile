@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint slow results clean
+.PHONY: quickstart test lint slow results step-cost clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
@@ -28,6 +28,11 @@ results: $(STAMP)
 	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
 	$(BIN)/python -m eval.tiny_nl_rx --data $(NL_RX)
 	$(BIN)/python -m eval.report
+
+# What a step costs beside plain SFT's: a minute on generated rows, or the committed figures on the real ones (half an
+# hour):  make step-cost NL_RX=path/to/nl_rx [SPIDER=path/to/spider]
+step-cost: $(STAMP)
+	$(BIN)/python -m eval.step_cost $(if $(NL_RX),--nl-rx $(NL_RX) $(if $(SPIDER),--spider $(SPIDER)) --out eval/results/step_cost/cpu.json --plot eval/results/step_cost/cpu.png,--quick)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("llm_jepa needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11") if sys.version_info < (3, 11) else None'

@@ -6,16 +6,20 @@ projector that is thrown away, the weight's schedule; and what of it a resumed r
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .config import LLMJEPAConfig
 from .distributed import gather_with_grad
+from .errors import UserError
 from .losses import jepa_loss, random_slices, sigreg, vicreg
 from .packing import embed_targets, read
 from .semantic_tube import draw_tube, tube_distance
@@ -168,3 +172,53 @@ class Objective:
             self.projector.load_state_dict(
                 {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             )
+
+
+def check_objective(
+    args: LLMJEPAConfig, config: PreTrainedConfig, train: Dataset, *, sharded: bool, deepspeed: bool
+) -> None:
+    """Raises UserError for what can only be refused once model (its text `config`) and data are there."""
+    if not -config.num_hidden_layers - 1 <= args.readout_layer <= config.num_hidden_layers:
+        raise UserError(
+            f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
+            f"{config.num_hidden_layers} (-1 is the last)."
+        )
+    pairs = args.per_device_train_batch_size * args.world_size
+    if args.negatives == "optimizer_step":
+        pairs *= args.gradient_accumulation_steps
+    if args.objective == "info_nce":
+        key = "context_key" if args.direction == "reverse" else "target_key"
+        distinct = len(set(train[key]))
+        if distinct < min(pairs, len(train)):
+            raise UserError(
+                f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
+                f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."
+            )
+    if args.regularizer is not None:
+        if sharded:
+            raise UserError(f"regularizer: {args.regularizer} has no sharded projector; use --launch ddp.")
+        if not args.projector_dim and pairs < config.hidden_size:
+            raise UserError(
+                f"regularizer: {args.regularizer} without a projector would judge {config.hidden_size} dimensions "
+                f"by {pairs} pairs; set projector_dim: 128, or a batch of {config.hidden_size} pairs."
+            )
+    if args.target_encoder == "ema" and deepspeed:
+        raise UserError("target_encoder: ema cannot follow weights that DeepSpeed holds; use --launch fsdp2 or ddp.")
+    if args.target_encoder == "base" and sharded:
+        raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
+
+
+def same_random_numbers(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which the random numbers (dropout) are drawn that would come now."""
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng(devices=[] if gpu is None else [device]):
+            torch.set_rng_state(cpu)
+            if gpu is not None:
+                torch.cuda.set_rng_state(gpu, device)
+            yield
+
+    return again

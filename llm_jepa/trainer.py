@@ -12,8 +12,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from .distributed import shared_coin
 from .errors import NonFiniteLossError, UserError
 from .loading import model_from, tokenizer_from
 from .model_card import write_model_card
-from .objective import EVALUATION, Objective
+from .objective import EVALUATION, Objective, check_objective, same_random_numbers
 from .packing import (
     JEPACollator,
     embed_pairs,
@@ -56,12 +56,12 @@ from .packing import (
 )
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
 from .probe import choose_layout
+from .rows import VIEW_COLUMNS, check_dataset, view_columns
 from .target_encoder import load_state, save_state, target_table
-from .views import IGNORE, Views, add_view_columns
+from .views import IGNORE
 
 logger = logging.get_logger(__name__)
 
-VIEW_COLUMNS = [field.name for field in fields(Views)]
 JEPA_STATE = "jepa_state.safetensors"
 COLLAPSE_HINT = (
     "The embedding space has collapsed: wrong pairs are as close as right ones, or hardly any direction is left "
@@ -195,7 +195,8 @@ class LLMJEPATrainer(SFTTrainer):
         config = model.config.get_text_config()
         self.objective = Objective(args, config.hidden_size, args.device)
         if args.uses_views:
-            self._check_objective()
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+            check_objective(args, config, self.train_dataset, sharded=sharded, deepspeed=self.is_deepspeed_enabled)
         self._set_layout()
         if args.uses_jepa and args.target_encoder == "base":
             self._embed_base_targets()
@@ -204,41 +205,6 @@ class LLMJEPATrainer(SFTTrainer):
         self._resumed_from: str | None = None
         self._warned_of_collapse = False
         self.add_callback(_Steps(self))
-
-    def _check_objective(self) -> None:
-        """What can only be refused once model and data are there."""
-        args, config = self.args, self._base_model.config.get_text_config()
-        if not -config.num_hidden_layers - 1 <= args.readout_layer <= config.num_hidden_layers:
-            raise UserError(
-                f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
-                f"{config.num_hidden_layers} (-1 is the last)."
-            )
-        pairs = args.per_device_train_batch_size * args.world_size
-        if args.negatives == "optimizer_step":
-            pairs *= args.gradient_accumulation_steps
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-        if args.objective == "info_nce":
-            key = "context_key" if args.direction == "reverse" else "target_key"
-            distinct = len(set(self.train_dataset[key]))
-            if distinct < min(pairs, len(self.train_dataset)):
-                raise UserError(
-                    f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
-                    f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."
-                )
-        if args.regularizer is not None:
-            if sharded:
-                raise UserError(f"regularizer: {args.regularizer} has no sharded projector; use --launch ddp.")
-            if not args.projector_dim and pairs < config.hidden_size:
-                raise UserError(
-                    f"regularizer: {args.regularizer} without a projector would judge {config.hidden_size} dimensions "
-                    f"by {pairs} pairs; set projector_dim: 128, or a batch of {config.hidden_size} pairs."
-                )
-        if args.target_encoder == "ema" and self.is_deepspeed_enabled:
-            raise UserError(
-                "target_encoder: ema cannot follow weights that DeepSpeed holds; use --launch fsdp2 or ddp."
-            )
-        if args.target_encoder == "base" and sharded:
-            raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
 
     def _set_layout(self) -> None:
         """Try the model (rank 0 decides for all), and make the collators of its layout."""
@@ -302,48 +268,11 @@ class LLMJEPATrainer(SFTTrainer):
         """Rows -> view columns. Idempotent: `evaluate` calls it again. (TRL's signature; we refuse packing.)"""
         if set(VIEW_COLUMNS) <= set(dataset.column_names):
             return dataset
-        options = {
-            "tokenizer": processing_class,
-            "context_view": args.context_view,
-            "label_protocol": args.label_protocol,
-            "max_length": args.max_length,
-        }
         with args.main_process_first(desc="building views"):
-            dataset = dataset.map(
-                add_view_columns,
-                with_indices=True,
-                fn_kwargs=options,
-                num_proc=args.dataset_num_proc,
-                load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
-                remove_columns=dataset.column_names,
-                desc=f"Building views of the {dataset_name} rows",
+            dataset = view_columns(
+                dataset, processing_class, args, self._base_model.config, self._pairs_of, dataset_name
             )
-        truncated = sum(dataset["truncated"])
-        if truncated:
-            logger.warning(
-                f"{truncated} of {len(dataset)} {dataset_name} rows were cut to max_length={args.max_length} tokens."
-            )
-        if args.train_sampling_strategy == "group_by_length":  # by the length of the packed row
-            lengths = [sum(len(s.ids) for s in self._pairs_of.example(row).segments) for row in dataset]
-            dataset = dataset.add_column(args.length_column_name, lengths)
-        self._check_positions(dataset, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _check_positions(self, dataset: Dataset, name: str) -> None:
-        """Learned positions (gpt2) end somewhere; a longer row would be an index error in the middle of training."""
-        config = self._base_model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is None or getattr(config, "rope_parameters", None) is not None:
-            return
-        longest = max(map(len, dataset["input_ids"]))
-        longest = max(
-            longest, *(len(ids) for key in ("contexts", "targets") for views in dataset[key] for ids in views)
-        )
-        if longest + len(self.predictor_ids) > limit:
-            raise UserError(
-                f"The longest {name} row has {longest} tokens and {len(self.predictor_ids)} predictor tokens, the "
-                f"model {limit} positions; set max_length: {limit - len(self.predictor_ids)} or less."
-            )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*VIEW_COLUMNS, "target_rows", self.args.length_column_name]
@@ -385,7 +314,7 @@ class LLMJEPATrainer(SFTTrainer):
         for batch in batches:
             with torch.no_grad(), self.compute_loss_context_manager():
                 target = self.objective.target_without_gradient(model, batch)
-                batch["random_again"] = _same_random_numbers(self.args.device)
+                batch["random_again"] = same_random_numbers(self.args.device)
                 hidden = self._call(model, batch, logits_to_keep=1).hidden_states[self.args.readout_layer]
             predicted = read(hidden, batch["context_at"]).float()
             found.append((predicted, (read(hidden, batch["target_at"]) if target is None else target).float()))
@@ -714,30 +643,3 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.objective.after_optimizer_step(state.global_step / state.max_steps)
-
-
-def _same_random_numbers(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A context in which the random numbers (dropout) are drawn that would come now."""
-    cpu = torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        with torch.random.fork_rng(devices=[] if gpu is None else [device]):
-            torch.set_rng_state(cpu)
-            if gpu is not None:
-                torch.cuda.set_rng_state(gpu, device)
-            yield
-
-    return again
-
-
-def check_dataset(name: str, dataset: Any) -> None:
-    """Raises UserError unless `dataset` is a non-empty map-style `datasets.Dataset` (or a dict of them)."""
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        if part is None and name == "eval":
-            continue
-        if not isinstance(part, Dataset):
-            raise UserError(f"The {name} data is a {type(part).__name__}; pass a datasets.Dataset (no streaming).")
-        if len(part) == 0:
-            raise UserError(f"The {name} data set is empty; point it at a file with rows.")

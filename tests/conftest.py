@@ -144,7 +144,7 @@ def family_model(
 ) -> PreTrainedModel:
     """One of MORE_FAMILIES, evaluation mode. Experts one by one: their grouped product has no float64 here."""
     attention = options.pop("attn_implementation", None)  # the family's own choice: sdpa where it can
-    settings = {**MORE_FAMILIES[family], **options, "vocab_size": len(tokenizer)}
+    settings = {**MORE_FAMILIES.get(family, BASE), **options, "vocab_size": len(tokenizer)}
     settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     experts = {"experts_implementation": "eager"} if any("expert" in key for key in settings) else {}
     set_seed(0)

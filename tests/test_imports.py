@@ -19,7 +19,7 @@ LEVELS = (
     {"checkpoint", "semantic_tube", "views"},
     {"from_scratch", "generation", "packing", "predictor_tokens"},
     {"config", "probe", "target_encoder"},
-    {"dry_run", "loading", "model_card", "objective", "recipe"},
+    {"dry_run", "loading", "model_card", "objective", "recipe", "rows"},
     {"trainer"},
     {"cli"},
 )

@@ -265,14 +265,6 @@ class LLMJEPAConfig(SFTConfig):
 
     def _check_jepa(self) -> None:
         """Combinations of our own keys that cannot do what they say."""
-        pairs = self.per_device_train_batch_size * self.world_size
-        if self.negatives == "optimizer_step":
-            pairs *= self.gradient_accumulation_steps
-        if self.objective == "info_nce" and pairs < 2:
-            raise UserError(
-                "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
-                "or more, negatives: optimizer_step, or objective: cosine."
-            )
         if self.negatives == "optimizer_step" and (self.objective != "info_nce" or self.regularizer is not None):
             raise UserError(
                 "negatives: optimizer_step belongs to objective: info_nce, without a regularizer; remove it."
@@ -284,11 +276,6 @@ class LLMJEPAConfig(SFTConfig):
                     raise UserError(
                         f"{name}: {getattr(self, name)} means nothing to objective: stp, which has no views."
                     )
-        if self.regularizer is not None and pairs < max(2, 8 if self.regularizer == "sigreg" else 2):
-            raise UserError(
-                f"regularizer: {self.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
-                "raise per_device_train_batch_size."
-            )
         if self.predictor_position == "first" and self.context_view == "prefix" and self.direction == "forward":
             raise UserError(
                 "predictor_position: first cannot share the LM row, whose tokens do not see predictor tokens; set "

@@ -38,7 +38,7 @@ class Objective:
         self.projector: torch.nn.Linear | None = None
         if args.uses_views and args.regularizer is not None and args.projector_dim:
             with torch.random.fork_rng(devices=[]):  # the run's own seed stays unmoved
-                torch.manual_seed(args.seed)
+                torch.random.default_generator.manual_seed(args.seed)  # torch.manual_seed is that of the GPUs as well
                 self.projector = torch.nn.Linear(hidden_size, args.projector_dim).to(device)
 
     def weight(self, progress: float) -> float:
@@ -110,7 +110,7 @@ class Objective:
         loss = jepa_loss(
             predicted, target, objective=args.objective, temperature=args.temperature, target_key=target_key
         )
-        if args.regularizer is not None:
+        if args.regularizer is not None and len(predicted) > 1:  # one row, at the end of an epoch, has no spread
             # Each view by itself; a target without gradient has no spread to mend.
             sides = [predicted, target] if args.target_encoder == "self" else [predicted]
             term: Callable[[Tensor], Tensor] = vicreg
@@ -177,8 +177,8 @@ class Objective:
 def check_objective(
     args: LLMJEPAConfig, config: PreTrainedConfig, train: Dataset, *, sharded: bool, deepspeed: bool
 ) -> None:
-    """Raises UserError for what can only be refused once model (its text `config`) and data are there."""
-    if not -config.num_hidden_layers - 1 <= args.readout_layer <= config.num_hidden_layers:
+    """Raises UserError for what can only be refused once model (its text `config`), data and ranks are there."""
+    if not 1 <= abs(args.readout_layer) <= config.num_hidden_layers:
         raise UserError(
             f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
             f"{config.num_hidden_layers} (-1 is the last)."
@@ -186,6 +186,17 @@ def check_objective(
     pairs = args.per_device_train_batch_size * args.world_size
     if args.negatives == "optimizer_step":
         pairs *= args.gradient_accumulation_steps
+    # Not in the config: the process that starts the ranks knows nothing of their number.
+    if args.objective == "info_nce" and pairs < 2:
+        raise UserError(
+            "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
+            "or more, negatives: optimizer_step, or objective: cosine."
+        )
+    if args.regularizer is not None and pairs < (8 if args.regularizer == "sigreg" else 2):
+        raise UserError(
+            f"regularizer: {args.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
+            "raise per_device_train_batch_size."
+        )
     if args.objective == "info_nce":
         key = "context_key" if args.direction == "reverse" else "target_key"
         distinct = len(set(train[key]))
@@ -208,17 +219,9 @@ def check_objective(
         raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
 
 
-def same_random_numbers(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A context in which the random numbers (dropout) are drawn that would come now."""
-    cpu = torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        with torch.random.fork_rng(devices=[] if gpu is None else [device]):
-            torch.set_rng_state(cpu)
-            if gpu is not None:
-                torch.cuda.set_rng_state(gpu, device)
-            yield
-
-    return again
+@contextlib.contextmanager
+def random_numbers_of(name: str, device: torch.device) -> Iterator[None]:
+    """Random numbers (dropout) that depend on `name` alone; the run's own do not move."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(Random(name).getrandbits(63))
+        yield

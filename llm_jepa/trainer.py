@@ -9,6 +9,7 @@ gathered; accumulation steps still part them, unless `negatives: optimizer_step`
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from .distributed import shared_coin
 from .errors import NonFiniteLossError, UserError
 from .loading import model_from, tokenizer_from
 from .model_card import write_model_card
-from .objective import EVALUATION, Objective, check_objective, same_random_numbers
+from .objective import EVALUATION, Objective, check_objective, random_numbers_of
 from .packing import (
     JEPACollator,
     embed_pairs,
@@ -194,7 +195,7 @@ class LLMJEPATrainer(SFTTrainer):
         self._eval_examples: list[Tensor] = []
         config = model.config.get_text_config()
         self.objective = Objective(args, config.hidden_size, args.device)
-        if args.uses_views:
+        if args.uses_jepa:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
             check_objective(args, config, self.train_dataset, sharded=sharded, deepspeed=self.is_deepspeed_enabled)
         self._set_layout()
@@ -210,7 +211,7 @@ class LLMJEPATrainer(SFTTrainer):
         """Try the model (rank 0 decides for all), and make the collators of its layout."""
         args, predictors = self.args, len(self.predictor_ids)
         found: list[Any] = ["packed", ""]  # layout, error
-        if args.uses_views or (args.diagnostics_pairs and self.eval_dataset is not None):
+        if args.uses_views or args.share_rows or (args.diagnostics_pairs and self.eval_dataset is not None):
             if self.is_world_process_zero() or self.is_distributed_loading_by_transformers:  # a sharded pass takes all
                 try:
                     found[0] = choose_layout(self._base_model, predictors)
@@ -221,7 +222,7 @@ class LLMJEPATrainer(SFTTrainer):
             for module in self._base_model.modules():
                 if isinstance(module, FSDPModule):  # the optimizer would take the gathered weights for its own
                     module.reshard()
-            if found[1] and args.uses_views:
+            if found[1] and (args.uses_views or args.share_rows):
                 raise UserError(found[1])
             if found[1]:
                 logger.warning(f"No diagnostics of the embedding space: {found[1]}")
@@ -306,16 +307,18 @@ class LLMJEPATrainer(SFTTrainer):
     def _compare_all_pairs(self, batches: list[dict[str, Any]]) -> None:
         """`negatives: optimizer_step`: the embeddings of the whole step, without gradient, for `compare_all`.
 
-        The passes that learn draw their random numbers (dropout) again as they were here.
+        Dropout is of (seed, step, micro-batch, rank), so that the passes that learn can draw it again. Not of the
+        generators as they are: Trainer restores those of a resumed run only after its first batches were fetched.
         """
         model = self.model_wrapped
         model.train()
         found = []
-        for batch in batches:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                target = self.objective.target_without_gradient(model, batch)
-                batch["random_again"] = same_random_numbers(self.args.device)
+        for i, batch in enumerate(batches):
+            name = f"{self.args.seed} {self.state.global_step} {i} {self.args.process_index}"
+            batch["random_again"] = functools.partial(random_numbers_of, name, self.args.device)
+            with torch.no_grad(), self.compute_loss_context_manager(), batch["random_again"]():
                 hidden = self._call(model, batch, logits_to_keep=1).hidden_states[self.args.readout_layer]
+                target = self.objective.target_without_gradient(model, batch)  # last: it is not run again
             predicted = read(hidden, batch["context_at"]).float()
             found.append((predicted, (read(hidden, batch["target_at"]) if target is None else target).float()))
         self.objective.compare_all(batches, found, step=self.state.global_step)
@@ -341,9 +344,12 @@ class LLMJEPATrainer(SFTTrainer):
         logits = output.logits.reshape(-1, output.logits.shape[-1])  # [labels, V]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self._masked_ids:
-            # Inputs only: with their logits out of the softmax the LM term is the baseline's function.
+            # Inputs only: with their logits out of the softmax the LM term is the baseline's function. In place, as
+            # a copy of [labels, V] is what a big vocabulary cannot spare; unseen by autograd, because the gradient of a
+            # probability of 0 is 0 already.
             ids = torch.tensor(self._masked_ids, device=logits.device)
-            logits = logits.index_fill(-1, ids, torch.finfo(logits.dtype).min)
+            with torch.no_grad():
+                logits.index_fill_(-1, ids, torch.finfo(logits.dtype).min)
         token_nll = F.cross_entropy(logits, next_token[has_label], reduction="none")
         num_tokens = (inputs["doc"] >= 0).sum()
         if "apart_attention_mask" in inputs:
@@ -431,7 +437,8 @@ class LLMJEPATrainer(SFTTrainer):
             if micro_batches:
                 logs["aux_loss"] = router / micro_batches
             if self.args.jepa_weight_end is not None:
-                logs["jepa_weight"] = self.jepa_weight_now()
+                # of the step that ends here, as the learning rate is
+                logs["jepa_weight"] = self.objective.weight((self.state.global_step - 1) / self.state.max_steps)
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
@@ -588,7 +595,8 @@ class LLMJEPATrainer(SFTTrainer):
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.objective.projector is not None and is_new:
-            optimizer.add_param_group({"params": list(self.objective.projector.parameters())})
+            projector = list(self.objective.projector.parameters())
+            optimizer.add_param_group({"params": projector, "weight_decay": self.args.weight_decay})
         return optimizer
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -45,15 +45,16 @@ RECIPE = {
 
 
 CASES = {
-    # Four of these six steps have the term: ranks that tossed a coin each would wait for each other for ever.
+    # Three of these four steps have the term: ranks that tossed a coin each would wait for each other for ever.
     "a coin and a moving average": {
-        "target_encoder": "ema", "ema_decay": 0.5, "jepa_dropout": 0.4, "seed": 7, "max_steps": 6, "eval_steps": 6,
+        "target_encoder": "ema", "ema_decay": 0.5, "jepa_dropout": 0.4, "seed": 9, "max_steps": 4, "eval_steps": 4,
         "gradient_checkpointing": True,
     },
     "negatives of all ranks and micro-batches": {"objective": "info_nce", "negatives": "optimizer_step"},
     "negatives of all ranks, targets of the start": {"objective": "info_nce", "target_encoder": "base"},
     "sigreg of all ranks, with a projector": {
-        "objective": "mse", "regularizer": "sigreg", "projector_dim": 13, "save_strategy": "steps", "save_steps": 3,
+        "objective": "mse", "regularizer": "sigreg", "projector_dim": 13, "jepa_weight": 0.2,
+        "save_strategy": "steps", "save_steps": 3,
     },
 }  # fmt: skip
 # As two ranks have it. One process takes all rows of the step in one batch.
@@ -88,7 +89,7 @@ def test_two_ranks_are_one_process(case, rows, tmp_path):
     )  # fmt: skip
     assert two.returncode == 0, two.stderr[-2000:]
     losses = [entry["jepa_loss"] for entry in log(folder_one) if "jepa_loss" in entry]
-    assert len(losses) in (3, 4) and abs(losses[0] - losses[-1]) > 1e-2, "nothing was trained: proves nothing"
+    assert len(losses) == 3 and abs(losses[0] - losses[-1]) > 1e-2, "nothing was trained: proves nothing"
 
     files = ["model.safetensors"]
     if "save_steps" in CASES[case]:

@@ -411,7 +411,6 @@ def test_collapse_is_warned_of_once(dataset, tokenizer, tmp_path, monkeypatch):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"loss_type": "dft"}, "loss_type"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
-        ({"per_device_train_batch_size": 1}, "negatives"),
         ({"assistant_only_loss": True}, "label_protocol"),
         ({"completion_only_loss": False}, "label_protocol"),
         ({"activation_offloading": True}, "activation_offloading"),
@@ -429,6 +428,13 @@ def test_collapse_is_warned_of_once(dataset, tokenizer, tmp_path, monkeypatch):
 def test_options_our_loss_cannot_honour_are_refused(options, named, tmp_path):
     with pytest.raises(UserError, match=named):
         config(tmp_path, **options)
+
+
+def test_info_nce_without_other_pairs_is_refused(dataset, tokenizer, tmp_path):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    with pytest.raises(UserError, match="negatives"):
+        make(dataset, tokenizer, config(tmp_path, **options))
+    make(dataset, tokenizer, config(tmp_path, **options, negatives="optimizer_step"))
 
 
 def test_parallelism_config_is_refused(tmp_path):

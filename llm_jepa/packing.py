@@ -351,10 +351,15 @@ def embed_targets(model: torch.nn.Module, batch: dict[str, Tensor], *, layer: in
         input_ids=batch["apart_input_ids"],
         attention_mask=batch["apart_attention_mask"],
         use_cache=False,
-        logits_to_keep=1,
+        logits_to_keep=no_logits(batch["apart_input_ids"].device),
         output_hidden_states=layer,
     )
     return read(output.hidden_states[layer], batch["target_at"])
+
+
+def no_logits(device: torch.device) -> Tensor:
+    """A `logits_to_keep` that spares the LM head: even one logit a row reads all of it."""
+    return torch.empty(0, dtype=torch.long, device=device)
 
 
 @torch.no_grad()
@@ -369,8 +374,8 @@ def embed_pairs(
     with evaluating(model):
         for cpu_batch in batches:
             batch = {key: value.to(base.device) for key, value in cpu_batch.items()}
-            # One logit per row, because none is not on offer.
-            output = model(**model_inputs(batch, base), logits_to_keep=1, output_hidden_states=layer)
+            keep = no_logits(base.device)
+            output = model(**model_inputs(batch, base), logits_to_keep=keep, output_hidden_states=layer)
             predicted, target = read_pairs(output.hidden_states[layer], batch)
             parts.append((predicted.float(), target.float(), batch["target_key"]))
     predicted, target, key = (torch.cat(column) for column in zip(*parts, strict=True))

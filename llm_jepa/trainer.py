@@ -51,6 +51,7 @@ from .packing import (
     embed_pairs,
     lm_rows_only,
     model_inputs,
+    no_logits,
     read,
     router_logits_of,
     router_loss,
@@ -317,7 +318,8 @@ class LLMJEPATrainer(SFTTrainer):
             name = f"{self.args.seed} {self.state.global_step} {i} {self.args.process_index}"
             batch["random_again"] = functools.partial(random_numbers_of, name, self.args.device)
             with torch.no_grad(), self.compute_loss_context_manager(), batch["random_again"]():
-                hidden = self._call(model, batch, logits_to_keep=1).hidden_states[self.args.readout_layer]
+                keep = no_logits(self.args.device)
+                hidden = self._call(model, batch, keep).hidden_states[self.args.readout_layer]
                 target = self.objective.target_without_gradient(model, batch)  # last: it is not run again
             predicted = read(hidden, batch["context_at"]).float()
             found.append((predicted, (read(hidden, batch["target_at"]) if target is None else target).float()))

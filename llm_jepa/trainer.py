@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,11 @@ class LLMJEPATrainer(SFTTrainer):
             logger.warning(
                 f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
                 "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
+            )
+        if self.aux_loss_enabled and not hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func"):
+            raise UserError(
+                f"{type(model).__name__} has a router_aux_loss_coef, but transformers has no router loss for it; set "
+                "router_aux_loss_coef: 0."
             )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step itself
         self._pairs_in_step: Tensor | int = 1

@@ -183,7 +183,6 @@ def test_probe_sees_a_leak_between_rows(tokenizer):
             choose_layout(model, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="max(0.0, nan) is 0.0")
 def test_probe_sees_nan(tokenizer, warned):
     """A model that breaks down in long rows alone."""
     model = family_model(tokenizer, "llama", torch.float32)

@@ -1,4 +1,4 @@
-"""Render README.md's result table from the committed result files:  python -m eval.report [--check]
+"""Render README.md's result tables from the committed result files:  python -m eval.report [--check]
 
 --check changes nothing and exits 1 if the README is stale, so that no number in it can be typed by hand.
 """
@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import step_cost
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results" / "tiny_nl_rx"
-BEGIN, END = "<!-- results: tiny_nl_rx -->", "<!-- end of results -->"
+STEP_COST = Path(__file__).parent / "results" / "step_cost" / "cpu.json"
+BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
 ARMS = (("sft", "plain SFT"), ("info_nce", "LLM-JEPA, InfoNCE 0.1"), ("cosine", "LLM-JEPA, cosine 1.0"))
 PROTOCOLS = ("completion", "paper")
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
@@ -94,14 +97,58 @@ def _differences(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]
     return lines if len(lines) > 2 else []
 
 
+STEP_ARMS = (
+    ("ours", "LLM-JEPA, one predictor token"),
+    ("ours_k0", "without predictor tokens"),
+    ("ours_message", "`context_view: message`"),
+    ("ours_forward_only", "`target_encoder: stop_gradient`"),
+    ("ours_cached", "`target_encoder: base`"),
+    ("ours_dropout75", "`jepa_dropout: 0.75`"),
+    ("sft_packed", "plain SFT, `share_rows: true`"),
+    ("ours_packed", "LLM-JEPA, `share_rows: true`"),
+    ("two_rows", "two rows and an additive mask (published option)"),
+    ("three_rows", "three rows (published default)"),
+    ("three_rows_512", "three rows padded to 512 (published)"),
+)
+
+
+def step_table(path: Path = STEP_COST) -> str:
+    """Markdown: a step of each arm over plain SFT's, a column per data set of the body-dominated model."""
+    result = json.loads(path.read_text())
+    cells = {cell["data"]: cell for cell in result["cells"] if cell["model"] == "body"}
+    names = {"nl_rx": "NL-RX", "longer": "Spider"}
+    lines = [
+        "| a step over plain SFT's | " + " | ".join(f"{names[d]}: time | tokens | memory" for d in cells) + " |",
+        "|---|" + "---:|---:|---:|" * len(cells),
+    ]
+    for arm, title in STEP_ARMS:
+        shown = []
+        for cell in cells.values():
+            arms = cell["arms"]
+            time = step_cost.paired(arms, arm, "sft", result["clock"])
+            memory = sum(arms[arm]["peak_memory"]) / sum(arms["sft"]["peak_memory"][: len(arms[arm]["peak_memory"])])
+            tokens = step_cost.token_ratio(arms, arm, "sft")
+            shown.append(f"{time.median:.2f} [{time.low:.2f}, {time.high:.2f}] | {tokens:.2f} | {memory:.2f}")
+        lines.append(f"| {title} | " + " | ".join(shown) + " |")
+    some = next(iter(cells.values()))
+    e = result["environment"]
+    return "\n".join(lines) + (
+        f"\n\nMedian [min, max] of {len(some['arms']['sft']['wall_s'])} interleaved repetitions (CPU time, one thread, "
+        f"forward and backward of a micro-batch of {result['config']['batch_size']}), padded tokens, peak memory above "
+        f"the resting model. A {some['parameters'] / 1e6:.0f}M-parameter Llama in float32, 8k tokenizer, Llama-3-like "
+        f"template; every arm scores label positions only and computes the same loss. Commit {e['commit'][:7]}; torch "
+        f"{e['torch']}, transformers {e['transformers']}. Data: `eval/results/step_cost/`."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     options = parser.parse_args(argv)
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    fresh = f"{before}{BEGIN}\n{table(load())}\n{END}{after}"
+    text = fresh = README.read_text()
+    for name, rendered in (("tiny_nl_rx", table(load())), ("step_cost", step_table())):
+        before, rest = fresh.split(BEGIN.format(name))
+        fresh = f"{before}{BEGIN.format(name)}\n{rendered}\n{END}{rest.split(END, 1)[1]}"
     if fresh == text:
         print("README.md is up to date.")
         return 0

@@ -256,6 +256,10 @@ class LLMJEPAConfig(SFTConfig):
                 raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
         if self.uses_jepa:
             self._check_jepa()
+        if self.accelerator_config.dispatch_batches:
+            raise UserError(
+                "accelerator_config.dispatch_batches cuts a batch by its rows, and pairs are not rows; remove it."
+            )
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
         if self.max_length is not None and self.max_length < 1:
@@ -265,17 +269,32 @@ class LLMJEPAConfig(SFTConfig):
 
     def _check_jepa(self) -> None:
         """Combinations of our own keys that cannot do what they say."""
-        if self.negatives == "optimizer_step" and (self.objective != "info_nce" or self.regularizer is not None):
+        info_nce, regularized = self.objective == "info_nce", self.regularizer is not None
+        views = "an objective with views, which stp is not"
+        for name, is_used, where in (
+            ("temperature", info_nce, "objective: info_nce"),
+            ("negatives", info_nce and not regularized, "objective: info_nce, without a regularizer"),
+            ("regularizer_weight", regularized, "a regularizer"),
+            ("projector_dim", regularized, "a regularizer"),
+            ("ema_decay", self.target_encoder == "ema", "target_encoder: ema"),
+            ("stp_formula", self.objective == "stp", "objective: stp"),
+            ("predictor_position", self.num_predictor_tokens > 0, "num_predictor_tokens: 1 or more"),
+            *(
+                (name, self.uses_views, views)
+                for name in (
+                    "regularizer", "target_encoder", "predictor_position", "direction", "readout", "context_view",
+                )
+            ),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not is_used and value != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"{name}: {value} would be ignored: it belongs to {where}; remove it.")
+        is_best_by_loss = self.load_best_model_at_end and self.metric_for_best_model in ("loss", "eval_loss")
+        if is_best_by_loss and self.jepa_weight_end not in (None, self.jepa_weight):
             raise UserError(
-                "negatives: optimizer_step belongs to objective: info_nce, without a regularizer; remove it."
+                "load_best_model_at_end would compare losses of different jepa_weight, which jepa_weight_end moves; "
+                "set metric_for_best_model: eval_lm_loss, or remove one of the two."
             )
-        if self.objective == "stp":
-            for name in ("regularizer", "target_encoder", "predictor_position", "direction", "readout", "context_view"):
-                default = type(self).__dataclass_fields__[name].default
-                if getattr(self, name) != default:
-                    raise UserError(
-                        f"{name}: {getattr(self, name)} means nothing to objective: stp, which has no views."
-                    )
         if self.predictor_position == "first" and self.context_view == "prefix" and self.direction == "forward":
             raise UserError(
                 "predictor_position: first cannot share the LM row, whose tokens do not see predictor tokens; set "

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 
 def gather_with_grad(x: Tensor) -> tuple[Tensor, slice]:
@@ -66,6 +67,18 @@ class _Gather(torch.autograd.Function):
         total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)  # a copy: all_reduce writes into it
         dist.all_reduce(total)
         return total[ctx.own].to(grad.dtype), None, None
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """FSDP2: drop the gathered weights, so that the next pass gathers what the shards then hold.
+
+    Accelerate and transformers leave the final norm, the head and the root (with them a tied embedding) gathered after
+    a forward pass, for its backward. A pass without backward leaves them so: they are what `parameters()` then returns,
+    and what the next pass computes with, whatever was written into the shards. Does nothing without FSDP2.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shared_coin(seed: int, step: int) -> float:

@@ -48,7 +48,7 @@ class Objective:
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
-    def is_in(self, batch: dict[str, Any]) -> bool:
+    def has_pairs(self, batch: dict[str, Any]) -> bool:
         """Whether this batch has pairs or tubes: not after `lm_rows_only`, not in plain SFT."""
         return "context_at" in batch or "tubes" in batch
 
@@ -175,7 +175,7 @@ class Objective:
 
 
 def check_objective(
-    args: LLMJEPAConfig, config: PreTrainedConfig, train: Dataset, *, sharded: bool, deepspeed: bool
+    args: LLMJEPAConfig, config: PreTrainedConfig, train: Dataset, *, sharded: bool, opaque: bool
 ) -> None:
     """Raises UserError for what can only be refused once model (its text `config`), data and ranks are there."""
     if not 1 <= abs(args.readout_layer) <= config.num_hidden_layers:
@@ -213,8 +213,11 @@ def check_objective(
                 f"regularizer: {args.regularizer} without a projector would judge {config.hidden_size} dimensions "
                 f"by {pairs} pairs; set projector_dim: 128, or a batch of {config.hidden_size} pairs."
             )
-    if args.target_encoder == "ema" and deepspeed:
-        raise UserError("target_encoder: ema cannot follow weights that DeepSpeed holds; use --launch fsdp2 or ddp.")
+    if args.target_encoder == "ema" and opaque:
+        raise UserError(
+            "target_encoder: ema cannot follow weights that DeepSpeed or FSDP version 1 holds; use --launch fsdp2 or "
+            "ddp."
+        )
     if args.target_encoder == "base" and sharded:
         raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
 

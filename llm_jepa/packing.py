@@ -266,7 +266,8 @@ def share_rows(lengths: Sequence[int], row_cost: int) -> list[list[int]]:
 
 
 def lm_rows_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch with its views taken out, on its device: what `with_views=False` makes of the same examples."""
+    """A batch with its views taken out, on its device: the rows of `with_views=False`, as they were shared with views,
+    and padded no further than needed."""
     doc = batch["doc"]
     keep = (doc >= 0) & (doc % KINDS == LM_ROW)
     keys = [key for key in ("input_ids", "labels", "doc", "position_ids", "parent", "visible") if key in batch]

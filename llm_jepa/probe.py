@@ -109,7 +109,7 @@ def why_inexact(model: PreTrainedModel, layout: Layout, num_predictor_tokens: in
         ([i for (e, _), span in places.items() if e == 0 for i in span],
          [i for (e, _), span in places.items() if e == 1 for i in span])
     )  # fmt: skip
-    with evaluating(model), _narrow_windows(config):
+    with evaluating(model), _narrow_windows(config), _full_float32():
         try:
             packed = states(**model_inputs(batch, model)).flatten(0, 1)
             leak = 0.0
@@ -133,6 +133,19 @@ def why_inexact(model: PreTrainedModel, layout: Layout, num_predictor_tokens: in
     if not error <= tolerance:
         return f"states differ from those of the sequences alone (by {error:.1e})"
     return None
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32 (`tf32: true`) for the time of a probe: it rounds by more than the wrong layouts are off."""
+    name, exact = ("fp32_precision", "ieee") if torch.__version__ >= (2, 9) else ("allow_tf32", False)  # type: ignore[operator]
+    backend = torch.backends.cuda.matmul
+    before = getattr(backend, name)
+    setattr(backend, name, exact)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
 
 
 @contextlib.contextmanager

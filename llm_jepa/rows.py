@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from datasets import Dataset
@@ -61,6 +61,7 @@ def view_columns(
         logger.warning(f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens.")
     _check_positions(dataset, name, model_config, len(collator.predictor_ids))
     if args.train_sampling_strategy == "group_by_length":
+        collator = replace(collator, with_views=args.uses_views, targets=args.target_rows)
         lengths = [sum(len(segment.ids) for segment in collator.example(row).segments) for row in dataset]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .distributed import gather_with_grad
+from .distributed import gather_with_grad, reshard
 from .errors import UserError
 from .packing import embed_targets, evaluating, rows_apart
 
@@ -26,6 +26,8 @@ class MovingAverage:
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay = decay
+        self._model = model
+        reshard(model)
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: _local(p).detach().float().clone() for name, p in self._weights.items()}
 
@@ -43,6 +45,7 @@ class MovingAverage:
     def in_place_of_weights(self) -> Iterator[None]:
         """The model computes with the average. Not between a forward pass and its backward pass."""
         kept = {}
+        reshard(self._model)
         try:
             for name, p in self._weights.items():
                 if isinstance(p, DTensor):  # FSDP gathers from the storage it was given
@@ -53,6 +56,7 @@ class MovingAverage:
                     p.data = self._average[name].to(p.dtype)
             yield
         finally:
+            reshard(self._model)  # or the pass that learns would compute with the average's final norm and head
             for name, data in kept.items():
                 p = self._weights[name]
                 if isinstance(p, DTensor):

@@ -25,7 +25,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -42,7 +41,7 @@ from trl import SFTTrainer
 from . import checkpoint
 from .config import LLMJEPAConfig
 from .diagnostics import has_collapsed, space_diagnostics
-from .distributed import shared_coin
+from .distributed import reshard, shared_coin
 from .errors import NonFiniteLossError, UserError
 from .loading import model_from, tokenizer_from
 from .model_card import write_model_card
@@ -66,6 +65,7 @@ from .views import IGNORE
 logger = logging.get_logger(__name__)
 
 JEPA_STATE = "jepa_state.safetensors"
+BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # changes nothing that is learnt
 COLLAPSE_HINT = (
     "The embedding space has collapsed: wrong pairs are as close as right ones, or hardly any direction is left "
     "({figures}). The JEPA loss is low for a trivial reason. Try objective: info_nce, a smaller jepa_weight, or "
@@ -145,15 +145,8 @@ class LLMJEPATrainer(SFTTrainer):
         # In the baseline too, should it start from a model that brings such tokens.
         self._masked_ids = known_predictor_ids(processing_class)
         model.config.llm_jepa = {
-            "jepa_weight": args.jepa_weight,
-            "objective": args.objective,
+            **{name: getattr(args, name) for name in LLMJEPAConfig.__annotations__ if name not in BOOKKEEPING},
             "num_predictor_tokens": len(self.predictor_ids),
-            "predictor_position": args.predictor_position,
-            "direction": args.direction,
-            "readout": args.readout,
-            "readout_layer": args.readout_layer,
-            "context_view": args.context_view,
-            "label_protocol": args.label_protocol,
         }
         self._base_model = model
         self._use_cache = model.config.use_cache
@@ -202,9 +195,12 @@ class LLMJEPATrainer(SFTTrainer):
         self._eval_examples: list[Tensor] = []
         config = model.config.get_text_config()
         self.objective = Objective(args, config.hidden_size, args.device)
+        self._is_fsdp = self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
         if args.uses_jepa:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-            check_objective(args, config, self.train_dataset, sharded=sharded, deepspeed=self.is_deepspeed_enabled)
+            sharded = self._is_fsdp or self.is_deepspeed_enabled
+            # DeepSpeed and FSDP1 have weights of their own behind those of the model.
+            opaque = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+            check_objective(args, config, self.train_dataset, sharded=sharded, opaque=opaque)
         self._set_layout()
         if args.uses_jepa and args.target_encoder == "base":
             self._embed_base_targets()
@@ -226,9 +222,6 @@ class LLMJEPATrainer(SFTTrainer):
                     found[1] = str(error)
             if args.world_size > 1:
                 broadcast_object_list(found)
-            for module in self._base_model.modules():
-                if isinstance(module, FSDPModule):  # the optimizer would take the gathered weights for its own
-                    module.reshard()
             if found[1] and (args.uses_views or args.share_rows):
                 raise UserError(found[1])
             if found[1]:
@@ -335,7 +328,7 @@ class LLMJEPATrainer(SFTTrainer):
 
     def _call(self, model: torch.nn.Module, inputs: dict[str, Any], logits_to_keep: Any) -> Any:
         """One forward pass through the wrapped model, keeping the hidden state that is read and no other."""
-        states = {"output_hidden_states": self.args.readout_layer} if self.objective.is_in(inputs) else {}
+        states = {"output_hidden_states": self.args.readout_layer} if self.objective.has_pairs(inputs) else {}
         experts = {"output_router_logits": False} if self.aux_loss_enabled else {}
         return model(**model_inputs(inputs, self._base_model), logits_to_keep=logits_to_keep, **states, **experts)
 
@@ -363,7 +356,7 @@ class LLMJEPATrainer(SFTTrainer):
         if "apart_attention_mask" in inputs:
             num_tokens = num_tokens + inputs["apart_attention_mask"].sum()
         pair_loss = None
-        if self.objective.is_in(inputs):
+        if self.objective.has_pairs(inputs):
             hidden = output.hidden_states[self.args.readout_layer]
             step = self.state.global_step if self.model.training else EVALUATION
             pair_loss = self.objective.pair_loss(hidden, inputs, target, step=step)
@@ -491,7 +484,7 @@ class LLMJEPATrainer(SFTTrainer):
     ) -> EvalLoopOutput:
         self._eval_examples = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        lm_sum, labels, pair_sum, pairs = torch.cat(self._eval_examples).double().cpu().sum(dim=0).tolist()
+        lm_sum, labels, pair_sum, pairs = torch.cat(self._eval_examples).cpu().double().sum(dim=0).tolist()
         figures = {"lm_loss": lm_sum / max(labels, 1)}
         figures["loss"] = figures["lm_loss"]
         if self.args.uses_jepa:
@@ -568,14 +561,14 @@ class LLMJEPATrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         state = self.objective.state()
-        if state and (self.args.should_save or self.is_fsdp_enabled):
+        if state and (self.args.should_save or self._is_fsdp):
             save_state(folder / self._jepa_state_file(), state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
-            checkpoint.seal(os.path.join(run_dir, f"checkpoint-{self.state.global_step}"))
+            checkpoint.seal(folder)
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=limit,
@@ -586,7 +579,7 @@ class LLMJEPATrainer(SFTTrainer):
 
     def _jepa_state_file(self) -> str:
         """Of a sharded average every rank has its own part."""
-        return f"rank{self.args.process_index}_{JEPA_STATE}" if self.is_fsdp_enabled else JEPA_STATE
+        return f"rank{self.args.process_index}_{JEPA_STATE}" if self._is_fsdp else JEPA_STATE
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -597,13 +590,15 @@ class LLMJEPATrainer(SFTTrainer):
         self.objective.start_averaging(self.model)
         if self._resumed_from is not None and self.objective.state():
             self.objective.load(load_state(Path(self._resumed_from) / self._jepa_state_file()))
+        self._resumed_from = None  # a second `train()` starts afresh
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The projector's weights are trained too; they belong to the loss and not to the model."""
-        is_new = self.optimizer is None
+        reshard(self._base_model)  # or it would take what the probe or an evaluation gathered for the weights
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.objective.projector is not None and is_new:
-            projector = list(self.objective.projector.parameters())
+        projector = list(self.objective.projector.parameters()) if self.objective.projector is not None else []
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if projector and id(projector[0]) not in known:  # it may be the user's own, or be asked for twice
             optimizer.add_param_group({"params": projector, "weight_decay": self.args.weight_decay})
         return optimizer
 

@@ -316,7 +316,7 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
             max(prompt_length, sum(stop <= target_start for _, stop in offsets)),
             _tokens_before(offsets, len(text[:target_end].rstrip())),
         ],
-        context_key=_key(text[context_start:context_end].strip()),
+        context_key=_key(first if alone else header + first),  # earlier turns too, where they are part of the view
         target_key=_key(text[target_start:target_end].strip()),
     )
 

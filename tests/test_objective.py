@@ -199,6 +199,20 @@ def test_equal_prompts_are_no_negatives_in_reverse(rows, tokenizer, tmp_path):
     assert_same_gradient(trainer_gradients(trainer, [six]), gradients(by_hand))
 
 
+@pytest.mark.parametrize(("context_view", "keys"), [("prefix", 2), ("message", 1)])
+def test_equal_last_turns_after_different_ones_are_one_target_only_where_they_are_all_of_it(
+    context_view, keys, rows, tokenizer, tmp_path
+):
+    """In reverse, a `prefix` target holds the system prompt as well: two of them are not equal texts."""
+    twins = copy.deepcopy(rows[:2])
+    twins[1]["messages"][-2]["content"] = twins[0]["messages"][-2]["content"]
+    for twin, text in zip(twins, ("Answer with a regex.", "Answer with anything else."), strict=True):
+        twin["messages"] = [{"role": "system", "content": text}, *twin["messages"][-2:]]
+    args = config(tmp_path, direction="reverse", context_view=context_view, objective="cosine")
+    columns = make(Dataset.from_list(twins), tokenizer, args).train_dataset
+    assert len({tuple(views[0]) for views in columns["contexts"]}) == len(set(columns["context_key"])) == keys
+
+
 @pytest.mark.parametrize("options", [
     {"objective": "cosine"}, {"objective": "stp"}, {"jepa_weight": 0.0}, {"target_encoder": "ema"},
     {"target_encoder": "base"}, {"jepa_dropout": 0.5},
@@ -426,6 +440,18 @@ def test_projector_stays_out_of_the_model_and_under_the_recipes_optimizer(datase
     )
     assert group["weight_decay"] == args.weight_decay, "torch's own default decays the projector"
     assert all(p.grad is None or not p.grad.any() for p in trainer.objective.projector.parameters())
+
+
+def test_projector_is_trained_by_the_users_own_optimizer_too(dataset, tokenizer, tmp_path):
+    """And once: a second call finds it there."""
+    model = tiny_model(tokenizer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = config(tmp_path, regularizer="vicreg", objective="cosine", num_predictor_tokens=0, max_steps=1)
+    trainer = make(dataset, tokenizer, args, model=model, optimizers=(optimizer, None))
+    before = trainer.objective.projector.weight.detach().clone()
+    trainer.train()
+    trainer.create_optimizer()
+    assert not torch.equal(trainer.objective.projector.weight, before) and len(optimizer.param_groups) == 2
 
 
 @pytest.mark.parametrize("regularizer", ["vicreg", "sigreg"])
@@ -690,7 +716,7 @@ def refused(tmp_path, rows, capsys, **changes) -> str:
         ({"readout_layer": -3}, "readout_layer=-3"),
         ({"objective": "stp", "readout_layer": 3}, "readout_layer=3"),
         ({"predictor_position": "first"}, "context_view: message"),
-        ({"objective": "stp", "regularizer": "vicreg"}, "regularizer: vicreg means nothing to objective: stp"),
+        ({"objective": "stp", "regularizer": "vicreg"}, "regularizer: vicreg would be ignored"),
         ({"objective": "stp", "target_encoder": "ema"}, "target_encoder: ema"),
         ({"objective": "cosine", "negatives": "optimizer_step"}, "objective: info_nce"),
         ({"negatives": "optimizer_step", "regularizer": "vicreg"}, "without a regularizer"),
@@ -703,6 +729,16 @@ def refused(tmp_path, rows, capsys, **changes) -> str:
         ({"ema_decay": 1.5}, "ema_decay=1.5"),
         ({"projector_dim": -1}, "projector_dim=-1"),
         ({"jepa_weight_end": -1.0}, "jepa_weight_end"),
+        ({"objective": "cosine", "temperature": 0.1}, "temperature: 0.1 would be ignored: it belongs to objective"),
+        ({"ema_decay": 0.9}, "ema_decay: 0.9 would be ignored"),
+        ({"stp_formula": "code"}, "stp_formula: code would be ignored"),
+        ({"projector_dim": 64}, "projector_dim: 64 would be ignored"),
+        ({"regularizer_weight": 0.5}, "regularizer_weight: 0.5 would be ignored"),
+        ({"context_view": "message", "predictor_position": "first", "num_predictor_tokens": 0}, "predictor_position"),
+        ({"jepa_weight_end": 0.5, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch",
+          "validation_rows": 8},
+         "metric_for_best_model: eval_lm_loss"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
     ],
     ids=str,
 )  # fmt: skip

@@ -355,7 +355,7 @@ def pair_loss_of(model, views, predictors, tokenizer, tmp_path, *, layer=-1, tar
         )
         for name in ("info_nce", "mse")
     ]
-    assert objectives[0].is_in(batch) and ("apart_input_ids" in batch) == (targets == "apart")
+    assert objectives[0].has_pairs(batch) and ("apart_input_ids" in batch) == (targets == "apart")
     target = objectives[0].target_without_gradient(model, batch)
     hidden = model(**model_inputs(batch, model), logits_to_keep=1, output_hidden_states=layer).hidden_states[layer]
     return sum(objective.pair_loss(hidden, batch, target, step=0) for objective in objectives), batch

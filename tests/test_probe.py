@@ -247,3 +247,17 @@ def test_flat_equals_separate_passes(family, context_view, rows, tokenizer, tmp_
 def test_flat_is_refused_where_the_model_sees_one_sequence(family, tokenizer):
     model = family_model(tokenizer, family, torch.float32)
     assert "tokens they must not see" in why_inexact(model, "flat", 0)
+
+
+def test_tf32_is_off_meanwhile(tokenizer, monkeypatch):
+    """Its 10 bits are off by more than the tolerance in float32: every model would be sent to separate rows."""
+    seen, real = [], probe.model_inputs
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(probe, "model_inputs", lambda *args: seen.append(matmul.fp32_precision) or real(*args))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert choose_layout(family_model(tokenizer, "llama"), 1) == "packed"
+        assert set(seen) == {"ieee"} and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

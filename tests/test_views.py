@@ -405,7 +405,8 @@ def test_message_context_is_header_and_content_of_the_last_user_turn(name):
             view, prefix = build_views(row, tokenizer, context_view="message"), build_views(row, tokenizer)
             assert tokenizer.decode(view.contexts[0]) == shape.context(content), (kind, content)
             assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
-            assert dataclasses.replace(view, contexts=prefix.contexts, headers=prefix.headers) == prefix
+            own = {key: getattr(prefix, key) for key in ("contexts", "headers", "context_key")}
+            assert dataclasses.replace(view, **own) == prefix
             seen = tokenizer.decode(prefix.input_ids[: prefix.content[1]])
             assert ("Be the fox." in seen) == ("system" in kind) and ("quick fox" in seen) >= ("multi" in kind)
             assert (shape.opening in seen) == ("system" not in kind or not shape.opening)

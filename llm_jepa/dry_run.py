@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import LLMJEPAConfig
 from .packing import CONTEXT, LM_ROW, TARGET, JEPACollator
 from .predictor_tokens import predictor_token_ids
+from .rows import pair_collator, training_collator, view_options
 from .views import IGNORE, add_view_columns
 
 NAMES = {LM_ROW: "LM row", CONTEXT: "context", TARGET: "target"}
@@ -65,24 +66,9 @@ def token_cost(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAC
 
 
 def _views(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> dict[str, Any]:
-    return add_view_columns(
-        row,
-        index,
-        tokenizer=tokenizer,
-        context_view=args.context_view,
-        label_protocol=args.label_protocol,
-        max_length=args.max_length,
-    )
+    return add_view_columns(row, index, tokenizer=tokenizer, **view_options(args))
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> JEPACollator:
     ids = predictor_token_ids(tokenizer, args.num_predictor_tokens) if args.uses_views else []
-    return JEPACollator(
-        tokenizer.pad_token_id,
-        ids,
-        with_views=args.uses_views,
-        readout=args.readout,
-        predictor_position=args.predictor_position,
-        direction=args.direction,
-        targets=args.target_rows,
-    )
+    return training_collator(pair_collator(args, tokenizer.pad_token_id, ids), args)

@@ -26,7 +26,7 @@ Objective = Literal["cosine", "l2", "mse", "smooth_l1", "info_nce"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 
-def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine", stop_gradient: bool = False) -> Tensor:
+def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine") -> Tensor:
     """Distance of each pair on its own, [B]. 0 for equal embeddings.
 
     cosine:    1 - cos(z, s), in 0..2.                    The paper's default (section 3.1).
@@ -37,13 +37,12 @@ def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine", st
     None of these keeps the space from collapsing: mapping everything to one point is a minimum of each.
 
     Args:
-        predicted, target: [B, D], one row per pair.
-        stop_gradient: treat the target as a constant. The paper and its code let both sides move.
+        predicted, target: [B, D], one row per pair. Both get a gradient, as in the paper; detach what must not move.
 
     Raises ValueError for an unknown `kind` or shapes that differ.
     """
     _check_shapes(predicted, target)
-    z, s = _wide(predicted), _wide(target.detach() if stop_gradient else target)
+    z, s = _wide(predicted), _wide(target)
     if kind == "cosine":
         return 1 - F.cosine_similarity(z, s, dim=-1, eps=1e-6)
     if kind == "l2":
@@ -61,7 +60,6 @@ def info_nce(
     *,
     temperature: float = 0.07,
     target_key: Tensor | None = None,
-    stop_gradient: bool = False,
 ) -> Tensor:
     """Symmetric InfoNCE, [B]: row i of `predicted` must pick row i of `target`, and back. In nats; ln(B) at chance.
 
@@ -75,7 +73,6 @@ def info_nce(
         temperature: > 0. Smaller is sharper; 0.07 is CLIP's starting value and the reference code's.
         target_key: [B] ints, equal for equal targets. Two rows with the same target are both positives of each
             other: the probability of picking *any* of them is what counts.
-        stop_gradient: treat the targets as constants.
 
     Raises ValueError if shapes differ or temperature <= 0.
     """
@@ -83,7 +80,7 @@ def info_nce(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0; CLIP starts at 0.07.")
     z = F.normalize(_wide(predicted), dim=-1, eps=1e-6)
-    s = F.normalize(_wide(target.detach() if stop_gradient else target), dim=-1, eps=1e-6)
+    s = F.normalize(_wide(target), dim=-1, eps=1e-6)
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ s.T / temperature  # [B, B]
     if target_key is None:
@@ -105,12 +102,11 @@ def jepa_loss(
     objective: str,
     temperature: float = 0.07,
     target_key: Tensor | None = None,
-    stop_gradient: bool = False,
 ) -> Tensor:
     """The objective a recipe names, one value per pair [B]; `temperature` and `target_key` serve `info_nce` alone."""
     if objective == "info_nce":
-        return info_nce(predicted, target, temperature=temperature, target_key=target_key, stop_gradient=stop_gradient)
-    return jepa_distance(predicted, target, kind=objective, stop_gradient=stop_gradient)
+        return info_nce(predicted, target, temperature=temperature, target_key=target_key)
+    return jepa_distance(predicted, target, kind=objective)
 
 
 def vicreg(embeddings: Tensor) -> Tensor:

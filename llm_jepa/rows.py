@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -29,6 +30,38 @@ def check_dataset(name: str, dataset: Any) -> None:
             raise UserError(f"The {name} data set is empty; point it at a file with rows.")
 
 
+def view_options(args: LLMJEPAConfig) -> dict[str, Any]:
+    """What a configuration says to `views.build_views`."""
+    return {
+        "context_view": args.context_view,
+        "label_protocol": args.label_protocol,
+        "max_length": args.max_length,
+    }
+
+
+def pair_collator(args: LLMJEPAConfig, pad_token_id: int, predictor_ids: Sequence[int]) -> JEPACollator:
+    """Batches in which every pair is read, both sides in its row: for the diagnostics, whatever the objective."""
+    return JEPACollator(
+        pad_token_id,
+        predictor_ids,
+        pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1,
+        readout=args.readout,
+        predictor_position=args.predictor_position,
+        direction=args.direction,
+    )
+
+
+def training_collator(pairs: JEPACollator, args: LLMJEPAConfig, hidden_size: int = 0) -> JEPACollator:
+    """Batches of what the objective compares."""
+    return replace(
+        pairs,
+        with_views=args.uses_views,
+        with_tubes=args.uses_jepa and args.objective == "stp",
+        row_cost=6 * hidden_size if args.share_rows else 0,
+        targets=args.target_rows,
+    )
+
+
 def view_columns(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,16 +74,10 @@ def view_columns(
 
     Raises UserError for a row without views, and for one longer than the model has positions.
     """
-    options = {
-        "tokenizer": tokenizer,
-        "context_view": args.context_view,
-        "label_protocol": args.label_protocol,
-        "max_length": args.max_length,
-    }
     dataset = dataset.map(
         add_view_columns,
         with_indices=True,
-        fn_kwargs=options,
+        fn_kwargs={"tokenizer": tokenizer, **view_options(args)},
         num_proc=args.dataset_num_proc,
         load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
         remove_columns=dataset.column_names,
@@ -61,7 +88,7 @@ def view_columns(
         logger.warning(f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens.")
     _check_positions(dataset, name, model_config, len(collator.predictor_ids))
     if args.train_sampling_strategy == "group_by_length":
-        collator = replace(collator, with_views=args.uses_views, targets=args.target_rows)
+        collator = training_collator(collator, args)
         lengths = [sum(len(segment.ids) for segment in collator.example(row).segments) for row in dataset]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset

@@ -47,7 +47,6 @@ from .loading import model_from, tokenizer_from
 from .model_card import write_model_card
 from .objective import EVALUATION, Objective, check_objective, random_numbers_of
 from .packing import (
-    JEPACollator,
     embed_pairs,
     lm_rows_only,
     model_inputs,
@@ -58,7 +57,7 @@ from .packing import (
 )
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
 from .probe import choose_layout
-from .rows import VIEW_COLUMNS, check_dataset, view_columns
+from .rows import VIEW_COLUMNS, check_dataset, pair_collator, training_collator, view_columns
 from .target_encoder import load_state, save_state, target_table
 from .views import IGNORE
 
@@ -150,15 +149,7 @@ class LLMJEPATrainer(SFTTrainer):
         }
         self._base_model = model
         self._use_cache = model.config.use_cache
-        multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1
-        self._pairs_of = JEPACollator(
-            processing_class.pad_token_id,
-            self.predictor_ids,
-            pad_to_multiple_of=multiple,
-            readout=args.readout,
-            predictor_position=args.predictor_position,
-            direction=args.direction,
-        )
+        self._pairs_of = pair_collator(args, processing_class.pad_token_id, self.predictor_ids)
         super().__init__(
             model=model,
             args=args,
@@ -230,13 +221,8 @@ class LLMJEPATrainer(SFTTrainer):
         if args.share_rows and found[0] != "packed":
             raise UserError(f"share_rows: true needs packed rows, which {type(self._base_model).__name__} cannot have.")
         self._pairs_of = replace(self._pairs_of, layout=found[0])
-        self.data_collator = replace(
-            self._pairs_of,
-            with_views=args.uses_views,
-            with_tubes=args.uses_jepa and args.objective == "stp",
-            row_cost=6 * self._base_model.config.get_text_config().hidden_size if args.share_rows else 0,
-            targets=args.target_rows,
-        )
+        hidden_size = self._base_model.config.get_text_config().hidden_size
+        self.data_collator = training_collator(self._pairs_of, args, hidden_size)
 
     def _embed_base_targets(self) -> None:
         """The start model's targets of every row, once. Equal targets have one row in the table."""

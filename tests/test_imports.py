@@ -19,8 +19,8 @@ LEVELS = (
     {"checkpoint", "semantic_tube", "views"},
     {"from_scratch", "generation", "packing", "predictor_tokens"},
     {"config", "probe", "target_encoder"},
-    {"dry_run", "loading", "model_card", "objective", "recipe", "rows"},
-    {"trainer"},
+    {"loading", "model_card", "objective", "recipe", "rows"},
+    {"dry_run", "trainer"},
     {"cli"},
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

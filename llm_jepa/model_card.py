@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .config import LLMJEPAConfig
 
+ALWAYS_SHOWN = ("jepa_weight", "objective", "num_predictor_tokens", "context_view", "label_protocol")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 TEMPLATE = """---
@@ -54,8 +55,9 @@ def write_model_card(
     start = evaluations[0] if evaluations and evaluations[0].get("step") == 0 else {}
     last = evaluations[-1] if evaluations else {}
     keys = sorted(key for key in last if key.startswith("eval_") and "_per_second" not in key and "runtime" not in key)
+    defaults = {name: field.default for name, field in LLMJEPAConfig.__dataclass_fields__.items()}
     settings = {
-        **model.config.llm_jepa,
+        **{k: v for k, v in model.config.llm_jepa.items() if k in ALWAYS_SHOWN or v != defaults[k]},
         "learning_rate": args.learning_rate,
         "batch per device x accumulation x ranks": f"{args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} x {args.world_size}",

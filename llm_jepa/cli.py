@@ -176,8 +176,10 @@ def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     model = load_model(recipe.model, tokenizer, seed=training.seed)
     try:
         trainer = LLMJEPATrainer(model, training, train, validation, tokenizer, peft_config=lora_config(recipe.model))
-    except (ValueError, ImportError) as error:  # transformers' and TRL's own checks: report_to without its package, ...
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    except (ValueError, ImportError, RuntimeError) as error:  # transformers' and TRL's own checks
+        if isinstance(error, UserError) or isinstance(error, RuntimeError) and "install" not in str(error):
+            raise
+        raise UserError(str(error)) from error  # report_to without its package, ...
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / RUN_FILE, run)
     return trainer, resume

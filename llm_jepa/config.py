@@ -37,11 +37,11 @@ class ModelArguments:
         default="float32",
         metadata={"help": "Dtype of the master weights. Keep float32 under bf16: pure bf16 rounds small steps away."},
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = field(
-        default="sdpa",
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = field(
+        default=None,
         metadata={
-            "help": "Attention backend. sdpa and eager can mask packed rows; flash attention does not, so it needs "
-            "num_predictor_tokens: 0."
+            "help": "Attention backend; null: sdpa where the model has it, else eager. Both mask packed rows; flash "
+            "attention cannot, so it needs num_predictor_tokens: 0."
         },
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the saved model is merged."})
@@ -53,6 +53,12 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            value = getattr(self, name)
+            if not self.use_peft and value != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"{name}: {value} would be ignored: it belongs to use_peft: true; set that or remove it."
+                )
         if (self.model_name_or_path is None) == (self.model_config is None):
             raise UserError(
                 "Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch); "
@@ -195,6 +201,11 @@ class LLMJEPAConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.learning_rate < 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be 0 or more.")
         # TRL turns bf16 on by default, which a machine without a GPU refuses.
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu and not self.fp16 and self.bf16 is None:
@@ -218,12 +229,13 @@ class LLMJEPAConfig(SFTConfig):
             ("regularizer_weight", 0, math.inf, "0 is none"),
             ("projector_dim", 0, 4096, "64 to 256 is usual, 0 is none"),
             ("ema_decay", 0, 1, "0.99 is usual"),
-            ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "more tokens are not defined"),
+            ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "the reference code defines no more"),
             ("diagnostics_pairs", 0, math.inf, "0 is off"),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise UserError(f"{name}={value} must lie in {low}..{high}: {why}.")
+                allowed_range = f"be {low} or more" if high == math.inf else f"lie in {low}..{high}"
+                raise UserError(f"{name}={value} must {allowed_range} ({why}).")
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be > 0; CLIP starts at 0.07.")
         if self.jepa_dropout == 1:

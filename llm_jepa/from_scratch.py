@@ -7,7 +7,15 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from .errors import UserError
 from .views import as_example
@@ -80,15 +88,22 @@ def random_model(
     except StrictDataclassError as error:
         raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from None
     set_seed(seed)
+    kwargs["attn_implementation"] = kwargs.get("attn_implementation") or default_attention(config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:160]
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0][:300]
         raise UserError(f"model_config: cannot build a causal LM of model_type {model_type!r}: {reason}") from None
     # After building: known before, it becomes the embedding's padding_idx, and pad = eos = end of turn would keep its
     # input row at zero without gradient. (Llama-3-Instruct has no pad_token_id either.)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def default_attention(config: PreTrainedConfig) -> str:
+    """sdpa where the model has it, else eager; not what a downloaded config asks for, which would choose the code."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .config import DataArguments, LLMJEPAConfig, ModelArguments
 from .errors import UserError
-from .from_scratch import random_model, train_tokenizer
+from .from_scratch import default_attention, random_model, train_tokenizer
 from .views import as_example
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -126,7 +126,7 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source!r} is a {config.model_type} model, which is no causal LM; choose one that generates.")
     logging.disable_progress_bar()  # a bar per file says nothing; the training's own bar is another
-    options.setdefault("attn_implementation", "sdpa")  # a downloaded config must not choose the code that runs
+    options["attn_implementation"] = options.get("attn_implementation") or default_attention(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -136,7 +136,7 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"Cannot load a model from {source!r}: {_first_line(error)}") from None
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
     if wrong:

@@ -55,7 +55,8 @@ def _first_exact(model: PreTrainedModel, num_predictor_tokens: int, layouts: Seq
         if reason is None:
             if reasons:
                 logger.warning(
-                    f"{type(model).__name__} gets its views in {layout} rows, exact but dearer ({reasons[0]})."
+                    f"{type(model).__name__} cannot read packed rows, so every view gets a row of its own: exact, but "
+                    f"more tokens. (Probe: {reasons[0]})"
                 )
             return layout
         reasons.append(f"{layout} rows: {reason}")

@@ -104,7 +104,10 @@ def recipe_fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             if field.init:
-                found[field.name] = (field, hints[field.name])
+                hint, choices = hints[field.name], field.metadata.get("choices")
+                if choices is not None and str in _options(hint):  # transformers' way to say what a text may be
+                    hint = Literal[tuple(choices)] if field.default is not None else Literal[tuple(choices)] | None
+                found[field.name] = (field, hint)
     return found
 
 
@@ -273,6 +276,8 @@ def _describe(hint: Any) -> str:
             return "one of " + ", ".join(str(member.value) for member in option)
         if option is type(None):
             return "null"
+        if option is bool:
+            return "true or false"
         return getattr(typing.get_origin(option) or option, "__name__", str(option))
 
     return " or ".join(dict.fromkeys(name(option) for option in _options(hint)))

@@ -65,9 +65,16 @@ logger = logging.get_logger(__name__)
 
 JEPA_STATE = "jepa_state.safetensors"
 BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # changes nothing that is learnt
-COLLAPSE_HINT = (
-    "The embedding space has collapsed: wrong pairs are as close as right ones, or hardly any direction is left "
-    "({figures}). The JEPA loss is low for a trivial reason. Try objective: info_nce, a smaller jepa_weight, or "
+COLLAPSED = (
+    "At two evaluations in a row the embedding space had collapsed: wrong pairs as close as right ones, or hardly any "
+    "direction left ({figures}). {advice}"
+)
+ADVICE = {
+    "info_nce": "From random weights this can pass; if it stays, lower learning_rate, or raise the batch size.",
+    "stp": "STP does not look at pairs, so this is its side effect or the model's own; compare with jepa_weight: 0.",
+}
+OTHER_ADVICE = (
+    "The JEPA loss is low for a trivial reason: try objective: info_nce, a regularizer, a smaller jepa_weight, or "
     "target_encoder: stop_gradient."
 )
 
@@ -198,7 +205,7 @@ class LLMJEPATrainer(SFTTrainer):
         self._bank = self._make_bank()
         self._start_diagnostics: dict[str, float] | None = None
         self._resumed_from: str | None = None
-        self._warned_of_collapse = False
+        self._is_collapsed = self._warned_of_collapse = False
         self.add_callback(_Steps(self))
 
     def _set_layout(self) -> None:
@@ -219,7 +226,9 @@ class LLMJEPATrainer(SFTTrainer):
                 logger.warning(f"No diagnostics of the embedding space: {found[1]}")
                 args.diagnostics_pairs = 0
         if args.share_rows and found[0] != "packed":
-            raise UserError(f"share_rows: true needs packed rows, which {type(self._base_model).__name__} cannot have.")
+            raise UserError(
+                f"share_rows: true needs packed rows, which {type(self._base_model).__name__} cannot have; remove it."
+            )
         self._pairs_of = replace(self._pairs_of, layout=found[0])
         hidden_size = self._base_model.config.get_text_config().hidden_size
         self.data_collator = training_collator(self._pairs_of, args, hidden_size)
@@ -275,7 +284,7 @@ class LLMJEPATrainer(SFTTrainer):
         step = self.state.global_step
         if self.args.jepa_dropout and shared_coin(self.args.seed, step) < self.args.jepa_dropout:
             batches = [lm_rows_only(batch) for batch in batches]
-        elif self.args.objective == "stp":
+        elif self.args.uses_jepa and self.args.objective == "stp":
             for batch in batches:
                 batch |= self.objective.draw_tubes(batch, step)
         counts = torch.zeros(2, device=device, dtype=torch.long)
@@ -514,12 +523,13 @@ class LLMJEPATrainer(SFTTrainer):
 
     def _warn_if_collapsed(self, now: dict[str, float]) -> None:
         start = self._start_diagnostics
-        if start is None or self._warned_of_collapse or not self.args.uses_jepa or not has_collapsed(now, start):
+        before, self._is_collapsed = self._is_collapsed, start is not None and has_collapsed(now, start)
+        if start is None or not (before and self._is_collapsed) or self._warned_of_collapse or not self.args.uses_jepa:
             return
         self._warned_of_collapse = True
         names = ("raw_cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
         figures = ", ".join(f"{name} {start[name]:.3g} -> {now[name]:.3g}" for name in names)
-        logger.warning(COLLAPSE_HINT.format(figures=figures))
+        logger.warning(COLLAPSED.format(figures=figures, advice=ADVICE.get(self.args.objective, OTHER_ADVICE)))
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -472,3 +472,12 @@ def test_empty_and_streaming_data_are_refused(dataset, tokenizer, tmp_path):
         LLMJEPATrainer(
             tiny_model(tokenizer), config(tmp_path), dataset.to_iterable_dataset(), processing_class=tokenizer
         )
+
+
+@pytest.mark.parametrize("option", [{"objective": "stp"}, {"jepa_dropout": 0.9}, {"negatives": "optimizer_step"}])
+def test_weight_zero_of_any_objective_is_the_baseline(option, dataset, tokenizer, tmp_path):
+    """`--jepa_weight 0` on whatever recipe: the keys of the JEPA term have no effect, and none is in the way."""
+    options = {"jepa_weight": 0.0, "max_steps": 2}
+    trainer, start = run(dataset, tokenizer, tmp_path / "a", **options, **option)
+    plain, _ = run(dataset, tokenizer, tmp_path / "b", **options)
+    assert_close(weights(trainer), weights(plain), start=start, tolerance=1e-7)

@@ -109,31 +109,30 @@ class JEPACollator:
         if not self.with_views:
             return batch
         contexts: list[list[int]] = []
-        targets: list[list[int]] = []
-        table_rows, keys, owners = [], [], []
+        targets: list[list[int]] = []  # places in the rows, rows apart, or rows of the table
         apart: list[list[int]] = []
+        keys, owners = [], []
         for number, (row, e) in enumerate(zip(rows, examples, strict=True)):
             reads = [[place[number, s] + token for s, token in read] for read in e.contexts]
             goals = [[place[number, s] + token for s, token in read] for read in e.targets]
             goals += [[len(apart) + i] for i in range(len(e.apart))]
             apart += e.apart
             if self.targets == "cached":
-                table_rows += _cached_rows(row) * len(reads)
-            count = len(_cached_rows(row)) if self.targets == "cached" else len(goals)
-            contexts += [read for read in reads for _ in range(count)]
-            targets += goals * len(reads)
-            keys += [row["context_key" if self.direction == "reverse" else "target_key"]] * len(reads) * count
-            owners += [number] * len(reads) * count
-        batch["context_at"] = _reads(contexts)
+                goals = [[i] for i in _cached_rows(row)]
+            for read in reads:  # every context with every target
+                contexts += [read] * len(goals)
+                targets += goals
+            keys += [row["context_key" if self.direction == "reverse" else "target_key"]] * (len(reads) * len(goals))
+            owners += [number] * (len(reads) * len(goals))
+        batch["context_at"], target = _reads(contexts), _reads(targets)
         batch["target_key"], batch["example_of_pair"] = torch.tensor(keys), torch.tensor(owners)
-        if self.target_table is not None and self.targets == "cached":
-            batch["target_embedding"] = self.target_table[torch.tensor(table_rows)]
-            return batch
-        batch["target_at"] = _reads(targets)
+        if self.targets == "cached":
+            assert self.target_table is not None
+            return {**batch, "target_embedding": self.target_table[target]}
         if self.targets == "apart":
             alone = rows_apart(apart, self.pad_token_id, self.readout)
-            return {**batch, **alone, "target_at": alone["target_at"][batch["target_at"]]}
-        return batch
+            return {**batch, **alone, "target_at": alone["target_at"][target]}
+        return {**batch, "target_at": target}
 
     def example(self, row: dict[str, Any]) -> Example:
         """The segments of one example, and where its embeddings are read."""

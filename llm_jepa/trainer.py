@@ -295,7 +295,7 @@ class LLMJEPATrainer(SFTTrainer):
             counts = self.accelerator.reduce(counts, reduction="sum")
         counts = counts.clamp(min=1)
         self._pairs_in_step = counts[1]
-        if self.args.negatives == "optimizer_step" and all("context_at" in batch for batch in batches):
+        if batches and self.args.negatives == "optimizer_step" and all("context_at" in batch for batch in batches):
             self._compare_all_pairs(batches)
         return batches, counts[0]
 

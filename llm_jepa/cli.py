@@ -1,4 +1,4 @@
-"""llm-jepa train | generate | embed.
+"""llm-jepa train | train-decoder | generate | embed | watch.
 
 Errors a user can cause are one line on stderr and exit code 2 (LLM_JEPA_TRACEBACK=1 shows where they come from); a
 non-finite loss is 3; Ctrl-C is 130.
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .recipe import Recipe
+    from .safe_trainer import SafeTrainer
     from .trainer import LLMJEPATrainer
+    from .vl.trainer import VLJEPATrainer
 
 LAUNCH_CONFIGS = ("cpu", "ddp", "fsdp2", "zero3")
 TRAIN_HELP = """\
@@ -86,6 +88,20 @@ def _run(argv: list[str]) -> int:
     embed.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, both [N, D]")
     embed.add_argument("--batch_size", "--batch-size", type=int, default=32)
 
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    decoder = commands.add_parser(
+        "train-decoder", help="give a VL-JEPA its y_decoder, on text alone", allow_abbrev=False
+    )
+    watcher = commands.add_parser("watch", help="caption a video or camera as its scenes change", allow_abbrev=False)
+    if wanted == "train-decoder":  # their options live with them, and need torch
+        from .vl import decoder_stage
+
+        decoder_stage.add_arguments(decoder)
+    elif wanted == "watch":
+        from .vl import watch
+
+        watch.add_arguments(watcher)
+
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
         if options.help or options.recipe is None:
@@ -99,6 +115,10 @@ def _run(argv: list[str]) -> int:
         return _train(options, rest)
     if rest:
         raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
+    if options.command == "train-decoder":
+        return decoder_stage.run(options)
+    if options.command == "watch":
+        return watch.run(options)
     if options.batch_size < 1 or getattr(options, "max_new_tokens", 1) < 1:
         raise UserError("--batch_size and --max_new_tokens must be 1 or more.")
     if getattr(options, "system", None) and options.input:
@@ -132,7 +152,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
             f"{os.environ['WORLD_SIZE']} processes were started and cannot see each other: without a GPU each, add "
             "--use_cpu true."
         )
-    trainer, resume = _build_trainer(recipe)
+    trainer, resume = _build_vl_trainer(recipe) if recipe.is_vl else _build_trainer(recipe)
     if resume is not None and _restored_if_finished(trainer, resume):
         if (Path(recipe.training.output_dir) / "model.safetensors").exists():
             print(f"{recipe.training.output_dir} is already finished ({trainer.state.global_step} steps).")
@@ -153,25 +173,13 @@ def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     """The trainer and the checkpoint to resume from. The folder becomes ours last, when nothing is refused any more."""
     from transformers import set_seed
 
-    from .checkpoint import RUN_FILE, find_resume, write_json
     from .loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
     from .trainer import LLMJEPATrainer
 
     training = recipe.training
     set_seed(training.seed)
     train, validation = load_data(recipe.data, seed=_data_seed(recipe))
-    if validation is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
-        raise UserError(
-            "There is nothing to evaluate on: set validation_data or validation_rows, or eval_strategy: no."
-        )
-    run = {**recipe.identity(), "train_sha256": data_sha256(train), "validation_sha256": data_sha256(validation)}
-    run |= {"num_processes": training.world_size}
-    run = json.loads(json.dumps(run))
-    resume = find_resume(training.output_dir, run, resume=training.resume_from_checkpoint)
-    if resume is not None and training.save_only_model:
-        raise UserError(
-            "save_only_model: true left no optimizer state to resume from; start a new run in another output_dir."
-        )
+    run, resume = _run_of(recipe, data_sha256(train), data_sha256(validation))
     tokenizer = load_tokenizer(recipe.model, training, train)
     model = load_model(recipe.model, tokenizer, seed=training.seed)
     try:
@@ -180,9 +188,62 @@ def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
         if isinstance(error, UserError) or isinstance(error, RuntimeError) and "install" not in str(error):
             raise
         raise UserError(str(error)) from error  # report_to without its package, ...
-    if trainer.is_world_process_zero():
-        write_json(Path(training.output_dir) / RUN_FILE, run)
+    _claim(trainer, run)
     return trainer, resume
+
+
+def _build_vl_trainer(recipe: Recipe) -> tuple[VLJEPATrainer, str | None]:
+    """The same for a recipe with an x_encoder or a vl_model."""
+    from transformers import set_seed
+
+    from .vl.data import ClipDataset, clips_sha256
+    from .vl.loading import load_clips, load_vl_model
+    from .vl.trainer import VLJEPATrainer
+
+    training = recipe.training
+    set_seed(training.seed)
+    train, validation = load_clips(recipe.data, seed=_data_seed(recipe))
+    run, resume = _run_of(recipe, clips_sha256(train), clips_sha256(validation) if validation else None)
+    model, processor = load_vl_model(recipe.model, train, seed=training.seed)
+    num_frames = model.config.num_frames
+    held_out = ClipDataset(validation, num_frames=num_frames) if validation else None
+    try:
+        trainer = VLJEPATrainer(model, training, ClipDataset(train, num_frames=num_frames), held_out, processor)
+    except (ValueError, ImportError, RuntimeError) as error:  # transformers' own checks
+        if isinstance(error, UserError) or isinstance(error, RuntimeError) and "install" not in str(error):
+            raise
+        raise UserError(str(error)) from error
+    _claim(trainer, run)
+    return trainer, resume
+
+
+def _run_of(
+    recipe: Recipe, train_sha256: str | None, validation_sha256: str | None
+) -> tuple[dict[str, Any], str | None]:
+    """What the run is, and the checkpoint to resume it from. Writes nothing. Raises UserError."""
+    from .checkpoint import find_resume
+
+    training = recipe.training
+    if validation_sha256 is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
+        raise UserError(
+            "There is nothing to evaluate on: set validation_data or validation_rows, or eval_strategy: no."
+        )
+    run = {**recipe.identity(), "train_sha256": train_sha256, "validation_sha256": validation_sha256}
+    run |= {"num_processes": training.world_size}
+    run = json.loads(json.dumps(run))
+    resume = find_resume(training.output_dir, run, resume=training.resume_from_checkpoint)
+    if resume is not None and training.save_only_model:
+        raise UserError(
+            "save_only_model: true left no optimizer state to resume from; start a new run in another output_dir."
+        )
+    return run, resume
+
+
+def _claim(trainer: SafeTrainer, run: dict[str, Any]) -> None:
+    from .checkpoint import RUN_FILE, write_json
+
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / RUN_FILE, run)
 
 
 def _data_seed(recipe: Recipe) -> int:
@@ -190,7 +251,7 @@ def _data_seed(recipe: Recipe) -> int:
     return recipe.training.data_seed if recipe.training.data_seed is not None else 0
 
 
-def _restored_if_finished(trainer: LLMJEPATrainer, resume: str) -> bool:
+def _restored_if_finished(trainer: SafeTrainer, resume: str) -> bool:
     """Load the state and the weights to keep of a run that has no step left; `Trainer.train` would take one more."""
     from transformers import TrainerState
 
@@ -203,8 +264,8 @@ def _restored_if_finished(trainer: LLMJEPATrainer, resume: str) -> bool:
     return True
 
 
-def _finish(trainer: LLMJEPATrainer) -> None:
-    """Leave a plain, loadable causal LM in output_dir (LoRA merged, the adapter beside it) and say what happened."""
+def _finish(trainer: SafeTrainer) -> None:
+    """Leave a plain, loadable model in output_dir (LoRA merged, the adapter beside it) and say what happened."""
     from peft import PeftModel
 
     args = trainer.args
@@ -286,6 +347,8 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
+    if recipe.is_vl:
+        return _dry_run_vl(recipe)
     from .dry_run import describe_row, token_cost
     from .loading import load_data, load_tokenizer
     from .predictor_tokens import predictor_token_names
@@ -298,6 +361,34 @@ def _dry_run(recipe: Recipe) -> int:
     print("# Resolved recipe\n" + yaml.safe_dump(json.loads(json.dumps(recipe.given)), sort_keys=False))
     print("# The first row, packed\n" + describe_row(train[0], tokenizer, recipe.training, color=sys.stdout.isatty()))
     print("\n# Cost\n" + token_cost(train, tokenizer, recipe.training))
+    return 0
+
+
+def _dry_run_vl(recipe: Recipe) -> int:
+    import yaml
+
+    from .vl.data import ClipCollator, ClipDataset
+    from .vl.loading import load_clips, load_vl_model
+    from .vl.trainer import choose_trained_parts
+
+    train, validation = load_clips(recipe.data, seed=_data_seed(recipe))
+    model, processor = load_vl_model(recipe.model, train, seed=recipe.training.seed)
+    choose_trained_parts(model, recipe.training)
+    dataset = ClipDataset(
+        train, num_frames=model.config.num_frames, pairs_per_clip=recipe.training.pairs_per_clip,
+        seed=recipe.training.seed,
+    )  # fmt: skip
+    batch = ClipCollator(processor)([dataset[i] for i in range(min(2, len(dataset)))])
+    print("# Resolved recipe\n" + yaml.safe_dump(json.loads(json.dumps(recipe.given)), sort_keys=False))
+    print(f"# Clips\n{len(train)} to train on, {len(validation)} for validation; the first one:")
+    for query, target in dataset.draw(0):
+        print(f"  {query!r} -> {target!r}")
+    print("# Two clips as a batch\n" + "\n".join(f"  {key} {list(value.shape)}" for key, value in batch.items()))
+    print("# Weights (in thousands)")
+    for name, part in model.named_children():
+        weights = list(part.parameters())
+        trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+        print(f"  {name:20s}{sum(weight.numel() for weight in weights) // 1000:>12,}  trained {trained // 1000:>12,}")
     return 0
 
 

@@ -58,7 +58,7 @@ def info_nce(
     predicted: Tensor,
     target: Tensor,
     *,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     target_key: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE, [B]: row i of `predicted` must pick row i of `target`, and back. In nats; ln(B) at chance.
@@ -70,7 +70,8 @@ def info_nce(
     Args:
         predicted, target: [B, D]. The other rows are the negatives: B is part of the objective, and gradient
             accumulation does not enlarge it.
-        temperature: > 0. Smaller is sharper; 0.07 is CLIP's starting value and the reference code's.
+        temperature: > 0, a number or a scalar tensor that is learnt. Smaller is sharper; 0.07 is CLIP's starting value
+            and the reference code's.
         target_key: [B] ints, equal for equal targets. Two rows with the same target are both positives of each
             other: the probability of picking *any* of them is what counts.
 
@@ -100,7 +101,7 @@ def jepa_loss(
     target: Tensor,
     *,
     objective: str,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     target_key: Tensor | None = None,
 ) -> Tensor:
     """The objective a recipe names, one value per pair [B]; `temperature` and `target_key` serve `info_nce` alone."""

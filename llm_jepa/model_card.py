@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from .config import LLMJEPAConfig
 
@@ -51,18 +51,9 @@ def write_model_card(
 ) -> Path:
     """Write README.md from the run's own configuration and log."""
     base = model.config._name_or_path
-    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
-    start = evaluations[0] if evaluations and evaluations[0].get("step") == 0 else {}
-    last = evaluations[-1] if evaluations else {}
-    keys = sorted(key for key in last if key.startswith("eval_") and "_per_second" not in key and "runtime" not in key)
     defaults = {name: field.default for name, field in LLMJEPAConfig.__dataclass_fields__.items()}
-    settings = {
-        **{k: v for k, v in model.config.llm_jepa.items() if k in ALWAYS_SHOWN or v != defaults[k]},
-        "learning_rate": args.learning_rate,
-        "batch per device x accumulation x ranks": f"{args.per_device_train_batch_size} x "
-        f"{args.gradient_accumulation_steps} x {args.world_size}",
-        "seed": args.seed,
-    }
+    own = {k: v for k, v in model.config.llm_jepa.items() if k in ALWAYS_SHOWN or v != defaults[k]}
+    step, figures = last_evaluation(log_history)
     text = TEMPLATE.format(
         base_line=f"base_model: {base}\n" if base and not Path(base).exists() else "",
         name=html.escape(Path(output_dir).name),
@@ -71,18 +62,41 @@ def write_model_card(
         "loss between two views of each example"
         if args.uses_jepa
         else "trained with the causal-LM loss alone: the plain SFT baseline of an LLM-JEPA run",
-        settings="\n".join(f"| {key} | {html.escape(str(value))} |" for key, value in settings.items()),
-        step=last.get("step", 0),
-        figures="\n".join(
-            f"| {key.removeprefix('eval_')} | {start[key]:.4g} | {last[key]:.4g} |"
-            if key in start
-            else f"| {key.removeprefix('eval_')} | | {last[key]:.4g} |"
-            for key in keys
-        )
-        or "| none measured | | |",
+        settings=settings_table(args, own),
+        step=step,
+        figures=figures,
         pairs=args.diagnostics_pairs,
         versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
     )
+    return write_card(output_dir, text)
+
+
+def settings_table(args: TrainingArguments, own: dict[str, Any]) -> str:
+    """Markdown rows of the trainer's own settings and of those every run has."""
+    settings = {
+        **own,
+        "learning_rate": args.learning_rate,
+        "batch per device x accumulation x ranks": f"{args.per_device_train_batch_size} x "
+        f"{args.gradient_accumulation_steps} x {args.world_size}",
+        "seed": args.seed,
+    }
+    return "\n".join(f"| {key} | {html.escape(str(value))} |" for key, value in settings.items())
+
+
+def last_evaluation(log_history: list[dict[str, Any]]) -> tuple[int, str]:
+    """The step of the last evaluation, and Markdown rows of its figures beside those of step 0."""
+    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
+    start = evaluations[0] if evaluations and evaluations[0].get("step") == 0 else {}
+    last = evaluations[-1] if evaluations else {}
+    keys = sorted(key for key in last if key.startswith("eval_") and "_per_second" not in key and "runtime" not in key)
+    rows = [
+        f"| {key.removeprefix('eval_')} | {f'{start[key]:.4g}' if key in start else ''} | {last[key]:.4g} |"
+        for key in keys
+    ]
+    return last.get("step", 0), "\n".join(rows) or "| none measured | | |"
+
+
+def write_card(output_dir: str | Path, text: str) -> Path:
     path = Path(output_dir) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

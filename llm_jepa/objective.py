@@ -17,15 +17,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .comparison import compare_pairs
 from .config import LLMJEPAConfig
-from .distributed import gather_with_grad
 from .errors import UserError
-from .losses import jepa_loss, random_slices, sigreg, vicreg
 from .packing import embed_targets, read
 from .semantic_tube import draw_tube, tube_distance
 from .target_encoder import MovingAverage
 
-SLICES = 256  # of sigreg, new ones every step: algorithm 1 of arXiv:2511.08544
 EVALUATION = -1  # the "step" of evaluations: tubes and slices stay the same from one to the next
 
 
@@ -98,27 +96,23 @@ class Objective:
 
     def compare(self, predicted: Tensor, target: Tensor, target_key: Tensor, *, step: int) -> Tensor:
         """Embeddings [P, D] -> a loss per pair [P]. Where all pairs meet, those of all ranks do."""
-        args, own = self.args, slice(None)
+        args = self.args
         if self.projector is not None:
             with torch.autocast(predicted.device.type, enabled=False):
                 both = torch.cat([predicted, target]).to(self.projector.weight.dtype)
                 predicted, target = self.projector(both).chunk(2)
-        if args.objective == "info_nce" or args.regularizer is not None:
-            predicted, own = gather_with_grad(predicted)
-            target, _ = gather_with_grad(target)
-            target_key, _ = gather_with_grad(target_key)
-        loss = jepa_loss(
-            predicted, target, objective=args.objective, temperature=args.temperature, target_key=target_key
+        return compare_pairs(
+            predicted,
+            target,
+            target_key,
+            objective=args.objective,
+            temperature=args.temperature,
+            regularizer=args.regularizer,
+            regularizer_weight=args.regularizer_weight,
+            both_sides=args.target_encoder == "self",
+            seed=args.seed,
+            step=step,
         )
-        if args.regularizer is not None and len(predicted) > 1:  # one row, at the end of an epoch, has no spread
-            # Each view by itself; a target without gradient has no spread to mend.
-            sides = [predicted, target] if args.target_encoder == "self" else [predicted]
-            term: Callable[[Tensor], Tensor] = vicreg
-            if args.regularizer == "sigreg":
-                slices = random_slices(predicted.shape[1], SLICES, seed=args.seed, step=step, device=predicted.device)
-                term = lambda side: sigreg(side, slices)  # noqa: E731
-            loss = loss + args.regularizer_weight * torch.stack([term(side) for side in sides]).mean()
-        return loss[own]
 
     def compare_all(self, batches: list[dict[str, Any]], found: list[tuple[Tensor, Tensor]], *, step: int) -> None:
         """InfoNCE over all micro-batches and ranks of a step (GradCache, arXiv:2101.06983).

@@ -1,6 +1,7 @@
 """Recipe YAML + command-line overrides -> dataclasses, strictly and before anything is loaded.
 
-A recipe is one flat mapping of the field names in `llm_jepa.config`. YAML is read by its 1.2 core rules (`no` is a
+A recipe is one flat mapping of the field names in `llm_jepa.config`, or in `llm_jepa.vl.config` where it names an
+x_encoder or a vl_model: then it trains a VL-JEPA. YAML is read by its 1.2 core rules (`no` is a
 word, `1e-5` a number), without anchors, tags or duplicate keys. Every value is checked against the field's type and
 choices, from the file and from the command line alike. `extends: FILE`, relative to the recipe, names one parent whose
 keys the recipe overrides; what comes out is the same as if it had been written out in full.
@@ -16,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -25,12 +26,15 @@ import yaml
 
 from .config import DataArguments, LLMJEPAConfig, ModelArguments
 from .errors import UserError
+from .vl.config import VLDataArguments, VLJEPATrainingArguments, VLModelArguments
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 20
 MAX_FILES = 5  # a recipe, the file it extends, the file that one extends, ...
 EXTENDS = "extends"
-GROUPS = (ModelArguments, DataArguments, LLMJEPAConfig)
+Groups = tuple[type, type, type]
+LLM_GROUPS: Groups = (ModelArguments, DataArguments, LLMJEPAConfig)
+VL_GROUPS: Groups = (VLModelArguments, VLDataArguments, VLJEPATrainingArguments)
 # Names that people bring along, and what became of them.
 RENAMED = {
     "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",
@@ -50,19 +54,23 @@ RENAMED = {
 }
 # How a run is watched and stored, not what it computes: free to differ between a run and its resumption.
 BOOKKEEPING = {
-    "dataloader_num_workers", "dataset_num_proc", "disable_tqdm", "hub_model_id", "hub_private_repo", "hub_strategy",
-    "log_level", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "train_data",
+    "dataloader_num_workers", "dataset_num_proc", "disable_tqdm", "feature_cache", "hub_model_id", "hub_private_repo",
+    "hub_strategy", "log_level", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "push_to_hub",
+    "report_to", "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "train_data",
     "validation_data",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    model: ModelArguments
-    data: DataArguments
-    training: LLMJEPAConfig
+    model: Any  # the three groups of LLM_GROUPS, or of VL_GROUPS
+    data: Any
+    training: Any
     given: dict[str, Any]  # what the file and the command line set, resolved
+
+    @property
+    def is_vl(self) -> bool:
+        return isinstance(self.training, VLJEPATrainingArguments)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be the same run; plain JSON."""
@@ -71,25 +79,28 @@ class Recipe:
 
 def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and `--field value` overrides. Raises UserError, one line, for anything that cannot be right."""
-    fields = recipe_fields()
+    chain = _chain(Path(path))
+    named = {key for _, own in chain for key in own} | {word.lstrip("-").partition("=")[0] for word in overrides}
+    groups = VL_GROUPS if named & {"x_encoder", "vl_model"} else LLM_GROUPS
+    fields = recipe_fields(groups)
     values: dict[str, Any] = {}
-    for file, own in reversed(_chain(Path(path))):  # the child's keys win
+    for file, own in reversed(chain):  # the child's keys win
         unknown = [key for key in own if key not in fields]
         if unknown:
             raise UserError(f"{file}: " + "; ".join(_unknown(key, list(fields)) for key in unknown))
         values.update(own)
-    values.update(_parse_overrides(overrides))
+    values.update(_parse_overrides(overrides, fields))
     resolved = {key: coerce(key, value, fields[key][1]) for key, value in values.items()}
-    groups = [
+    parts = [
         {key: resolved[key] for key in resolved if key in {f.name for f in dataclasses.fields(group) if f.init}}
-        for group in GROUPS
+        for group in groups
     ]
     if "train_data" not in resolved:
         raise UserError(f"{path} sets no train_data: name a .jsonl, .json, .csv or .parquet file or a Hub dataset.")
     if resolved.get("output_dir") is None:
         raise UserError(f"{path} sets no output_dir: name the folder the run is saved in.")
     try:
-        model, data, training = (group(**values) for group, values in zip(GROUPS, groups, strict=True))
+        model, data, training = (group(**values) for group, values in zip(groups, parts, strict=True))
     except UserError:
         raise
     except Exception as error:  # transformers' and TRL's own checks of their fields
@@ -97,10 +108,10 @@ def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(model, data, training, resolved)
 
 
-def recipe_fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """name -> (field, resolved type) of everything a recipe may set."""
+def recipe_fields(groups: Groups = LLM_GROUPS) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """name -> (field, resolved type) of everything a recipe of these groups may set."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
-    for group in GROUPS:
+    for group in groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             if field.init:
@@ -113,18 +124,26 @@ def recipe_fields() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
 
 def describe_keys() -> str:
     """Every key of ours with its type, default and meaning, for --help."""
-    fields = recipe_fields()
     lines = []
-    for title, group in zip(("Model", "Data", "LLM-JEPA"), GROUPS, strict=True):
-        lines.append(f"\n{title} keys:")
-        for name in group.__annotations__:
-            field, hint = fields[name]
-            default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
-            lines += [f"  {name} ({_describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
-    others = len(fields) - sum(len(group.__annotations__) for group in GROUPS)
+    for groups, titles in (
+        (LLM_GROUPS, ("Model", "Data", "LLM-JEPA")),
+        (VL_GROUPS, ("VL-JEPA model", "Data", "VL-JEPA")),
+    ):
+        fields = recipe_fields(groups)
+        if groups is VL_GROUPS:
+            lines.append("\nA recipe that names an x_encoder or a vl_model trains a VL-JEPA, with these keys instead.")
+        for title, group in zip(titles, groups, strict=True):
+            lines.append(f"\n{title} keys:")
+            for name in group.__annotations__:
+                field, hint = fields[name]
+                default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
+                lines += [f"  {name} ({_describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
+        others = len(fields) - sum(len(group.__annotations__) for group in groups)
+        parent = "trl.SFTConfig and " if groups is LLM_GROUPS else ""
+        lines.append(f"\nAnd {others} keys of {parent}transformers.TrainingArguments.")
     lines.append(
-        f"\nAnd {others} keys of trl.SFTConfig and transformers.TrainingArguments: learning_rate, num_train_epochs,\n"
-        "per_device_train_batch_size, gradient_accumulation_steps, bf16, eval_strategy, save_steps, report_to, ..."
+        "\nThose are learning_rate, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, bf16,\n"
+        "eval_strategy, save_steps, report_to, ..."
         f"\n\n`{EXTENDS}: FILE` in a recipe (relative to it) takes the keys of another one, which its own override."
     )
     return "\n".join(lines)
@@ -185,11 +204,10 @@ def _parent(path: Path, name: Any) -> Path:
     return parent
 
 
-def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+def _parse_overrides(arguments: Sequence[str], fields: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
     """--field value, --field=value and --field-with-hyphens value; values are YAML scalars or flow collections."""
     values: dict[str, Any] = {}
     rest = list(arguments)
-    fields = recipe_fields()
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):

@@ -34,7 +34,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -42,7 +42,7 @@ from . import checkpoint
 from .config import LLMJEPAConfig
 from .diagnostics import has_collapsed, space_diagnostics
 from .distributed import reshard, shared_coin
-from .errors import NonFiniteLossError, UserError
+from .errors import UserError
 from .loading import model_from, tokenizer_from
 from .model_card import write_model_card
 from .objective import EVALUATION, Objective, check_objective, random_numbers_of
@@ -58,6 +58,7 @@ from .packing import (
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
 from .probe import choose_layout
 from .rows import VIEW_COLUMNS, check_dataset, pair_collator, training_collator, view_columns
+from .safe_trainer import SafeTrainer
 from .target_encoder import load_state, save_state, target_table
 from .views import IGNORE
 
@@ -88,7 +89,7 @@ class StepOutput(NamedTuple):
     num_tokens: Tensor  # real tokens in the batch, views included
 
 
-class LLMJEPATrainer(SFTTrainer):
+class LLMJEPATrainer(SafeTrainer, SFTTrainer):
     """Fine-tune a causal LM with a JEPA term. The model stays an ordinary `PreTrainedModel` (or `PeftModel`).
 
     Args:
@@ -102,6 +103,7 @@ class LLMJEPATrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "llm-jepa"]
+    advice_if_not_finite = "Lower learning_rate or jepa_weight, or look at the rows of this step."
     args: LLMJEPAConfig
 
     def __init__(
@@ -402,19 +404,8 @@ class LLMJEPATrainer(SFTTrainer):
                 self._sums[6] += 1
         return loss
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """Called after clipping and before the optimizer: the last moment to keep NaN out of the weights."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16 skips overflowing steps by itself
-        sums_finite = math.isfinite(float(self._sums.sum()))
-        if not sums_finite or not (scaled or math.isfinite(float(norm))):
-            last = checkpoint.newest_complete(self.args.output_dir)
-            raise NonFiniteLossError(
-                f"{'Gradient' if sums_finite else 'Loss'} is not finite at step {self.state.global_step + 1}; stopped "
-                f"before the optimizer took it. Last good checkpoint: {last or 'none yet'}. Lower learning_rate or "
-                "jepa_weight, or look at the rows of this step."
-            )
-        return norm
+    def _losses_are_finite(self) -> bool:
+        return math.isfinite(float(self._sums.sum()))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds lm_loss (mean over tokens), jepa_loss (mean over pairs) and num_tokens since the last training log."""
@@ -534,8 +525,8 @@ class LLMJEPATrainer(SFTTrainer):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Also: put back `use_cache`, which training switched off; drop `training_args.bin`, a pickle; and drop how the
-        tokenizer was loaded here, which is nobody's business elsewhere (`local_files_only` breaks Hub loading)."""
+        """Also: put back `use_cache`, which training switched off; and drop how the tokenizer was loaded here, which is
+        nobody's business elsewhere (`local_files_only` breaks Hub loading)."""
         in_training, self._base_model.config.use_cache = self._base_model.config.use_cache, self._use_cache
         try:
             super()._save(output_dir, state_dict=state_dict)
@@ -544,34 +535,18 @@ class LLMJEPATrainer(SFTTrainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)
         tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
         kept = {key: tokenizer_config[key] for key in tokenizer_config if key not in ("is_local", "local_files_only")}
         checkpoint.write_json(folder / "tokenizer_config.json", kept)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The manifest comes last, and older checkpoints go only after it: a kill at any moment leaves one whole."""
         self._count_tokens()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        super()._save_checkpoint(model, trial)
+
+    def _save_more(self, folder: Path) -> None:
         state = self.objective.state()
         if state and (self.args.should_save or self._is_fsdp):
             save_state(folder / self._jepa_state_file(), state)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.seal(folder)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
 
     def _jepa_state_file(self) -> str:
         """Of a sharded average every rank has its own part."""
@@ -609,11 +584,6 @@ class LLMJEPATrainer(SFTTrainer):
         """TRL calls this at every checkpoint; the card says what was trained and measured here."""
         if self.is_world_process_zero():
             write_model_card(self.args.output_dir, self._base_model, self.args, self.history_of_saved_weights())
-
-    def history_of_saved_weights(self) -> list[dict[str, float]]:
-        """The log up to the step whose weights are saved: with load_best_model_at_end, the best one, not the last."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return [entry for entry in self.state.log_history if best is None or entry["step"] <= best]
 
 
 class _Steps(TrainerCallback):

@@ -23,11 +23,12 @@ from test_trainer import assert_close, history, make, run, weights
 from transformers import TrainerCallback
 
 from llm_jepa.cli import main
+from llm_jepa.comparison import SLICES
 from llm_jepa.distributed import shared_coin
 from llm_jepa.errors import UserError
 from llm_jepa.from_scratch import random_model
 from llm_jepa.losses import jepa_loss, random_slices, sigreg, vicreg
-from llm_jepa.objective import EVALUATION, SLICES, Objective
+from llm_jepa.objective import EVALUATION, Objective
 from llm_jepa.packing import read
 from llm_jepa.semantic_tube import draw_tube
 

@@ -20,11 +20,12 @@ from llm_jepa.errors import UserError
 from llm_jepa.recipe import (
     BOOKKEEPING,
     EXTENDS,
-    GROUPS,
+    LLM_GROUPS,
     MAX_BYTES,
     MAX_DEPTH,
     MAX_FILES,
     RENAMED,
+    VL_GROUPS,
     coerce,
     describe_keys,
     parse,
@@ -258,7 +259,7 @@ def test_names_that_people_bring_along_point_to_their_successor(old, file):
 
 def test_help_describes_every_key_of_ours():
     text = describe_keys()
-    assert all(f"\n  {name} (" in text for group in GROUPS for name in group.__annotations__)
+    assert all(f"\n  {name} (" in text for group in LLM_GROUPS for name in group.__annotations__)
 
 
 # -- types ----------------------------------------------------------------------------------------------------------
@@ -748,8 +749,9 @@ def test_identity_does_not_depend_on_where_or_in_which_order_a_value_is_given(fi
 
 def test_bookkeeping_names_fields_and_none_that_our_loss_reads(file):
     """A misspelt name would silently make a run impossible to resume with another logging interval."""
-    assert recipe_fields().keys() >= BOOKKEEPING
-    own = {name for group in GROUPS for name in group.__annotations__}
+    assert recipe_fields().keys() | recipe_fields(VL_GROUPS).keys() >= BOOKKEEPING
+    assert recipe_fields().keys() >= BOOKKEEPING - {"feature_cache"}
+    own = {name for group in LLM_GROUPS for name in group.__annotations__}
     assert own & BOOKKEEPING == {"train_data", "validation_data"}, "these two are compared by their hash"
     assert not {"seed", "learning_rate", "per_device_train_batch_size", "max_steps", "optim"} & BOOKKEEPING
 

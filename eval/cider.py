@@ -1,0 +1,102 @@
+"""CIDEr-D: how much a caption sounds like the human ones, n-gram by n-gram, rare n-grams first.
+
+(Vedantam et al. 2015, arXiv:1411.5726, sections 4 and 5; the details are those of coco-caption's `Cider`, which
+computes CIDEr-D under that name.) A score is in 0..10 and already has the factor 10; human captions of COCO are near 1.
+Papers print it as it is (1.2) or times 100 (120). Compare only scores over the same references and documents: both the
+idf and the mean depend on them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_N = 4
+SIGMA = 6.0  # words; of the Gaussian penalty on a difference in length
+Ngrams = Counter[tuple[str, ...]]
+
+
+def cider_d(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    document_frequency: Sequence[Sequence[str]] | None = None,
+) -> tuple[float, np.ndarray]:
+    """(mean, [items] float64): the CIDEr-D of each candidate against its own references.
+
+    With g(c), g(r) the tf-idf vectors of the n-grams of a candidate c and a reference r, and l their lengths in words,
+
+        score = 10 * mean over n = 1..4 and over r of  exp(-(l(c) - l(r))^2 / (2 * 6^2))
+                    * sum of min(g(c), g(r)) * g(r) / (||g(c)|| ||g(r)||)
+
+    tf is the count of an n-gram, idf = ln(documents / max(1, documents with the n-gram)), and a document is all the
+    references of one item. A pair without n-grams of some n counts 0 there, so a perfect caption of three words has
+    7.5.
+
+    Args:
+        candidates: one caption per item.
+        references: per item one or more captions.
+        document_frequency: documents to count instead of `references`, for few items. An n-gram of none of them
+            weighs as much as one of a single one.
+
+    Raises ValueError if the lengths differ, an item has no reference, or there is one document only: then every idf is
+    0, and no score is defined.
+    """
+    documents = references if document_frequency is None else document_frequency
+    if len(candidates) != len(references):
+        raise ValueError(f"{len(candidates)} candidates and {len(references)} items of references: give one for each.")
+    if empty := [i for i, texts in enumerate(references) if isinstance(texts, str) or not texts]:
+        raise ValueError(f"Item {empty[0]} has no list of references; CIDEr compares a caption with human ones.")
+    if any(isinstance(texts, str) for texts in documents):
+        raise ValueError("document_frequency must hold lists of captions, one list per document, not captions.")
+    if not candidates or len(documents) < 2:
+        raise ValueError(
+            f"{len(candidates)} item(s), {len(documents)} document(s): an n-gram's idf is ln(documents / documents "
+            "with it), 0 for one document. Pass document_frequency=<references of a larger set>."
+        )
+    seen: Ngrams = Counter()
+    for texts in documents:
+        seen.update({gram for text in texts for gram in _ngrams(text)})
+    scores = np.array(
+        [
+            np.mean([_similarity(candidate, text, seen, len(documents)) for text in texts])
+            for candidate, texts in zip(candidates, references, strict=True)
+        ]
+    )
+    return float(scores.mean()), scores
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-case words: letters, digits, and apostrophes and hyphens inside a word. All other punctuation goes.
+
+    Stands in for coco-caption's PTBTokenizer, which needs Java. They differ in contractions ("isn't" is "is n't"
+    there) and in rare symbols.
+    """
+    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+
+
+def _ngrams(text: str) -> Ngrams:
+    words = tokenize(text)
+    return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
+
+
+def _similarity(candidate: str, reference: str, seen: Ngrams, num_documents: int) -> float:
+    c, r = (
+        {gram: count * math.log(num_documents / max(1, seen[gram])) for gram, count in _ngrams(text).items()}
+        for text in (candidate, reference)
+    )
+    total = 0.0
+    for n in range(1, MAX_N + 1):
+        norms = [math.sqrt(sum(weight**2 for gram, weight in v.items() if len(gram) == n)) for v in (c, r)]
+        if all(norms):
+            # min: repeating a word of the reference gains nothing (the D of CIDEr-D)
+            overlap = sum(
+                min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in c.items() if len(gram) == n
+            )
+            total += overlap / (norms[0] * norms[1])
+    gap = len(tokenize(candidate)) - len(tokenize(reference))
+    return 10 * total / MAX_N * math.exp(-(gap**2) / (2 * SIGMA**2))

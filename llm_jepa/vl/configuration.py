@@ -1,0 +1,102 @@
+"""`VLJEPAConfig`: the three parts of a VL-JEPA, the space they share, and what a clip must look like."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class VLJEPAConfig(PreTrainedConfig):
+    """Configuration of `VLJEPAModel`  (VL-JEPA, arXiv:2512.10942v2, section 3.1).
+
+    Args:
+        x_encoder_config: of V-JEPA 2 (sees the clip as a whole) or of an image encoder (sees each frame by itself).
+        predictor_config: of the decoder layers that become the predictor, made bidirectional (`is_causal=False`).
+        y_encoder_config: of the text encoder of the targets.
+        shared_dim: D, the size of predicted and target embeddings. The paper: 1536.
+        visual_dim: size of a visual token as the x_encoder gives it; None reads it off `x_encoder_config`.
+        visual_grid: [height, width] of the tokens of one frame (of one tubelet, for V-JEPA 2), for `token_merge`.
+        pool_frames: the mean of each frame's (tubelet's) visual tokens in their place, as image classifiers do.
+        token_merge: [t, h, w]: each t x h x w block of visual tokens becomes one, its channels laid side by side
+            before the projection. [1, 1, 1] is the paper's: every token goes to the predictor.
+        num_frames: frames of a clip; longer clips are sampled down to it. 1 = images.
+        y_pooling: how the y_encoder's states become one: "mean" over real tokens, "first" or "last" real token. The
+            paper does not say; its peers take the mean.
+        project_targets: a linear map from the y_encoder to the shared space. False: they share the y_encoder's own
+            space, and shared_dim must be its size.
+        max_query_tokens, max_target_tokens: longer texts are refused. The paper: 512 each.
+        default_query: what is asked where no query is given: embeddings for retrieval and classification, captions.
+            The paper has such a prompt and does not print it.
+        temperature: where the learnable one starts, or the fixed one. Not in the paper; 0.07 is CLIP's start.
+        revisions: part -> {"name", "revision"}, what `from_parts` loaded.
+    """
+
+    model_type = "vl_jepa"
+    sub_configs_defaults = {
+        "x_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="vjepa2"),
+        "predictor_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "y_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="gemma3_text"),
+    }
+
+    x_encoder_config: Any = None  # a config, a dict of one, or None: transformers makes configs of them
+    predictor_config: Any = None
+    y_encoder_config: Any = None
+    shared_dim: int = 1536
+    visual_dim: Any = None  # int
+    visual_grid: list[int] | None = None
+    pool_frames: bool = False
+    token_merge: list[int] = field(default_factory=lambda: [1, 1, 1])
+    num_frames: int = 16
+    y_pooling: Literal["mean", "first", "last"] = "mean"
+    project_targets: bool = True
+    max_query_tokens: int = 512
+    max_target_tokens: int = 512
+    default_query: str = "What happens in the video?"
+    temperature: float = 0.07
+    revisions: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.predictor_config.is_causal = False  # every token sees every other one (section 3.1)
+        if self.visual_dim is None:
+            self.visual_dim = _visual_dim(self.x_encoder_config)
+        problem = self._problem()
+        if problem:
+            raise ValueError(problem)
+
+    def _problem(self) -> str | None:
+        if self.shared_dim < 1 or self.num_frames < 1 or self.max_query_tokens < 1 or self.max_target_tokens < 1:
+            return "shared_dim, num_frames, max_query_tokens and max_target_tokens must be 1 or more."
+        if not self.temperature > 0:
+            return f"temperature={self.temperature} must be > 0; CLIP starts at 0.07."
+        if len(self.token_merge) != 3 or min(self.token_merge) < 1:
+            return f"token_merge={self.token_merge} must be three numbers of 1 or more: frames, rows, columns."
+        if self.pool_frames and self.token_merge[1:] != [1, 1]:
+            return f"token_merge={self.token_merge} merges rows and columns, and pool_frames leaves none; use one."
+        y_dim = self.y_encoder_config.hidden_size
+        if not self.project_targets and self.shared_dim != y_dim:
+            return (
+                f"shared_dim={self.shared_dim} is not the y_encoder's {y_dim}: without project_targets targets are its "
+                f"own states; set shared_dim={y_dim}, or project_targets=True."
+            )
+        return None
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The predictor's: it reads the query."""
+        return self.predictor_config
+
+
+def _visual_dim(config: PreTrainedConfig) -> int:
+    if getattr(config, "hidden_size", None):
+        return int(config.hidden_size)
+    if getattr(config, "hidden_sizes", None):
+        return int(config.hidden_sizes[-1])
+    raise ValueError(f"Cannot tell the size of a {config.model_type} feature from its config; give visual_dim.")
+
+
+AutoConfig.register(VLJEPAConfig.model_type, VLJEPAConfig)

@@ -1,0 +1,135 @@
+"""`llm-jepa train-decoder`: give a trained VL-JEPA its y_decoder, on text alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import GPT2Config, TrainingArguments
+
+from ..errors import UserError
+from ..from_scratch import train_tokenizer
+from .inference import VLJEPA
+from .y_decoder import MemoryProjection, YDecoder, fingerprint, train_prefix_decoder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of a trained VL-JEPA; the decoder is saved into its y_decoder/")
+    parser.add_argument("--texts", required=True, help="one text a line (.txt), or .jsonl rows with 'target' or 'text'")
+    parser.add_argument("--memory_only", "--memory-only", action="store_true", help="no LM: captions are known texts")
+    parser.add_argument("--no_memory", "--no-memory", action="store_true", help="decode predictions as they are")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=64)
+    parser.add_argument("--learning_rate", "--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden_size", "--hidden-size", type=int, default=192)
+    parser.add_argument("--vocab_size", "--vocab-size", type=int, default=4096)
+    parser.add_argument("--num_prefix", "--num-prefix", type=int, default=4, help="vectors the embedding becomes")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.memory_only and options.no_memory:
+        raise UserError("--memory_only with --no_memory leaves no y_decoder.")
+    for name in ("steps", "batch_size", "layers", "hidden_size", "num_prefix"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be 1 or more.")
+    if not Path(options.model).is_dir():
+        raise UserError(f"No model folder at {options.model}; the decoder is saved into it.")
+    folder = Path(options.model) / "y_decoder"
+    if folder.exists():
+        raise UserError(f"{folder} exists; move it away to train another decoder.")
+    texts = read_texts(options.texts)
+    used = VLJEPA.from_pretrained(options.model)
+    decoder = train_y_decoder(
+        used,
+        texts,
+        memory=not options.no_memory,
+        prefix_decoder=not options.memory_only,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        layers=options.layers,
+        hidden_size=options.hidden_size,
+        vocab_size=options.vocab_size,
+        num_prefix=options.num_prefix,
+        seed=options.seed,
+    )
+    decoder.save_pretrained(folder)
+    sample = texts[:: max(1, len(texts) // 5)][:5]
+    print("Texts, and what the decoder makes of their embeddings:")
+    for text, decoded in zip(sample, decoder.decode(used.embed_texts(sample)), strict=True):
+        print(f"  {text!r} -> {decoded.text!r}")
+    print(f"Saved to {folder}")
+    return 0
+
+
+def train_y_decoder(
+    used: VLJEPA,
+    texts: Sequence[str],
+    *,
+    memory: bool = True,
+    prefix_decoder: bool = True,
+    steps: int = 2000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    layers: int = 3,
+    hidden_size: int = 192,
+    vocab_size: int = 4096,
+    num_prefix: int = 4,
+    seed: int = 0,
+) -> YDecoder:
+    """A y_decoder for this model's space: the texts as its memory, and a GPT-2 of random weights that writes them."""
+    if not texts:
+        raise UserError("There are no texts to learn to write.")
+    embeddings = used.embed_texts(texts).cpu()
+    kept = MemoryProjection(embeddings, tuple(texts)) if memory else None
+    if not prefix_decoder:
+        return YDecoder(fingerprint(used.model), kept)
+    tokenizer = train_tokenizer(({"prompt": text, "completion": text} for text in texts), vocab_size)
+    config = GPT2Config(
+        n_embd=hidden_size, n_layer=layers, n_head=max(1, hidden_size // 64), n_positions=256,
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    row = {text: i for i, text in enumerate(texts)}
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(
+            output_dir=scratch, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=min(100, steps // 10), weight_decay=0.01, save_strategy="no",
+            logging_steps=max(1, steps // 20), report_to="none", seed=seed, use_cpu=used.model.device.type == "cpu",
+        )  # fmt: skip
+        decoder = train_prefix_decoder(
+            lambda chosen: embeddings[[row[text] for text in chosen]], texts, tokenizer, config, args,
+            num_prefix=num_prefix,
+        )  # fmt: skip
+    return YDecoder(fingerprint(used.model), kept, decoder, tokenizer)
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The distinct texts of a file, in order. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No texts at {path}; give one text a line, or .jsonl rows with 'target' or 'text'.")
+    found: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            found.append(line.strip())
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
+        texts = row.get("target", row.get("text")) if isinstance(row, dict) else None
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{path}, line {number} has no 'target' or 'text' that is a text.")
+        found += [text.strip() for text in texts]
+    if not found:
+        raise UserError(f"{path} holds no texts.")
+    return list(dict.fromkeys(found))

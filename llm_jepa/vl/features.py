@@ -1,0 +1,147 @@
+"""Visual features of a frozen x_encoder, computed once: every later epoch costs no vision at all.
+
+A cache is a folder of safetensors shards and a manifest. Its name is a hash of the data, the encoder's weights and the
+preprocessing, so that a change of any of them is another folder and an old feature is never taken for a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoint import write_json
+from ..errors import UserError
+
+SHARD = 512  # clips in a file
+
+
+class Clips(Protocol):
+    def __len__(self) -> int: ...
+    def frames(self, index: int) -> Any: ...
+    def identity(self) -> Iterator[bytes]: ...
+
+
+class FeatureCache:
+    """[count, N, D_x] on disk, memory mapped. `cache[[3, 7]]` -> [2, N, D_x] float32."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._one(int(index)) for index in indices]).float()
+
+    def _one(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of a cache of {len(self)}")
+        shard, row = divmod(index, SHARD)
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / _shard_name(shard), "pt").__enter__()
+        return self._open[shard].get_slice("features")[row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a data loader's worker opens the files itself
+
+
+def cache_features(
+    encode: Callable[[Tensor], Tensor],
+    clips: Clips,
+    processor: Any,
+    folder: str | Path,
+    *,
+    encoder_hash: str,
+    batch_size: int = 16,
+    dtype: torch.dtype = torch.float16,
+    is_main: bool = True,
+) -> FeatureCache:
+    """The cache of these clips under `folder`, computed where it is not there yet; shards already done are kept.
+
+    Args:
+        encode: pixels [B, T, 3, H, W] -> features [B, N, D_x], without gradient.
+        encoder_hash: of the encoder's weights, see `encoder_sha256`.
+        dtype: of the stored features; they come back as float32. float16 holds 3 decimal digits and magnitudes to
+            65,504: features beyond are refused.
+        is_main: False on ranks that only wait for the main one (call them afterwards).
+
+    Raises UserError for clips whose features differ in shape, and for features that the dtype cannot hold.
+    """
+    digest = hashlib.sha256()
+    for identity in clips.identity():
+        digest.update(identity)
+    key = {
+        "data": digest.hexdigest(),
+        "x_encoder": encoder_hash,
+        "processor": hashlib.sha256(_settings(processor).encode()).hexdigest(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    here = Path(folder) / name
+    if (here / "manifest.json").is_file() or not is_main:
+        return FeatureCache(here)
+    here.mkdir(parents=True, exist_ok=True)
+    shape: tuple[int, ...] | None = None
+    with tqdm(total=len(clips), desc=f"visual features -> {here}", unit="clip") as progress:
+        for start in range(0, len(clips), SHARD):
+            rows = range(start, min(start + SHARD, len(clips)))
+            path = here / _shard_name(start // SHARD)
+            if path.is_file():  # written in full or not at all
+                with safe_open(path, "pt") as file:
+                    shape = tuple(file.get_slice("features").get_shape()[1:])
+                progress.update(len(rows))
+                continue
+            parts = []
+            for first in range(rows.start, rows.stop, batch_size):
+                chosen = range(first, min(first + batch_size, rows.stop))
+                pixels = processor(videos=[clips.frames(i) for i in chosen])["pixel_values_videos"]
+                with torch.no_grad():
+                    found = encode(pixels).cpu()
+                shape = shape or tuple(found.shape[1:])
+                if tuple(found.shape[1:]) != shape:
+                    raise UserError(
+                        f"Clips {chosen.start}-{chosen.stop - 1} give features {tuple(found.shape[1:])}, earlier ones "
+                        f"{shape}: clips of one cache have equally many frames; sample them alike."
+                    )
+                kept = found.to(dtype)
+                if not kept.isfinite().all():
+                    raise UserError(f"A feature of {found.abs().max():.3g} does not fit {key['dtype']}; use float32.")
+                parts.append(kept)
+                progress.update(len(chosen))
+            temporary = path.with_suffix(".tmp")
+            save_file({"features": torch.cat(parts)}, temporary)
+            os.replace(temporary, path)
+    write_json(here / "manifest.json", {**key, "count": len(clips), "shape": list(shape or ())})
+    return FeatureCache(here)
+
+
+def encoder_sha256(x_encoder: torch.nn.Module) -> str:
+    digest = hashlib.sha256(repr(sorted(x_encoder.config.to_dict().items(), key=str)).encode())  # type: ignore[union-attr,operator]
+    for name, value in sorted(x_encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _settings(processor: Any) -> str:
+    return json.dumps(
+        {"frames": processor.num_frames, "image_processor": processor.image_processor.to_dict()},
+        sort_keys=True,
+        default=str,
+    )
+
+
+def _shard_name(number: int) -> str:
+    return f"features-{number:05d}.safetensors"

@@ -1,0 +1,99 @@
+"""A VL-JEPA recipe -> its model, processor and clips."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, set_seed
+
+from ..errors import UserError
+from ..from_scratch import train_tokenizer
+from .config import VLDataArguments, VLModelArguments
+from .data import Clip, read_clips
+from .inference import VLJEPA
+from .modeling import VLJEPAModel
+from .processing import VLJEPAProcessor
+
+
+def load_clips(data: VLDataArguments, *, seed: int) -> tuple[list[Clip], list[Clip]]:
+    """(train, validation). Clips held out for validation are drawn with `seed` and leave the training set."""
+    train = read_clips(data.train_data)
+    if data.validation_data is not None:
+        return train, read_clips(data.validation_data)
+    if data.validation_rows >= len(train):
+        raise UserError(
+            f"validation_rows={data.validation_rows} leaves nothing of the {len(train)} clips of {data.train_data}."
+        )
+    held = set(random.Random(seed).sample(range(len(train)), data.validation_rows))
+    return [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)]
+
+
+def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+    """The model of a recipe and its processor. Parts of random weights get a tokenizer trained on the texts."""
+    if args.vl_model is not None:
+        found = VLJEPA.from_pretrained(args.vl_model, device="cpu")
+        return found.model.float(), found.processor
+    set_seed(seed)
+    pieces: dict[str, Any] = {}
+    if isinstance(args.predictor, dict) or isinstance(args.y_encoder, dict):
+        rows = [{"prompt": query or target, "completion": target} for clip in clips for query, target in clip.pairs]
+        rows.append({"prompt": args.default_query, "completion": args.default_query})
+        scratch = train_tokenizer(rows, args.tokenizer_vocab_size)
+        pieces = {
+            piece: scratch
+            for piece, part in (("tokenizer", args.predictor), ("target_tokenizer", args.y_encoder))
+            if isinstance(part, dict)
+        }
+    vocabulary = len(next(iter(pieces.values()))) if pieces else 0
+    options: dict[str, Any] = {"y_pooling": args.y_pooling} if args.y_pooling is not None else {}
+    parts: dict[str, Any] = {
+        "x_encoder": _part("x_encoder", args.x_encoder, {}),
+        "predictor": _part("predictor", args.predictor, {"vocab_size": vocabulary}),
+        "y_encoder": _part("y_encoder", args.y_encoder, {"vocab_size": vocabulary}),
+    }
+    revisions = {name: getattr(args, f"{name}_revision") for name in parts}
+    model = VLJEPAModel.from_parts(
+        **parts,
+        num_predictor_layers=args.num_predictor_layers,
+        revisions={name: revision for name, revision in revisions.items() if revision is not None},
+        shared_dim=args.shared_dim,
+        num_frames=args.num_frames,
+        token_merge=args.token_merge or [1, 1, 1],
+        pool_frames=args.pool_frames,
+        project_targets=args.project_targets,
+        max_query_tokens=args.max_query_tokens,
+        max_target_tokens=args.max_target_tokens,
+        default_query=args.default_query,
+        temperature=args.temperature,
+        **options,
+    )
+    if args.frame_size is not None:
+        pieces["image_processor"] = plain_frames(args.frame_size)
+    return model, VLJEPAProcessor.from_parts(model.config, **pieces)
+
+
+def plain_frames(size: int) -> Any:
+    """Resize to size x size, scale to -1..1: for an x_encoder of random weights, which has no habits."""
+    from transformers import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) -> str | PreTrainedConfig:
+    """A config of a recipe's keys, checked; a name as it is. Raises UserError for keys the config does not know."""
+    if not isinstance(part, dict):
+        return str(part)
+    options = dict(part)
+    model_type = options.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise UserError(f"{name}: transformers knows no model_type {model_type!r}; e.g. vjepa2, llama, bert.") from None
+    if unknown := sorted(key for key in options if not hasattr(known, key)):
+        raise UserError(f"{name}: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
+    try:
+        return AutoConfig.for_model(model_type, **options, **more)
+    except ValueError as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())[:300]}") from None

@@ -26,8 +26,8 @@ COLUMNS = (
 
 
 def runnable() -> list[Path]:
-    """Every recipe of a model, twins included; files with a leading underscore are parents alone."""
-    paths = [path for path in HERE.glob("*/*.yaml") if not path.name.startswith("_")]
+    """Every LLM-JEPA recipe, twins included; files with a leading underscore are parents alone. (VL-JEPA's: vl/.)"""
+    paths = [path for path in HERE.glob("*/*.yaml") if path.name[0] != "_" and path.parent.name != "vl"]
     return sorted(paths, key=lambda path: (path.parent.name, path.stem))
 
 

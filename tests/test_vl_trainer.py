@@ -795,7 +795,7 @@ def test_cached_features_are_the_features(x, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 1e-3)])
 def test_training_from_the_cache_is_training(dtype, tolerance, tmp_path, monkeypatch):
-    """And neither a step nor an evaluation runs the x_encoder. Training and validation clips have their own features."""
+    """And neither a step nor an evaluation runs the x_encoder. Training and validation have their own features."""
     monkeypatch.setattr(trainer_module, "cache_features", functools.partial(cache_features, dtype=dtype))
     options = {"validation": make_clips(4, seed=1), "eval_strategy": "steps", "eval_steps": 2, "diagnostics_pairs": 4}
     fresh, start = run(tmp_path / "a", **options)
@@ -1157,10 +1157,10 @@ def test_options_that_cannot_work_are_refused(options, said, tmp_path, monkeypat
         ({"clips": make_clips(1)}, "other pairs as negatives"),
         # Clips of one pair each give one, however many are asked for.
         ({"clips": make_clips(10)[::3], "per_device_train_batch_size": 1, "pairs_per_clip": 4}, "as negatives"),
-        ({"objective": "cosine", "regularizer": "sigreg", "per_device_train_batch_size": 2}, "it needs 8"),
+        ({"objective": "cosine", "regularizer": "sigreg", "per_device_train_batch_size": 2}, "sigreg .* 8"),
         (
             {"objective": "cosine", "regularizer": "vicreg", "per_device_train_batch_size": 1, "pairs_per_clip": 1},
-            "it needs 2",
+            "vicreg .* 2",
         ),
         ({"x_encoder_trainable_layers": 4}, "has 3 blocks"),
     ],

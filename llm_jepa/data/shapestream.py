@@ -456,12 +456,33 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float) -> Non
         temporary.unlink(missing_ok=True)
 
 
+def write_clips(folder: str | os.PathLike[str], count: int, *, split: str = "train") -> Path:
+    """`count` clips as mp4 files under `folder`/`split`/, and the manifest `folder`/`split`.jsonl, whose path it is.
+
+    A row has "video", "query" and "target" (one text, or all captions in trained wordings), as VL-JEPA's trainer reads
+    them. Raises UserError as `write_video`.
+    """
+    folder = Path(folder)
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(count):
+        sample, name = clip(seed, split=split), f"{split}/{seed:05d}.mp4"
+        write_video(folder / name, sample.frames, FPS)
+        rows.append({"video": name, "query": "what happens in the video?", "target": captions(sample.event)})
+        rows += [{"video": name, "query": asked.question, "target": asked.answer} for asked in sample.questions]
+    manifest = folder / f"{split}.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return manifest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: a sheet of clips and some streams to look at; exit 2 for a value that cannot work."""
+    """The command line: a sheet of clips and some streams to look at, clips to train on; exit 2 for a wrong value."""
     parser = _Parser(prog="python -m llm_jepa.data.shapestream", description="Write samples of ShapeStream.")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
     parser.add_argument("--clips", type=int, default=26, metavar="N", help="clips on the sheet (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=1, metavar="N", help="streams of 120 s (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=0, metavar="N", help="training clips, as mp4, and train.jsonl")
+    parser.add_argument("--test", type=int, default=0, metavar="N", help="test clips, as mp4, and test.jsonl")
     given = parser.parse_args(argv)
     folder = Path(given.out)
     try:
@@ -478,6 +499,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{video}: {len(sample.events)} events")
         if events:
             (folder / "events.json").write_text(json.dumps(events, indent=1) + "\n", encoding="utf-8")
+        for split, count in (("train", given.train), ("test", given.test)):
+            if count > 0:
+                print(f"{write_clips(folder, count, split=split)}: {count} clips")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0

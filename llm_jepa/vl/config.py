@@ -33,7 +33,10 @@ class VLModelArguments:
         default=None, metadata={"help": "Keep the last so many layers of the predictor (paper: 8 of 16); null: all."}
     )
     shared_dim: int = field(default=1536, metadata={"help": "Size of predicted and target embeddings (paper: 1536)."})
-    num_frames: int = field(default=16, metadata={"help": "Frames of a clip, sampled uniformly; 1 for images."})
+    num_frames: int | None = field(
+        default=None,
+        metadata={"help": "Frames of a clip, sampled uniformly; 1 for images. null: 16, or as vl_model has it."},
+    )
     frame_size: int | None = field(
         default=None,
         metadata={"help": "An x_encoder with random weights: frames are resized to so many pixels, mean and std 0.5."},
@@ -66,7 +69,7 @@ class VLModelArguments:
             given = [
                 name
                 for name, option in type(self).__dataclass_fields__.items()
-                if name != "vl_model" and getattr(self, name) != option.default
+                if name not in ("vl_model", "num_frames") and getattr(self, name) != option.default
             ]
             if given:
                 raise UserError(

@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+MIN_TEMPERATURE = 0.01  # CLIP's floor (logit scale 100): below it a learnt temperature runs away
+
 
 @strict
 class VLJEPAConfig(PreTrainedConfig):
@@ -72,8 +74,10 @@ class VLJEPAConfig(PreTrainedConfig):
     def _problem(self) -> str | None:
         if self.shared_dim < 1 or self.num_frames < 1 or self.max_query_tokens < 1 or self.max_target_tokens < 1:
             return "shared_dim, num_frames, max_query_tokens and max_target_tokens must be 1 or more."
-        if not self.temperature > 0:
-            return f"temperature={self.temperature} must be > 0; CLIP starts at 0.07."
+        if not self.temperature >= MIN_TEMPERATURE:
+            return f"temperature={self.temperature} must be > 0, and {MIN_TEMPERATURE} or more; CLIP starts at 0.07."
+        if self.y_pooling not in ("mean", "first", "last"):  # `strict` does not read annotations that are strings
+            return f"y_pooling={self.y_pooling!r} is unknown; choose mean, first or last."
         if len(self.token_merge) != 3 or min(self.token_merge) < 1:
             return f"token_merge={self.token_merge} must be three numbers of 1 or more: frames, rows, columns."
         if self.pool_frames and self.token_merge[1:] != [1, 1]:

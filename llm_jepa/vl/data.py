@@ -23,9 +23,7 @@ from ..checkpoint import file_sha256
 from ..errors import UserError
 from .features import FeatureCache
 from .processing import VLJEPAProcessor
-from .video import Limits, read_clip
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
+from .video import IMAGE_SUFFIXES, Limits, read_clip
 
 
 class Pair(NamedTuple):

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import Pipeline
+from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..errors import UserError
+from .configuration import VLJEPAConfig
 from .modeling import VLJEPAModel
 from .processing import Frames, VLJEPAProcessor
-from .video import read_clip
+from .video import IMAGE_SUFFIXES, read_clip
 from .y_decoder import DecodedText, YDecoder, fingerprint
 
 
@@ -42,21 +45,30 @@ class VLJEPA:
     def __init__(self, model: VLJEPAModel, processor: VLJEPAProcessor, *, y_decoder: YDecoder | None = None) -> None:
         self.model, self.processor = model.eval(), processor
         self._y_decoder = y_decoder
+        if y_decoder is not None:
+            self._check_made_for(y_decoder)
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, *, revision: str | None = None, device: str | torch.device | None = None
     ) -> VLJEPA:
         """From a folder or a Hub id. Raises UserError if there is no VL-JEPA there."""
-        options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+        options: dict[str, Any] = {"trust_remote_code": False}
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
             raise UserError(f"The folder {source} has no config.json, so it is no saved model.")
         try:
+            # All of one commit, the y_decoder too. And offline, transformers misses the second tokenizer of a Hub id
+            # and takes the first in its place.
+            local = str(source)
+            if not Path(source).is_dir():
+                local = snapshot_download(local, revision=revision, ignore_patterns=["checkpoint-*", "*.bin", "*.pt"])
+            if (kind := AutoConfig.from_pretrained(local, **options).model_type) != VLJEPAConfig.model_type:
+                raise UserError(f"it is a {kind}.")  # loaded as one, it would be 8 billion random weights
             model, report = VLJEPAModel.from_pretrained(
-                str(source), use_safetensors=True, output_loading_info=True, **options
+                local, use_safetensors=True, output_loading_info=True, **options
             )
-            processor = VLJEPAProcessor.from_pretrained(str(source), **options)
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            processor = VLJEPAProcessor.from_pretrained(local, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, StrictDataclassError) as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(f"Cannot load a VL-JEPA from {str(source)!r}: {reason}") from None
         if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
@@ -66,8 +78,9 @@ class VLJEPA:
     def save_pretrained(self, folder: str | Path) -> None:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        if self._y_decoder is not None:
-            self._y_decoder.save_pretrained(Path(folder) / "y_decoder")
+        y_decoder = self._y_decoder or self._found_y_decoder()
+        if y_decoder is not None:
+            y_decoder.save_pretrained(Path(folder) / "y_decoder")
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
@@ -90,7 +103,7 @@ class VLJEPA:
         queries = [query] * len(clips) if isinstance(query, str) else list(query)
         found = []
         for start in range(0, len(clips), batch_size):
-            chosen = [self._frames(clip) for clip in clips[start : start + batch_size]]
+            chosen = [self._frames(clip, images) for clip in clips[start : start + batch_size]]
             batch = self.processor(**{"images" if images else "videos": chosen})
             asked = queries[start : start + batch_size]
             if any(asked):
@@ -103,6 +116,8 @@ class VLJEPA:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """Target embeddings [N, D] of unit norm."""
+        if isinstance(texts, str):
+            raise UserError(f"Give a list of texts, not one text: {texts[:60]!r}.")
         found = []
         for start in range(0, len(texts), batch_size):
             batch = self.processor(target=list(texts[start : start + batch_size])).to(self.model.device)
@@ -151,18 +166,21 @@ class VLJEPA:
     def y_decoder(self) -> YDecoder:
         """Loaded when first asked for. Raises UserError if there is none, or one for another y_encoder."""
         if self._y_decoder is None:
-            source = self.model.config._name_or_path
-            found = YDecoder.from_pretrained(source) if source else None
+            found = self._found_y_decoder()
             if found is None:
                 raise UserError(
-                    f"{source or 'This model'} has no y_decoder, so it cannot write text; train one with llm-jepa "
-                    "train-decoder, or use classify, answer or retrieve."
+                    f"{self.model.config._name_or_path or 'This model'} has no y_decoder, so it cannot write text; "
+                    "train one with llm-jepa train-decoder, or use classify, answer or retrieve."
                 )
             self._check_made_for(found)
             if found.decoder is not None:
                 found.decoder.to(self.model.device)
             self._y_decoder = found
         return self._y_decoder
+
+    def _found_y_decoder(self) -> YDecoder | None:
+        source = self.model.config._name_or_path
+        return YDecoder.from_pretrained(source) if source else None
 
     def _check_made_for(self, y_decoder: YDecoder) -> None:
         if y_decoder.made_for != fingerprint(self.model):
@@ -177,10 +195,12 @@ class VLJEPA:
         cosine = self.embed_texts(texts) @ predicted
         return [Match(texts[i], float(cosine[i])) for i in cosine.argsort(descending=True).tolist()]
 
-    def _frames(self, clip: Any) -> Any:
+    def _frames(self, clip: Any, images: bool) -> Any:
         if not isinstance(clip, (str, Path)):
             return clip
-        return read_clip(str(clip), self.model.config.num_frames)[0]
+        single = images or Path(clip).suffix.lower() in IMAGE_SUFFIXES  # one frame, as in training
+        frames = read_clip(str(clip), 1 if single else self.model.config.num_frames)[0]
+        return frames[0] if images else frames
 
 
 class VLJEPAPipeline(Pipeline):
@@ -205,6 +225,7 @@ class VLJEPAPipeline(Pipeline):
         row = inputs if isinstance(inputs, dict) else {"video": inputs}
         if "video" not in row:
             raise UserError("A vl-jepa input is a clip, or a dict with 'video'.")
+        self._sanitize_parameters(**{key: value for key, value in row.items() if key != "video"})
         return {"row": row}
 
     def _forward(self, model_inputs: dict[str, Any], **parameters: Any) -> list[dict[str, Any]]:

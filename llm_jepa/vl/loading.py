@@ -34,6 +34,8 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
     """The model of a recipe and its processor. Parts of random weights get a tokenizer trained on the texts."""
     if args.vl_model is not None:
         found = VLJEPA.from_pretrained(args.vl_model, device="cpu")
+        if args.num_frames is not None:  # the stages of the paper: 1, then 8, then 32
+            found.model.config.num_frames = found.processor.num_frames = args.num_frames
         return found.model.float(), found.processor
     set_seed(seed)
     pieces: dict[str, Any] = {}
@@ -57,9 +59,10 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
     model = VLJEPAModel.from_parts(
         **parts,
         num_predictor_layers=args.num_predictor_layers,
+        frame_size=args.frame_size,
         revisions={name: revision for name, revision in revisions.items() if revision is not None},
         shared_dim=args.shared_dim,
-        num_frames=args.num_frames,
+        num_frames=args.num_frames or 16,
         token_merge=args.token_merge or [1, 1, 1],
         pool_frames=args.pool_frames,
         project_targets=args.project_targets,

@@ -15,18 +15,18 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from ..errors import UserError
-from .configuration import VLJEPAConfig
+from .configuration import MIN_TEMPERATURE, VLJEPAConfig
 
 Part: TypeAlias = str | PreTrainedConfig | PreTrainedModel
-MIN_TEMPERATURE = 0.01  # CLIP's floor (logit scale 100): below it a learnt temperature runs away
 
 
 @dataclass
@@ -94,7 +94,9 @@ class VLJEPAModel(PreTrainedModel):
     @property
     def temperature(self) -> Tensor:
         """Of the contrastive loss; a scalar that may be learnt."""
-        return self.log_temperature.exp().clamp_min(MIN_TEMPERATURE)
+        with torch.no_grad():  # the weight itself, as CLIP's code does: clamped after exp, it would have no gradient
+            self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))  # at the floor, and stay there
+        return self.log_temperature.exp()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.predictor.get_input_embeddings()
@@ -232,6 +234,7 @@ class VLJEPAModel(PreTrainedModel):
         y_encoder: Part,
         *,
         num_predictor_layers: int | None = None,
+        frame_size: int | None = None,
         revisions: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
         **options: Any,
@@ -243,6 +246,7 @@ class VLJEPAModel(PreTrainedModel):
                 A sentence-transformers folder says itself how it pools; its Dense layers are left out with a note.
             num_predictor_layers: keep only the last so many layers of the predictor (the paper: 8 of Llama-3.2-1B's
                 16); None keeps all.
+            frame_size: pixels of a frame, for a CNN whose config does not say (its visual_grid depends on it).
             revisions: part -> branch, tag or commit of its Hub id.
             options: fields of `VLJEPAConfig`.
 
@@ -253,10 +257,12 @@ class VLJEPAModel(PreTrainedModel):
         if unknown := sorted(set(asked) - {"x_encoder", "predictor", "y_encoder"}):
             raise UserError(f"revisions names {', '.join(unknown)}; the parts are x_encoder, predictor and y_encoder.")
         parts = {"x_encoder": x_encoder, "predictor": predictor, "y_encoder": y_encoder}
+        if unknown := sorted(set(options) - set(VLJEPAConfig.__dataclass_fields__)):
+            raise UserError(f"A VL-JEPA has no option {', '.join(unknown)}; see VLJEPAConfig.")
         models = {name: _load(name, part, asked.get(name), dtype) for name, part in parts.items()}
         options.setdefault("revisions", {}).update(
             {
-                name: {"name": part, "revision": getattr(models[name].config, "_commit_hash", None) or asked.get(name)}
+                name: {"name": part, "revision": _commit(part, asked.get(name))}
                 for name, part in parts.items()
                 if isinstance(part, str)
             }
@@ -266,7 +272,7 @@ class VLJEPAModel(PreTrainedModel):
         if num_predictor_layers is not None:
             models["predictor"] = last_layers(models["predictor"], num_predictor_layers)
         with torch.no_grad():
-            options = _shape_of_tokens(models["x_encoder"]) | options
+            options = _shape_of_tokens(models["x_encoder"], frame_size) | options
         # Said again, because a composite config overwrites it in its parts.
         attention = {f"{name}_config": model.config._attn_implementation for name, model in models.items()}
         try:
@@ -298,7 +304,7 @@ def last_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
         options["layer_types"] = options["layer_types"][-count:]
     config = type(model.config).from_dict(options)
     config._attn_implementation = model.config._attn_implementation
-    shorter = type(model)(config)  # a new model, not a cut list: layers know their own index
+    shorter = type(model)(config).to(model.device, model.dtype)  # not a cut list: layers know their own index
     prefix, state = f"{stacks[0]}.", {}
     for key, value in model.state_dict().items():
         if key.startswith(prefix):
@@ -308,14 +314,14 @@ def last_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
             key = f"{prefix}{int(number) - (total - count)}.{rest}"
         state[key] = value
     shorter.load_state_dict(state)
-    return shorter.to(next(model.parameters()).dtype)
+    return shorter.train(model.training)
 
 
 def _load(name: str, part: Part, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    if isinstance(part, PreTrainedModel):
-        return part
     try:
-        if isinstance(part, str):
+        if isinstance(part, PreTrainedModel):
+            model = part.base_model  # without a head: a LlamaForCausalLM is its LlamaModel
+        elif isinstance(part, str):
             model = AutoModel.from_pretrained(
                 part, revision=revision or "main", dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
@@ -327,6 +333,13 @@ def _load(name: str, part: Part, revision: str | None, dtype: torch.dtype) -> Pr
     # CLIP-like models hold a vision and a text tower; only one of them is the part that was asked for.
     tower = {"x_encoder": "vision_model", "y_encoder": "text_model"}.get(name, "")
     return getattr(model, tower) if isinstance(getattr(model, tower, None), PreTrainedModel) else model
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit that a Hub id's revision names: a branch moves on. Of a folder, and where unknown: `revision`."""
+    path = cached_file(source, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    folder = None if path is None or Path(source).is_dir() else Path(path).parent
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else revision
 
 
 def _without_unused(model: PreTrainedModel) -> PreTrainedModel:
@@ -343,13 +356,13 @@ def _masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     return ((states * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)).to(states.dtype)
 
 
-def _shape_of_tokens(x_encoder: PreTrainedModel) -> dict[str, Any]:
-    """visual_dim and visual_grid, by asking the encoder for one black frame of its own size."""
+def _shape_of_tokens(x_encoder: PreTrainedModel, frame_size: int | None) -> dict[str, Any]:
+    """visual_dim and visual_grid, by asking the encoder for one black frame."""
     config = x_encoder.config
     if config.model_type == "vjepa2":
         side = config.crop_size // config.patch_size
         return {"visual_dim": config.hidden_size, "visual_grid": [side, side]}
-    size = getattr(config, "image_size", None) or 224
+    size = frame_size or getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     frame = torch.zeros(1, 3, height, width, dtype=x_encoder.dtype, device=x_encoder.device)
     was_training = x_encoder.training
@@ -367,8 +380,6 @@ def _pooling_of(source: str, revision: str | None) -> str:
     """How a sentence-transformers folder pools; "mean" where it does not say. Raises UserError for other ways."""
     import json
     import logging
-
-    from transformers.utils import cached_file
 
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     modules = cached_file(source, "modules.json", **options)
@@ -400,7 +411,7 @@ def _check_bidirectional(predictor: PreTrainedModel) -> None:
     predictor.eval()
     tokens = torch.randn(1, 4, predictor.config.hidden_size, device=device, dtype=predictor.dtype)
     changed = tokens.clone()
-    changed[:, 2] += 1
+    changed[:, 2] *= -1  # a constant added would vanish in a LayerNorm (gpt2)
     for mask in (torch.ones(1, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 0]])):
         first, second = (
             predictor(inputs_embeds=x, attention_mask=mask.to(device), use_cache=False).last_hidden_state[:, 0]

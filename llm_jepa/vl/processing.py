@@ -110,13 +110,14 @@ class VLJEPAProcessor(ProcessorMixin):
 
     def _pixels(self, clips: Sequence[Any]) -> Tensor:
         """B clips of T frames -> [B, T, 3, H, W] float32."""
+        if not clips:
+            raise UserError("There are no clips and no images in this batch; give one or more.")
         lengths = sorted({len(clip) for clip in clips})
         if len(lengths) != 1:
             raise UserError(
                 f"Clips of {lengths[0]} and of {lengths[-1]} frames cannot share a batch; sample them alike."
             )
-        frames = [np.asarray(frame) for clip in clips for frame in clip]
-        frames = [np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame[..., :3] for frame in frames]
+        frames = [_rgb(frame) for clip in clips for frame in clip]
         processor = self.image_processor
         if processor.do_resize or getattr(processor, "do_center_crop", False):
             pixels = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
@@ -203,12 +204,29 @@ def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:
     )
 
 
+def _rgb(frame: Any) -> np.ndarray:
+    """[H, W, 3] uint8 of a PIL image of any mode, or of a grey, RGB or RGBA array."""
+    image = np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame)
+    image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[-1] not in (3, 4) or image.dtype != np.uint8:
+        raise UserError(
+            f"A frame is {image.dtype} of shape {image.shape}; give PIL images, or uint8 arrays [height, width, 3]."
+        )
+    return image[..., :3]
+
+
 def _tokens(name: str, texts: list[str], tokenizer: Any, limit: int) -> tuple[Tensor, Tensor]:
+    if not texts:
+        raise UserError(f"There is no {name} in this batch; give one or more texts.")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"{name} {index} is {type(text).__name__}, not text.")
+        if name == "target" and not text.strip():
+            raise UserError(f"{name} {index} is empty, and has no embedding; remove it.")
     found = tokenizer(texts)["input_ids"]
-    longest = max(map(len, found), default=0)
+    # No query is no token, not even the tokenizer's first one: or "" would depend on the rest of its batch.
+    found = [ids if text else [] for ids, text in zip(found, texts, strict=True)]
+    longest = max(map(len, found))
     if longest > limit:
         index = next(i for i, ids in enumerate(found) if len(ids) == longest)
         raise UserError(

@@ -125,7 +125,7 @@ class VLJEPATrainer(SafeTrainer):
                 dataset,
                 self.data_collator.processor,
                 str(args.feature_cache),
-                encoder_hash=encoder_sha256(model.x_encoder),
+                encoder_hash=encoder_sha256(model.x_encoder) + (" pooled" if model.config.pool_frames else ""),
                 batch_size=args.per_device_eval_batch_size,
                 is_main=args.process_index == 0,
             )

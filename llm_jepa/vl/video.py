@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 Picture = Image.Image | np.ndarray
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}  # files that are one frame, however they are read
 Source = str | Path | Picture | Iterable[Picture] | Iterable[tuple[float, Picture]]
 
 # Containers that hold their own data. Not hls, concat, dash, sdp, image2: they are lists of other things to open.
@@ -147,11 +148,11 @@ def open_frames(
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise UserError(f"{name}={rate} must be a number of frames a second > 0.")
     if isinstance(source, (str, Path)) and native_fps is not None:
-        raise UserError(f"native_fps={native_fps} is for images without times; {_show(str(source))} has its own.")
+        raise UserError(f"native_fps={native_fps} is for images without times; {source_name(str(source))} has its own.")
     if live is None:
         scheme = source.partition(":")[0].lower() if isinstance(source, str) else ""
         live = scheme in _LIVE_SCHEMES | {"webcam"}
-    frames = FrameSource(_show(source), fps=fps, live=live, limits=limits or (_LIVE_LIMITS if live else Limits()))
+    frames = FrameSource(source_name(source), fps=fps, live=live, limits=limits or (_LIVE_LIMITS if live else Limits()))
     try:
         frames._open(source, native_fps)
     except BaseException:
@@ -693,11 +694,11 @@ def _rgb(raw: Any) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, round(raw.rotation / 90))) if raw.rotation else image
 
 
-def _show(source: Any) -> str:
+def source_name(source: Any) -> str:
     """A name for messages, one line; a URL without its password."""
     if not isinstance(source, (str, Path)):
         return type(source).__name__
-    return re.sub(r"[\x00-\x1f]", "?", re.sub(r"//[^/@]*@", "//***@", str(source)))[:300]
+    return re.sub(r"[\x00-\x1f]", "?", re.sub(r"//[^/]*@", "//***@", str(source)))[:300]
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

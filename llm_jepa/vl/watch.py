@@ -31,7 +31,7 @@ from PIL import Image
 from ..errors import UserError
 from .report import Timeline, clock, one_line, write_report, write_whole
 from .selective_decoding import Caption, SelectiveDecoder, WardSegmenter
-from .video import Frame, FrameSource, Limits, Window, open_frames, windows
+from .video import Frame, FrameSource, Limits, Window, open_frames, source_name, windows
 
 if TYPE_CHECKING:  # they import torch, and `llm-jepa --help` should not
     from .inference import VLJEPA
@@ -436,7 +436,7 @@ def run(options: argparse.Namespace) -> int:
     fps = options.fps or default_fps(num_frames, options.stride)
     query = model.model.config.default_query if options.query is None else options.query
     min_duration_s = MIN_DURATION * num_frames / fps if options.min_duration is None else options.min_duration
-    name = _without_password(source)
+    name = one_line(source_name(source))
     header = {
         "model": options.model, "source": name, "query": query, "num_frames": num_frames, "fps": fps,
         "stride_s": options.stride, "threshold": options.threshold, "sensitivity": options.sensitivity,
@@ -579,13 +579,6 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise UserError(f"No folder for --{name} {path}; make it first.")
     if len({path.resolve() for path in given.values()}) < len(given):
         raise UserError("--jsonl, --srt and --report must be different files.")
-
-
-def _without_password(source: str) -> str:
-    """A source's name for outputs: rtsp://***@camera, not the login in it."""
-    head, separator, rest = source.partition("://")
-    login, at, host = rest.partition("/")[0].rpartition("@")
-    return one_line(f"{head}://***@{rest[len(login) + 1 :]}" if separator and at else source)
 
 
 def _srt_time(milliseconds: int) -> str:

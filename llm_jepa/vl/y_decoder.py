@@ -48,7 +48,8 @@ INFO_FILE, MEMORY_FILE, TEXTS_FILE = "y_decoder.json", "memory.safetensors", "me
 
 class DecodedText(NamedTuple):
     text: str
-    score: float  # PrefixDecoder: the mean probability of its tokens; memory alone: the cosine of the nearest text
+    score: float  # PrefixDecoder: the geometric mean probability of its tokens, the end included; memory alone: the
+    # cosine of the nearest text
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ class PrefixDecoder(PreTrainedModel):
         super().__init__(config)
         self.lm = lm or AutoModelForCausalLM.from_config(config.lm_config)
         config.lm_config = self.lm.config
-        config.lm_config._attn_implementation = attention or config._attn_implementation
+        config.lm_config._attn_implementation = (
+            attention or config.lm_config._attn_implementation or config._attn_implementation
+        )
         self.prefix = nn.Linear(config.embedding_dim, config.num_prefix * config.lm_config.hidden_size)
         self.post_init()
 
@@ -237,18 +240,24 @@ class YDecoder:
                 "revision": revision or "main",
                 "trust_remote_code": False,
             }
-            decoder = PrefixDecoder.from_pretrained(str(source), use_safetensors=True, **where).eval()
+            decoder, report = PrefixDecoder.from_pretrained(
+                str(source), use_safetensors=True, output_loading_info=True, **where
+            )
+            if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
+                raise UserError(f"The y_decoder of {source} lacks weights ({str(wrong[0])}, ...): partly random.")
             tokenizer = AutoTokenizer.from_pretrained(str(source), **where)
         return cls(info["made_for"], memory, decoder, tokenizer)
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of the weights that place a text in the shared space: the y_encoder and its projection."""
-    digest = hashlib.sha256()
+    """SHA-256 of what places a text in the shared space: weights of the y_encoder and its projection, and the pooling.
+
+    Of the weights rounded to bfloat16: a model cast to it is still the same."""
+    digest = hashlib.sha256(model.config.y_pooling.encode())
     for part in (model.y_encoder, model.target_projection):
         for name, value in sorted(part.state_dict().items()):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().bfloat16().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -326,6 +335,7 @@ def train_prefix_decoder(
         eval_dataset=rows(eval_texts) if eval_texts else None,
         data_collator=collate,
     )
+    trainer.label_names = ["input_ids"]  # or an evaluation reports no loss
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer.accelerator.unwrap_model(trainer.model).eval()
 

@@ -94,7 +94,7 @@ def quality(stream: Embedded, segments: Sequence[Segment], memory: MemoryProject
         found = world.slots(said[nearest].text) or (None, None, None)
         roles = 1 + world.NUM_ROLES[event.kind]
         right = [a == b for a, b in zip(found, (event.kind, event.actor, event.patient), strict=True)]
-        slots.append(np.mean(right[:roles]) if found[0] == event.kind else 0.0)
+        slots.append(sum(right[:roles]) / roles if found[0] == event.kind else 0.0)
         kinds.append(right[0])
     return float(np.mean(slots)), float(np.mean(kinds))
 
@@ -128,7 +128,7 @@ def curve(
 
 
 def decodes_for(points: Sequence[dict[str, float]], wanted: float) -> float | None:
-    """The fewest decodes at which a curve, made monotone and joined by lines, reaches a slot accuracy; None if never."""
+    """The fewest decodes at which a curve, made monotone and joined by lines, reaches an accuracy; or None."""
     best_decodes, best = 0.0, 0.0
     for point in sorted(points, key=lambda point: point["decodes"]):
         if point["slot_accuracy"] >= wanted:

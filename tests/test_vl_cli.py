@@ -448,7 +448,7 @@ def expect_refusal(capsys, argv, *said):
         ({"x_encoder": {**VIT, "hidden_sise": 3}}, "vit has no hidden_sise"),
         ({"x_encoder": {**VIT, "hidden_size": "16"}}, "x_encoder"),
         ({"predictor": {**RECIPE["predictor"], "vocab_size": 999}}, "predictor: vocab_size=999 must be"),
-        ({"predictor": {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}}, "stays causal"),
+        ({"predictor": {**RECIPE["predictor"], "model_type": "stablelm"}}, "stays causal"),
         ({"num_frames": 0}, "num_frames=0 must be 1 or more"),
         ({"num_predictor_layers": 3}, "the predictor has 2 layers"),
         ({"project_targets": False}, "without project_targets"),

@@ -80,7 +80,8 @@ def settings_table(args: TrainingArguments, own: dict[str, Any]) -> str:
         f"{args.gradient_accumulation_steps} x {args.world_size}",
         "seed": args.seed,
     }
-    return "\n".join(f"| {key} | {html.escape(str(value))} |" for key, value in settings.items())
+    plain = {key: getattr(value, "value", value) for key, value in settings.items()}  # the word of an enum
+    return "\n".join(f"| {key} | {html.escape(str(value))} |" for key, value in plain.items())
 
 
 def last_evaluation(log_history: list[dict[str, Any]]) -> tuple[int, str]:

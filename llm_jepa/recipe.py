@@ -80,8 +80,9 @@ class Recipe:
 def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and `--field value` overrides. Raises UserError, one line, for anything that cannot be right."""
     chain = _chain(Path(path))
-    named = {key for _, own in chain for key in own} | {word.lstrip("-").partition("=")[0] for word in overrides}
-    groups = VL_GROUPS if named & {"x_encoder", "vl_model"} else LLM_GROUPS
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
+    named = {key for _, own in chain for key in own} | flags
+    groups = VL_GROUPS if named & {"x_encoder", "predictor", "y_encoder", "vl_model"} else LLM_GROUPS
     fields = recipe_fields(groups)
     values: dict[str, Any] = {}
     for file, own in reversed(chain):  # the child's keys win

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from . import checkpoint
@@ -40,6 +40,28 @@ class SafeTrainer(Trainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_by_name(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_by_name(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_by_name(self, folder: str) -> bool:
+        """A whole model from its checkpoint; False where it is no such (adapters, shards).
+
+        transformers writes some families (ViT, GPT-NeoX, mixtures of experts) under the names of version 4. Only
+        `from_pretrained` translates them back; Trainer warns of missing keys and goes on with the weights it has.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        if sharded or not isinstance(model, PreTrainedModel):
+            return False
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+        return True
 
     def _save_more(self, folder: Path) -> None:
         """What else belongs into a checkpoint; on every rank, before it is sealed."""

@@ -64,6 +64,8 @@ class VLModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.num_frames is not None and self.num_frames < 1:
+            raise UserError(f"num_frames={self.num_frames} must be 1 or more.")
         parts = {name: getattr(self, name) for name in ("x_encoder", "predictor", "y_encoder")}
         if self.vl_model is not None:
             given = [
@@ -154,6 +156,8 @@ class VLJEPATrainingArguments(TrainingArguments):
         if self.report_to is None:
             self.report_to = "none"
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:  # transformers: False with activation_checkpointing
+            self.ddp_find_unused_parameters = True  # a batch without queries leaves the predictor's token table unused
         for name, low in (
             ("learning_rate", 0), ("regularizer_weight", 0), ("y_encoder_lr_factor", 0), ("pairs_per_clip", 1),
             ("x_encoder_trainable_layers", -1), ("diagnostics_pairs", 0),

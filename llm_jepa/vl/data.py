@@ -45,11 +45,11 @@ class Clip:
 
 
 class ClipDataset(Dataset):
-    """Item i: clip i and `pairs_per_clip` of its pairs, others in every epoch.
+    """Item i: clip i and up to `pairs_per_clip` of its pairs, others in every epoch.
 
     Which ones depends on (seed, epoch, i) alone, so a resumed run draws what the uninterrupted one would have drawn.
-    Queries and captions are balanced: a pair is drawn by its query first (each distinct query is as likely as another),
-    then by its target, so that 24 wordings of a caption do not drown one question.
+    They have different queries: two captions of a clip under one query have one prediction and would be negatives of
+    each other. And each query is as likely as another, so that 24 wordings of a caption do not drown one question.
 
     features: the visual features [clips, N, D_x] where they are known already; then no video is read. A `FeatureCache`,
     or a tensor.
@@ -85,21 +85,13 @@ class ClipDataset(Dataset):
         return {"clip": index, "pairs": self.draw(index), "source": self}
 
     def draw(self, index: int) -> list[Pair]:
-        pairs = self.clips[index].pairs
-        if self.pairs_per_clip >= len(pairs):
-            return list(pairs)
+        """At most `pairs_per_clip` pairs, each of another query, in the order of the clip."""
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
-        left: dict[str | None, list[str]] = {}
-        for query, target in pairs:
-            left.setdefault(query, []).append(target)
-        drawn = []
-        for _ in range(self.pairs_per_clip):
-            query = rng.choice(list(left))
-            targets = left[query]
-            drawn.append(Pair(query, targets.pop(rng.randrange(len(targets)))))
-            if not targets:
-                del left[query]
-        return drawn
+        targets: dict[str | None, list[str]] = {}
+        for query, target in self.clips[index].pairs:
+            targets.setdefault(query, []).append(target)
+        chosen = set(rng.sample(list(targets), min(self.pairs_per_clip, len(targets))))
+        return [Pair(query, rng.choice(targets[query])) for query in targets if query in chosen]
 
     def frames(self, index: int) -> Any:
         """[T, H, W, 3] uint8 of clip i, at most num_frames of it; [1, H, W, 3] of an image. Raises UserError."""
@@ -117,7 +109,8 @@ class ClipDataset(Dataset):
                 what = f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {clip.start_s} {clip.end_s} {self.num_frames}"
                 yield what.encode()
             else:
-                yield hashlib.sha256(torch.as_tensor(clip.video).contiguous().numpy().tobytes()).digest()
+                frames = torch.as_tensor(clip.video)
+                yield str(tuple(frames.shape)).encode() + hashlib.sha256(frames.contiguous().numpy().tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,7 @@ class ClipCollator:
         texts = list(dict.fromkeys(pair.target for _, pair in pairs))
         place = {text: i for i, text in enumerate(texts)}
         batch: dict[str, Tensor] = {}
-        if self.texts is not None:
+        if self.texts is not None and all(text in self.texts for text in texts):  # not so for clips given to `evaluate`
             batch["target_features"] = torch.stack([self.texts[text] for text in texts])
         else:
             batch |= self.processor(target=texts)
@@ -199,12 +192,18 @@ def read_clips(path: str | Path) -> list[Clip]:
             targets = row.get("target")
             targets = [targets] if isinstance(targets, str) else targets
             query = row.get("query")
-            texts = [query or "", *(targets if isinstance(targets, list) else [None])]
-            if not isinstance(media, str) or not targets or not all(isinstance(text, str) for text in texts):
+            texts = targets if isinstance(targets, list) else [None]
+            good = all(isinstance(text, str) and text.strip() for text in texts)
+            good = good and (query is None or isinstance(query, str))
+            if not isinstance(media, str) or not targets or not good:
                 raise UserError(f"{where} needs 'video' (a path) and 'target' (a text or texts); 'query' is a text.")
+            if "video" in row and "image" in row:
+                raise UserError(f"{where} has a 'video' and an 'image'; a row is one of them.")
             span = [row.get("start_s"), row.get("end_s")]
             if not all(time is None or isinstance(time, (int, float)) and time >= 0 for time in span):
                 raise UserError(f"{where}: start_s and end_s are seconds from the start of the video.")
+            if row.get("end_s") is not None and (row.get("start_s") or 0) >= row["end_s"]:
+                raise UserError(f"{where}: start_s={row.get('start_s')} is not before end_s={row['end_s']}.")
             file_name = path.parent / media
             if not file_name.is_file():
                 raise UserError(f"{where} names {media}, which is no file beside the manifest.")

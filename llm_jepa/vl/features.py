@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -98,9 +98,8 @@ def cache_features(
         for start in range(0, len(clips), SHARD):
             rows = range(start, min(start + SHARD, len(clips)))
             path = here / _shard_name(start // SHARD)
-            if path.is_file():  # written in full or not at all
-                with safe_open(path, "pt") as file:
-                    shape = tuple(file.get_slice("features").get_shape()[1:])
+            if (found_shape := _shape_of(path)) is not None:
+                shape = found_shape
                 progress.update(len(rows))
                 continue
             parts = []
@@ -120,7 +119,7 @@ def cache_features(
                     raise UserError(f"A feature of {found.abs().max():.3g} does not fit {key['dtype']}; use float32.")
                 parts.append(kept)
                 progress.update(len(chosen))
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another run may be at the same cache
             save_file({"features": torch.cat(parts)}, temporary)
             os.replace(temporary, path)
     write_json(here / "manifest.json", {**key, "count": len(clips), "shape": list(shape or ())})
@@ -141,6 +140,15 @@ def _settings(processor: Any) -> str:
         sort_keys=True,
         default=str,
     )
+
+
+def _shape_of(path: Path) -> tuple[int, ...] | None:
+    """[N, D_x] of a shard, or None where there is none, or one that a crash left torn."""
+    try:
+        with safe_open(path, "pt") as file:
+            return tuple(file.get_slice("features").get_shape()[1:])
+    except (OSError, SafetensorError):
+        return None
 
 
 def _shard_name(number: int) -> str:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, set_seed
 
 from ..errors import UserError
@@ -51,7 +52,7 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
     vocabulary = len(next(iter(pieces.values()))) if pieces else 0
     options: dict[str, Any] = {"y_pooling": args.y_pooling} if args.y_pooling is not None else {}
     parts: dict[str, Any] = {
-        "x_encoder": _part("x_encoder", args.x_encoder, {}),
+        "x_encoder": _part("x_encoder", args.x_encoder, _size_of_frames(args)),
         "predictor": _part("predictor", args.predictor, {"vocab_size": vocabulary}),
         "y_encoder": _part("y_encoder", args.y_encoder, {"vocab_size": vocabulary}),
     }
@@ -62,7 +63,7 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
         frame_size=args.frame_size,
         revisions={name: revision for name, revision in revisions.items() if revision is not None},
         shared_dim=args.shared_dim,
-        num_frames=args.num_frames or 16,
+        num_frames=16 if args.num_frames is None else args.num_frames,
         token_merge=args.token_merge or [1, 1, 1],
         pool_frames=args.pool_frames,
         project_targets=args.project_targets,
@@ -84,6 +85,13 @@ def plain_frames(size: int) -> Any:
     return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
+def _size_of_frames(args: VLModelArguments) -> dict[str, Any]:
+    """What an x_encoder of random weights is told of frame_size: its positions and grid of tokens follow from it."""
+    if not isinstance(args.x_encoder, dict):
+        return {}
+    return {"crop_size" if args.x_encoder["model_type"] == "vjepa2" else "image_size": args.frame_size}
+
+
 def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) -> str | PreTrainedConfig:
     """A config of a recipe's keys, checked; a name as it is. Raises UserError for keys the config does not know."""
     if not isinstance(part, dict):
@@ -96,7 +104,9 @@ def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) ->
         raise UserError(f"{name}: transformers knows no model_type {model_type!r}; e.g. vjepa2, llama, bert.") from None
     if unknown := sorted(key for key in options if not hasattr(known, key)):
         raise UserError(f"{name}: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
+    if clash := sorted(key for key in more if options.get(key, more[key]) != more[key]):
+        raise UserError(f"{name}: {clash[0]}={options[clash[0]]} must be {more[clash[0]]} here; leave it out.")
     try:
-        return AutoConfig.for_model(model_type, **options, **more)
-    except ValueError as error:
+        return AutoConfig.for_model(model_type, **{**options, **more})
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(f"{name}: {' '.join(str(error).split())[:300]}") from None

@@ -8,6 +8,7 @@ are there for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,10 +73,15 @@ class VLJEPATrainer(SafeTrainer):
                 f"One process sees {args.n_gpu} GPUs and would wrap the model in nn.DataParallel; use --launch ddp, or "
                 "show it one with CUDA_VISIBLE_DEVICES=0."
             )
+        # Ours: features set below belong to this model, and another trainer may be given the same clips.
+        train_dataset, eval_dataset = copy.copy(train_dataset), copy.copy(eval_dataset)
         train_dataset.pairs_per_clip, train_dataset.seed = args.pairs_per_clip, args.seed
+        if args.x_encoder_trainable_layers and train_dataset.features is not None:
+            raise UserError("The clips bring their features, so x_encoder_trainable_layers would train nothing; set 0.")
         choose_trained_parts(model, args)
-        pairs = args.per_device_train_batch_size * args.pairs_per_clip * args.world_size
-        if args.objective == "info_nce" and min(pairs, len(train_dataset) * args.pairs_per_clip) < 2:
+        each = min(args.pairs_per_clip, max(len(clip.pairs) for clip in train_dataset.clips))
+        pairs = args.per_device_train_batch_size * each * args.world_size
+        if args.objective == "info_nce" and min(pairs, len(train_dataset) * each) < 2:
             raise UserError(
                 "objective: info_nce needs other pairs as negatives; raise per_device_train_batch_size to 2."
             )
@@ -119,13 +125,14 @@ class VLJEPATrainer(SafeTrainer):
                 return model.encode_frames(pixels.to(args.device))
 
         model.x_encoder.to(args.device)
-        with args.main_process_first(desc="computing visual features"):
+        with args.main_process_first(local=False, desc="computing visual features"):
             cache = cache_features(
                 encode,
                 dataset,
                 self.data_collator.processor,
                 str(args.feature_cache),
-                encoder_hash=encoder_sha256(model.x_encoder) + (" pooled" if model.config.pool_frames else ""),
+                encoder_hash=f"{encoder_sha256(model.x_encoder)} pooled={model.config.pool_frames} "
+                f"bf16={args.bf16} fp16={args.fp16}",  # autocast
                 batch_size=args.per_device_eval_batch_size,
                 is_main=args.process_index == 0,
             )
@@ -183,7 +190,11 @@ class VLJEPATrainer(SafeTrainer):
             temperature=temperature if self.args.learn_temperature else temperature.detach(),
             regularizer=self.args.regularizer,
             regularizer_weight=self.args.regularizer_weight,
-            both_sides=output.target.requires_grad,
+            both_sides=any(
+                weight.requires_grad
+                for part in (self._vl_model.y_encoder, self._vl_model.target_projection)
+                for weight in part.parameters()
+            ),
             seed=self.args.seed,
             step=self.state.global_step,
         )
@@ -200,6 +211,10 @@ class VLJEPATrainer(SafeTrainer):
 
     def _losses_are_finite(self) -> bool:
         return bool(self._sums.isfinite().all())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Not the temperature: decay would pull it to 1, whatever the loss says."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Two learning rates: the y_encoder's is `y_encoder_lr_factor` times the others' (paper: section 3.1).
@@ -226,7 +241,7 @@ class VLJEPATrainer(SafeTrainer):
             self._sums.zero_()
             logs["loss"] = float(sums[0] / sums[1].clamp(min=1))
             if self.args.objective == "info_nce":
-                logs["temperature"] = float(self._vl_model.temperature)
+                logs["temperature"] = float(self._vl_model.temperature.detach())
         super().log(logs, start_time)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -259,16 +274,16 @@ class VLJEPATrainer(SafeTrainer):
         total, pairs = torch.cat(self._eval_clips).cpu().double().sum(dim=0).tolist()
         figures = {"loss": total / max(pairs, 1)}
         if self.args.diagnostics_pairs and metric_key_prefix == "eval":
-            space = self.measure_space()
+            space = self.measure_space(dataloader.dataset)
             figures |= space
             self._warn_if_collapsed(space)
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in figures.items()})
         return output
 
     @torch.no_grad()
-    def measure_space(self) -> dict[str, float]:
+    def measure_space(self, dataset: Any = None) -> dict[str, float]:
         """`space_diagnostics` of the first `diagnostics_pairs` pairs of the validation clips. Every rank does all."""
-        dataset, model = self.eval_dataset, self._vl_model
+        dataset, model = dataset or self.eval_dataset, self._vl_model
         was_training = model.training
         model.eval()
         collate, found, count = self.data_collator, [], 0

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 Picture = Image.Image | np.ndarray
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}  # files that are one frame, however they are read
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}  # files that are one frame; a GIF moves, and is a video
 Source = str | Path | Picture | Iterable[Picture] | Iterable[tuple[float, Picture]]
 
 # Containers that hold their own data. Not hls, concat, dash, sdp, image2: they are lists of other things to open.

@@ -3,7 +3,8 @@
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder
 
-Vision and predictor always start from random weights. With a pretrained text encoder the captions asked at test time
+Two stages, as the paper has them: images with captions of what is there, then clips with captions and questions. Vision
+and predictor always start from random weights. With a pretrained text encoder the captions asked at test time
 are wordings that training never had; from scratch they cannot be known, and trained wordings are asked.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerBase, ResNetConfig, set_seed
+from transformers import AutoTokenizer, BertConfig, LlamaConfig, PreTrainedTokenizerBase, ResNetConfig, set_seed
 
 from llm_jepa.checkpoint import write_json
 from llm_jepa.data import shapestream as world
@@ -40,8 +41,8 @@ from .provenance import environment, weights_sha256
 SIZE = 40  # pixels
 DIM = 128
 QUERY = "what happens in the video?"
-PROMPTS = (QUERY, "describe the video.")  # two of about nine queries of a clip: a caption is drawn that often
-BATCH, PAIRS = 24, 5
+STILL_QUERY = "what is there?"
+STILLS, BATCH, PAIRS = 96, 24, 4  # images, and clips with so many pairs of each, in a batch
 
 
 def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int | None, seed: int) -> list[Clip]:
@@ -51,7 +52,7 @@ def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int 
     def captions(event: world.Event) -> list[Pair]:
         texts = world.captions(event)
         texts = texts if wordings_per_event is None else rng.sample(texts, min(wordings_per_event, len(texts)))
-        return [Pair(prompt, text) for prompt in PROMPTS for text in texts]
+        return [Pair(QUERY, text) for text in texts]
 
     found = []
     for index in range(num_clips):
@@ -69,27 +70,63 @@ def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int 
     return found
 
 
-def build(clips: Sequence[Clip], text_encoder: str | None, *, seed: int) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """A per-frame CNN whose maps of all 16 frames are laid side by side, cell by cell; two layers of predictor."""
-    rows = [{"prompt": query or "", "completion": target} for clip in clips for query, target in clip.pairs]
-    tokenizer: PreTrainedTokenizerBase = train_tokenizer(rows, 700)
+def still_images(num_clips: int, *, seed: int) -> list[Clip]:
+    """The last frames of the clips, with what is there in any order: "a red star and a blue circle"."""
+    rng, found = random.Random(seed), []
+    for index in range(num_clips):
+        clip = world.clip(index, size=SIZE)
+        texts = [
+            " and ".join(f"a {colour} {shape}" for colour, shape in rng.sample(clip.objects, len(clip.objects)))
+            for _ in range(2)
+        ]
+        if clip.objects:
+            found.append(Clip(clip.frames[-1:], tuple(Pair(STILL_QUERY, text) for text in texts)))
+    return found
+
+
+def build(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: str | None, *, seed: int, stills: VLJEPAModel | None = None
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+    """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stage to go on from: its
+    cells are single tokens; in a clip the 16 frames of a cell lie side by side in one."""
     set_seed(seed)
     small = {"hidden_size": DIM, "num_attention_heads": 4, "intermediate_size": 2 * DIM, "vocab_size": len(tokenizer)}
-    cells = SIZE // 8
+    scratch = BertConfig(num_hidden_layers=1, hidden_dropout_prob=0.0, **small)
+    cnn = ResNetConfig(embedding_size=16, hidden_sizes=[24, 48], depths=[1, 1], layer_type="basic")
+    num_frames = world.NUM_FRAMES if stills else 1
     model = VLJEPAModel.from_parts(
-        x_encoder=ResNetConfig(embedding_size=16, hidden_sizes=[24, 48], depths=[1, 1], layer_type="basic"),
-        predictor=LlamaConfig(num_hidden_layers=2, **small),
-        y_encoder=text_encoder or BertConfig(num_hidden_layers=1, hidden_dropout_prob=0.0, **small),
+        x_encoder=stills.x_encoder if stills else cnn,
+        predictor=stills.predictor if stills else LlamaConfig(num_hidden_layers=2, **small),
+        y_encoder=stills.y_encoder if stills else text_encoder or scratch,
         shared_dim=DIM,
-        visual_grid=[cells, cells],
-        token_merge=[world.NUM_FRAMES, 1, 1],
-        num_frames=world.NUM_FRAMES,
-        default_query=QUERY,
+        frame_size=SIZE,
+        token_merge=[num_frames, 1, 1],
+        num_frames=num_frames,
+        default_query=QUERY if stills else STILL_QUERY,
+        y_pooling="mean",
     )
-    pieces: dict[str, Any] = {} if text_encoder else {"target_tokenizer": tokenizer}
+    if stills is not None:
+        model.target_projection.load_state_dict(stills.target_projection.state_dict())
+        model.output_projection.load_state_dict(stills.output_projection.state_dict())
+    targets = AutoTokenizer.from_pretrained(text_encoder) if text_encoder else tokenizer
     return model, VLJEPAProcessor.from_parts(
-        model.config, image_processor=plain_frames(SIZE), tokenizer=tokenizer, **pieces
+        model.config, image_processor=plain_frames(SIZE), tokenizer=tokenizer, target_tokenizer=targets
     )
+
+
+def train(
+    model: VLJEPAModel, processor: VLJEPAProcessor, clips: Sequence[Clip], options: argparse.Namespace, *, steps: int,
+    batch: int, pairs: int,
+) -> list[dict[str, float]]:  # fmt: skip
+    args = VLJEPATrainingArguments(
+        output_dir=str(options.out), max_steps=steps, per_device_train_batch_size=batch, pairs_per_clip=pairs,
+        learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=50, weight_decay=0.05, max_grad_norm=1.0,
+        x_encoder_trainable_layers=-1, y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100,
+        save_strategy="no", seed=options.seed, use_cpu=True,
+    )  # fmt: skip
+    trainer = VLJEPATrainer(model, args, ClipDataset(clips, num_frames=model.config.num_frames), processor=processor)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def kind_prompts(clip: world.Clip, wordings: str, rng: random.Random) -> list[str]:
@@ -191,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--streams", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--still-steps", type=int, default=500, help="of the image stage")
+    parser.add_argument("--steps", type=int, default=1000, help="of the video stage")
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -200,34 +238,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.process_time()
     wordings_per_event = 2 if options.text_encoder else None  # each distinct text costs the sentence encoder 12 ms
     clips = training_clips(options.clips, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
+    stills = still_images(options.clips, seed=options.seed)
+    texts = [
+        {"prompt": query or "", "completion": target} for clip in [*clips, *stills] for query, target in clip.pairs
+    ]
+    tokenizer = train_tokenizer(texts, 700)
     made = time.process_time()
-    model, processor = build(clips, options.text_encoder, seed=options.seed)
-    args = VLJEPATrainingArguments(
-        output_dir=str(options.out),
-        max_steps=options.steps,
-        per_device_train_batch_size=BATCH,
-        pairs_per_clip=PAIRS,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        x_encoder_trainable_layers=-1,
-        y_encoder_lr_factor=0.0 if options.text_encoder else 1.0,
-        logging_steps=100,
-        save_strategy="no",
-        seed=options.seed,
-        use_cpu=True,
-    )
-    trainer = VLJEPATrainer(model, args, ClipDataset(clips, num_frames=world.NUM_FRAMES), processor=processor)
-    trainer.train()
+    model, processor = build(tokenizer, options.text_encoder, seed=options.seed)
+    log = {"stills": train(model, processor, stills, options, steps=options.still_steps, batch=STILLS, pairs=1)}
+    seen = time.process_time()
+    model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
+    log["clips"] = train(model, processor, clips, options, steps=options.steps, batch=BATCH, pairs=PAIRS)
     trained = time.process_time()
     used = VLJEPA(model, processor)
     used.save_pretrained(options.out)
     wordings = "held_out" if options.text_encoder else "train"
     result: dict[str, Any] = {
         "summary": {"process_seconds": trained - start},
-        "seconds": {"making clips": made - start, "training": trained - made},
+        "seconds": {"making clips": made - start, "image stage": seen - made, "video stage": trained - seen},
         "test": measure(used, "test", wordings, num_clips=options.test_clips),
         "compose": measure(used, "compose", wordings, num_clips=options.test_clips),
         "weights": {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()},
@@ -237,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "text_encoder": Path(options.text_encoder).parent.name if options.text_encoder else "from scratch",
         "text_encoder_sha256": weights_sha256(Path(options.text_encoder)) if options.text_encoder else None,
         "world_version": world.VERSION,
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "log": log,
         "environment": environment(),
     }
     test, compose = result["test"], result["compose"]

@@ -1,0 +1,93 @@
+"""The arithmetic of the VL-JEPA benchmarks, by hand."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from eval.selective_decoding import Embedded, decodes_for, quality
+from eval.shapestream import kind_prompts, nearest, still_images, training_clips
+from eval.vl_cost import coverage, pixels_of
+from llm_jepa.data import shapestream as world
+from llm_jepa.vl.selective_decoding import segment_at, segment_uniform
+from llm_jepa.vl.y_decoder import MemoryProjection
+
+
+def points(*rows):
+    return [{"decodes": decodes, "slot_accuracy": accuracy} for decodes, accuracy in rows]
+
+
+def test_decodes_for_joins_the_best_points_so_far():
+    """0.5 at 10 and 0.7 at 30: 0.6 is half way, at 20. The dip at 20 is passed over, and 0.8 is never reached."""
+    curve = points((30, 0.7), (10, 0.5), (20, 0.4))
+    assert decodes_for(curve, 0.6) == pytest.approx(20)
+    assert decodes_for(curve, 0.25) == pytest.approx(5)
+    assert decodes_for(curve, 0.7) == pytest.approx(30)
+    assert decodes_for(curve, 0.8) is None
+
+
+def test_quality_is_that_of_the_decode_nearest_to_the_middle_of_an_event():
+    """Three events. Of the hit kind and actor are right, the patient is not: 2 slots of 3. Of a wrong kind, none."""
+    a, b = ("red", "star"), ("blue", "circle")
+    events = (
+        world.Event("idle", 0.0, 4.0),
+        world.Event("hit", 4.0, 6.0, a, b),
+        world.Event("left", 6.0, 8.0, b),
+    )
+    wrong = ("green", "square")
+    said = (world.Event("idle", 0, 1), world.Event("hit", 0, 1, a, wrong), world.Event("right", 0, 1, b))
+    memory = MemoryProjection(torch.eye(3), tuple(world.captions(event)[0] for event in said))
+    times = np.arange(0.25, 8, 0.5)
+    shown = [next(i for i, event in enumerate(events) if t < event.end_s) for t in times]
+    embeddings = np.eye(3)[shown]
+    stream = Embedded(world.Stream(np.zeros((1, 8, 8, 3), np.uint8), events, 8), times - 1, embeddings)
+    segments = segment_at(embeddings, times, boundaries_s=[4.0, 6.0])
+    assert quality(stream, segments, memory) == (pytest.approx((1 + 2 / 3 + 0) / 3), pytest.approx(2 / 3))
+    one = segment_uniform(embeddings, times, num_segments=1)  # its mean is mostly rest, and so is what it says of all
+    assert quality(stream, one, memory) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+
+
+def test_coverage_counts_events_with_the_middle_of_a_segment_in_them():
+    stream = world.stream(0, split="test", seconds=60, size=32)
+    times = np.arange(1.0, 59.0, 0.5)
+    embeddings = np.zeros((len(times), 2))
+    boundaries = [event.end_s for event in stream.events[:-1] if times[0] < event.end_s < times[-1]]
+    assert coverage(stream, segment_at(embeddings, times, boundaries_s=boundaries)) > 0.8
+    assert coverage(stream, segment_uniform(embeddings, times, num_segments=1)) <= 0.2
+
+
+def test_pixel_features_are_means_and_spreads_of_the_grid():
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    frames[1, :2, :2] = 255  # one cell turns white
+    features = pixels_of(frames)
+    assert features.shape == (384,) and np.count_nonzero(features) == 6
+    assert features[:3].tolist() == [0.5] * 3 and features[192:195].tolist() == [1.5] * 3  # 3 x the spread of 0 and 1
+
+
+def test_candidates_are_compared_row_by_row():
+    predicted = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    candidates = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    assert nearest(predicted, candidates) == [1, 0]
+
+
+def test_training_sees_no_held_out_wording_and_the_right_one_is_among_the_kinds():
+    clips = training_clips(30, 1, wordings_per_event=None, seed=0)
+    events = [world.clip(index).event for index in range(30)]
+    held_out = {text for event in events for text in world.captions(event, wordings="held_out")}
+    targets = {pair.target for clip in clips for pair in clip.pairs}
+    assert targets and not targets & held_out
+    for index in range(20):
+        clip = world.clip(index)
+        prompts = kind_prompts(clip, "train", random.Random(index))
+        right = prompts[world.KINDS.index(clip.event.kind)]
+        assert right in world.captions(clip.event) and len(prompts) == 13
+
+
+def test_stills_say_what_is_there():
+    for clip, original in zip(still_images(5, seed=0), (world.clip(i, size=40) for i in range(5)), strict=True):
+        assert (clip.video == original.frames[-1:]).all()
+        for pair in clip.pairs:
+            assert sorted(pair.target.split(" and ")) == sorted(f"a {c} {s}" for c, s in original.objects)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results" / "tiny_nl_rx"
 STEP_COST = Path(__file__).parent / "results" / "step_cost" / "cpu.json"
+VL = Path(__file__).parent / "results" / "vl"
 BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
 ARMS = (("sft", "plain SFT"), ("info_nce", "LLM-JEPA, InfoNCE 0.1"), ("cosine", "LLM-JEPA, cosine 1.0"))
 PROTOCOLS = ("completion", "paper")
@@ -141,12 +142,87 @@ def step_table(path: Path = STEP_COST) -> str:
     )
 
 
+SHAPESTREAM: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
+    ("kind of event, 13-way", "{:.3f}", lambda r: r["test"]["kind_accuracy"]),
+    ("the same, unseen compositions", "{:.3f}", lambda r: r["compose"]["kind_accuracy"]),
+    ("text to video, same event, R@1", "{:.3f}", lambda r: r["test"]["same_event_recall_at_1"]),
+    ("questions, mean of 11 types", "{:.3f}", lambda r: r["test"]["questions_mean"]),
+    ("of these: presence", "{:.3f}", lambda r: r["test"]["questions"]["presence"]),
+    ("of these: relation", "{:.3f}", lambda r: r["test"]["questions"]["relation"]),
+    ("training, process seconds", "{:.0f}", lambda r: r["summary"]["process_seconds"]),
+)
+
+
+def vl_tables(folder: Path = VL) -> str:
+    """Markdown: ShapeStream by text encoder, then one line for each of the other benchmarks."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("shapestream-*-seed*.json")):
+        runs.setdefault(path.stem.split("-")[1], []).append(json.loads(path.read_text()))
+    titles = {"scratch": "all from scratch, trained wordings", "minilm": "frozen MiniLM, wordings never trained"}
+    shown = [name for name in titles if name in runs]
+    lines = ["| ShapeStream, test split | " + " | ".join(titles[name] for name in shown) + " |"]
+    lines.append("|---|" + "---:|" * len(shown))
+    for name, form, value in SHAPESTREAM:
+        lines.append(f"| {name} | " + " | ".join(_mean_and_spread(runs[arm], value, form) for arm in shown) + " |")
+    one = runs[shown[0]][0]
+    decoding, photos, cost, clips = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("selective_decoding", "coco_photos", "vl_cost", "real_clips")
+    )
+    sparse, dense = decoding["sparse"], decoding["dense"]
+    chosen, oracle, late = sparse["online"], sparse["curves"]["oracle"][0], sparse["latency"]
+    uniform, at_most = sparse["uniform_decodes_at_equal_quality"], sparse["curves"]["uniform"][-1]
+    equal = f"{uniform:.0f}" if uniform else f"more than {at_most['decodes']:.0f} (it never gets there)"
+    r1, r5 = ([100 * fold[f"text_to_image_recall_at_{k}"] for fold in photos["folds"]] for k in (1, 5))
+    c = photos["cider"]
+    small, *large = cost["training"]
+    stream = cost["streaming"]
+    commits = sorted({r["environment"]["commit"][:7] for arm in shown for r in runs[arm]})
+    lines += [
+        "",
+        f"Mean ± sd over {len(runs[shown[0]])} seeds, {one['test']['num_clips']} clips a split, "
+        f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
+        f"{', '.join(commits)}. Every question type and kind: `eval/results/vl/`.",
+        "",
+        f"- **Selective decoding**, {decoding['settings']['streams']} sparse streams of {sparse['seconds']:.0f} s: "
+        f"online {chosen['decodes']:.1f} decodes for a slot accuracy of {chosen['slot_accuracy']:.3f}; uniform needs "
+        f"{equal} for the same ({sparse['uniform_over_online']:.2f} times as many); the true boundaries give "
+        f"{oracle['slot_accuracy']:.3f} with {oracle['decodes']:.1f}. Boundary F1 {chosen['boundary_f1']:.2f} at 1 s; "
+        f"a right caption {late['seconds_to_right_caption_median']:.1f} s after the start of an event in the median, "
+        f"{100 * late['share_with_a_right_caption']:.0f} % of events get one within 6 s. Dense streams, the control: "
+        f"{dense['uniform_over_online']:.2f} times.",
+        f"- **Photos** ({len(photos['folds'])} folds of 118 COCO photos, MobileNetV2 and MiniLM frozen): text to "
+        f"image R@1 {statistics.mean(r1):.1f} ± {statistics.stdev(r1):.1f} %, R@5 {statistics.mean(r5):.1f} ± "
+        f"{statistics.stdev(r5):.1f} % (chance {100 * photos['chance_recall_at_1']:.1f} and five times that). CIDEr-D "
+        f"of the y_decoder {c['projected on the memory']:.2f} from the projected embedding, {c['as predicted']:.2f} "
+        f"from the prediction as it is, {c['nearest caption of the memory']:.2f} for the memory's nearest caption, "
+        f"{c['a human caption against the four others']:.2f} for a human. MiniLM itself was trained on COCO captions; "
+        "no caption of a test photo is in the decoder's training or the memory.",
+        f"- **Real clips** ({', '.join(sorted(clips['clips']))}), boundary F1 at ± 1 s: "
+        + "; ".join(f"{way} {value:.2f}" for way, value in clips["summary"].items())
+        + ". Too few clips to rank the ways.",
+        f"- **Cost**: cached features train {small['cached_over_plain']:.1f} times as many samples a second "
+        f"({small['shape']})"
+        + "".join(f", {row['cached_over_plain']:.2f} times at {row['shape']}" for row in large)
+        + f". A window takes {1000 * stream['window_latency_s']:.0f} ms, a decode {1000 * stream['decode_s']:.0f} ms "
+        f"({stream['model']}): the decoder's share of a stream is {100 * stream['decoder_share_selective']:.0f} % "
+        f"instead of {100 * stream['decoder_share_every_window']:.0f} %.",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_and_spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:
+    values = [value(run) for run in runs]
+    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + spread
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     options = parser.parse_args(argv)
     text = fresh = README.read_text()
-    for name, rendered in (("tiny_nl_rx", table(load())), ("step_cost", step_table())):
+    for name, rendered in (("tiny_nl_rx", table(load())), ("step_cost", step_table()), ("vl", vl_tables())):
         before, rest = fresh.split(BEGIN.format(name))
         fresh = f"{before}{BEGIN.format(name)}\n{rendered}\n{END}{rest.split(END, 1)[1]}"
     if fresh == text:

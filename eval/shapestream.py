@@ -3,9 +3,9 @@
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder
 
-Two stages, as the paper has them: images with captions of what is there, then clips with captions and questions. Vision
-and predictor always start from random weights. With a pretrained text encoder the captions asked at test time
-are wordings that training never had; from scratch they cannot be known, and trained wordings are asked.
+In stages, as the paper has them: images with captions of what is there, images with questions, clips with captions and
+questions. Vision and predictor always start from random weights. With a pretrained text encoder the captions asked at
+test time are wordings that training never had; from scratch they cannot be known, and trained wordings are asked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ SIZE = 40  # pixels
 DIM = 128
 QUERY = "what happens in the video?"
 STILL_QUERY = "what is there?"
-STILLS, BATCH, PAIRS = 96, 24, 4  # images, and clips with so many pairs of each, in a batch
+STEPS = {"captions": 200, "questions": 250, "clips": 700}  # of the stages
+BATCHES = {"captions": (96, 1), "questions": (64, 3), "clips": (24, 4)}  # images or clips, and pairs of each
+STILL_QUESTIONS = 2  # of a clip
+OF_THE_END = ("count", "shape_of", "colour_of", "presence", "where", "relation")  # a still can answer these
 
 
 def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int | None, seed: int) -> list[Clip]:
@@ -57,8 +60,10 @@ def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int 
     found = []
     for index in range(num_clips):
         clip = world.clip(index, size=SIZE)
-        questions = [Pair(question.question, question.answer) for question in clip.questions]
-        found.append(Clip(clip.frames, (*captions(clip.event), *questions)))
+        still = [asked for asked in clip.questions if asked.kind in OF_THE_END]
+        asked = [asked for asked in clip.questions if asked.kind not in OF_THE_END]
+        asked += rng.sample(still, min(STILL_QUESTIONS, len(still)))  # of some 20, beside 2 or 3 of the event
+        found.append(Clip(clip.frames, (*captions(clip.event), *(Pair(q.question, q.answer) for q in asked))))
     for index in range(num_streams):
         stream = world.stream(index, split="train", size=SIZE)
         windows = [(start, event) for start, event in world.stream_windows(stream, stride=4) if event is not None]
@@ -70,27 +75,32 @@ def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int 
     return found
 
 
-def still_images(num_clips: int, *, seed: int) -> list[Clip]:
-    """The last frames of the clips, with what is there in any order: "a red star and a blue circle"."""
-    rng, found = random.Random(seed), []
+def still_images(num_clips: int, *, seed: int) -> tuple[list[Clip], list[Clip]]:
+    """The last frames of the clips, with what is there in any order ("a red star and a blue circle"); and the same with
+    all that can be asked about them."""
+    rng, described, asked = random.Random(seed), [], []
     for index in range(num_clips):
         clip = world.clip(index, size=SIZE)
         texts = [
             " and ".join(f"a {colour} {shape}" for colour, shape in rng.sample(clip.objects, len(clip.objects)))
             for _ in range(2)
         ]
-        if clip.objects:
-            found.append(Clip(clip.frames[-1:], tuple(Pair(STILL_QUERY, text) for text in texts)))
-    return found
+        pairs = tuple(Pair(STILL_QUERY, text) for text in texts)
+        questions = tuple(Pair(q.question, q.answer) for q in clip.questions if q.kind in OF_THE_END)
+        described.append(Clip(clip.frames[-1:], pairs))
+        asked.append(Clip(clip.frames[-1:], pairs + questions))
+    return described, asked
 
 
 def build(
     tokenizer: PreTrainedTokenizerBase, text_encoder: str | None, *, seed: int, stills: VLJEPAModel | None = None
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stage to go on from: its
-    cells are single tokens; in a clip the 16 frames of a cell lie side by side in one."""
+    """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stages to go on from: its
+    cells are single tokens; in a clip the 16 frames of a cell lie side by side in one, and at first the last one alone
+    counts, so that the clip is answered as its last image was."""
     set_seed(seed)
     small = {"hidden_size": DIM, "num_attention_heads": 4, "intermediate_size": 2 * DIM, "vocab_size": len(tokenizer)}
+    small["initializer_range"] = DIM**-0.5  # the usual 0.02 is that of a width of 2,500
     scratch = BertConfig(num_hidden_layers=1, hidden_dropout_prob=0.0, **small)
     cnn = ResNetConfig(embedding_size=16, hidden_sizes=[24, 48], depths=[1, 1], layer_type="basic")
     num_frames = world.NUM_FRAMES if stills else 1
@@ -101,11 +111,17 @@ def build(
         shared_dim=DIM,
         frame_size=SIZE,
         token_merge=[num_frames, 1, 1],
+        grid_positions=True,
         num_frames=num_frames,
         default_query=QUERY if stills else STILL_QUERY,
         y_pooling="mean",
     )
     if stills is not None:
+        with torch.no_grad():
+            model.vision_projection.weight.zero_()
+            model.vision_projection.weight[:, -model.config.visual_dim :] = stills.vision_projection.weight
+            model.vision_projection.bias.copy_(stills.vision_projection.bias)
+        model.grid_positions.load_state_dict(stills.grid_positions.state_dict())
         model.target_projection.load_state_dict(stills.target_projection.state_dict())
         model.output_projection.load_state_dict(stills.output_projection.state_dict())
     targets = AutoTokenizer.from_pretrained(text_encoder) if text_encoder else tokenizer
@@ -120,7 +136,7 @@ def train(
 ) -> list[dict[str, float]]:  # fmt: skip
     args = VLJEPATrainingArguments(
         output_dir=str(options.out), max_steps=steps, per_device_train_batch_size=batch, pairs_per_clip=pairs,
-        learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=50, weight_decay=0.05, max_grad_norm=1.0,
+        learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.05, max_grad_norm=1.0,
         x_encoder_trainable_layers=-1, y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100,
         save_strategy="no", seed=options.seed, use_cpu=True,
     )  # fmt: skip
@@ -228,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--streams", type=int, default=40)
-    parser.add_argument("--still-steps", type=int, default=500, help="of the image stage")
-    parser.add_argument("--steps", type=int, default=1000, help="of the video stage")
+    for stage, steps in STEPS.items():
+        parser.add_argument(f"--{stage.replace(' ', '-')}-steps", type=int, default=steps)
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -238,24 +254,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.process_time()
     wordings_per_event = 2 if options.text_encoder else None  # each distinct text costs the sentence encoder 12 ms
     clips = training_clips(options.clips, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
-    stills = still_images(options.clips, seed=options.seed)
-    texts = [
-        {"prompt": query or "", "completion": target} for clip in [*clips, *stills] for query, target in clip.pairs
-    ]
+    described, asked = still_images(options.clips, seed=options.seed)
+    rows = {"captions": described, "questions": asked, "clips": clips}
+    texts = [{"prompt": pair.query or "", "completion": pair.target} for row in asked + clips for pair in row.pairs]
     tokenizer = train_tokenizer(texts, 700)
-    made = time.process_time()
+    seconds, log = {"making clips": time.process_time() - start}, {}
     model, processor = build(tokenizer, options.text_encoder, seed=options.seed)
-    log = {"stills": train(model, processor, stills, options, steps=options.still_steps, batch=STILLS, pairs=1)}
-    seen = time.process_time()
-    model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
-    log["clips"] = train(model, processor, clips, options, steps=options.steps, batch=BATCH, pairs=PAIRS)
+    for stage in STEPS:
+        before = time.process_time()
+        if stage == "clips":
+            model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
+        batch, pairs = BATCHES[stage]
+        steps = getattr(options, f"{stage}_steps")
+        log[stage] = train(model, processor, rows[stage], options, steps=steps, batch=batch, pairs=pairs)
+        seconds[stage] = time.process_time() - before
     trained = time.process_time()
     used = VLJEPA(model, processor)
     used.save_pretrained(options.out)
     wordings = "held_out" if options.text_encoder else "train"
     result: dict[str, Any] = {
         "summary": {"process_seconds": trained - start},
-        "seconds": {"making clips": made - start, "image stage": seen - made, "video stage": trained - seen},
+        "seconds": seconds,
         "test": measure(used, "test", wordings, num_clips=options.test_clips),
         "compose": measure(used, "compose", wordings, num_clips=options.test_clips),
         "weights": {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()},

@@ -242,6 +242,7 @@ def _run_of(
 def _claim(trainer: SafeTrainer, run: dict[str, Any]) -> None:
     from .checkpoint import RUN_FILE, write_json
 
+    trainer.accelerator.wait_for_everyone()  # until every process has seen the folder as it was
     if trainer.is_world_process_zero():
         write_json(Path(trainer.args.output_dir) / RUN_FILE, run)
 

@@ -74,7 +74,11 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be the same run; plain JSON."""
-        return {key: value for key, value in sorted(self.given.items()) if key not in BOOKKEEPING}
+        same = {key: value for key, value in sorted(self.given.items()) if key not in BOOKKEEPING}
+        cached = (
+            {"feature_cache": True} if self.given.get("feature_cache") else {}
+        )  # wherever: its features are float16
+        return same | cached
 
 
 def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

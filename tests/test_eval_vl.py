@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from eval.selective_decoding import Embedded, decodes_for, quality
-from eval.shapestream import kind_prompts, nearest, still_images, training_clips
+from eval.shapestream import build, kind_prompts, nearest, still_images, training_clips
 from eval.vl_cost import coverage, pixels_of
 from llm_jepa.data import shapestream as world
+from llm_jepa.from_scratch import train_tokenizer
 from llm_jepa.vl.selective_decoding import segment_at, segment_uniform
 from llm_jepa.vl.y_decoder import MemoryProjection
 
@@ -86,8 +87,29 @@ def test_training_sees_no_held_out_wording_and_the_right_one_is_among_the_kinds(
         assert right in world.captions(clip.event) and len(prompts) == 13
 
 
-def test_stills_say_what_is_there():
-    for clip, original in zip(still_images(5, seed=0), (world.clip(i, size=40) for i in range(5)), strict=True):
-        assert (clip.video == original.frames[-1:]).all()
-        for pair in clip.pairs:
+def test_stills_say_what_is_there_and_are_asked_what_a_still_can_answer():
+    described, asked = still_images(5, seed=0)
+    for index in range(5):
+        original = world.clip(index, size=40)
+        assert (described[index].video == original.frames[-1:]).all()
+        for pair in described[index].pairs:
             assert sorted(pair.target.split(" and ")) == sorted(f"a {c} {s}" for c, s in original.objects)
+        answers = [(q.question, q.answer) for q in original.questions if " at the end" in q.question]
+        assert asked[index].pairs == described[index].pairs + tuple(answers) and answers
+
+
+@torch.no_grad()
+def test_the_video_stage_starts_from_what_the_image_stages_learnt():
+    """A clip is answered as its last image was: embeddings and their targets are equal."""
+    tokenizer = train_tokenizer([{"prompt": "what is there?", "completion": "a red star"}], 270)
+    stills, processor = build(tokenizer, None, seed=0)
+    clips, _ = build(tokenizer, None, seed=1, stills=stills)
+    frames = torch.rand(2, 16, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    texts = processor(query=["what is there?"] * 2, target=["a red star", "a star"])
+    first, second = (
+        model.eval()(pixel_values_videos=pixels, **texts)
+        for model, pixels in ((stills, frames[:, -1:]), (clips, frames))
+    )
+    torch.testing.assert_close(second.predicted, first.predicted)
+    torch.testing.assert_close(second.target, first.target)
+    assert (first.predicted[0] - first.predicted[1]).abs().max() > 1e-3

@@ -424,6 +424,26 @@ def test_merging_around_a_class_token_is_refused() -> None:
         build(x_encoder=config, token_merge=[1, 2, 2]).predict(random(1, 10, VISUAL))
 
 
+# --- grid_positions
+
+
+@torch.no_grad()
+def test_each_place_of_the_grid_has_its_own_embedding_in_every_frame() -> None:
+    """A grid of 2 x 4 in blocks of 1 x 1 x 2: four places, row by row, the same in each of three frames."""
+    plain = build(visual_grid=[2, 4], token_merge=[1, 1, 2])
+    model = build(visual_grid=[2, 4], token_merge=[1, 1, 2], grid_positions=True)
+    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    given = []
+    for each in (plain, model):
+        each.predictor.register_forward_pre_hook(
+            lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        each.predict(random(2, 24, VISUAL))
+    close(given[1] - given[0], model.grid_positions.weight.repeat(3, 1).expand(2, -1, -1))
+    with pytest.raises(UserError, match="6 visual tokens do not fill a grid of 4"):
+        build(visual_grid=[2, 2], grid_positions=True).predict(random(1, 6, VISUAL))
+
+
 # --- pairs and caches
 
 
@@ -586,7 +606,13 @@ def assert_same(first: PreTrainedModel, second: PreTrainedModel) -> None:
 @pytest.mark.parametrize("y_encoder", [BERT, GEMMA], ids=["bert", "gemma"])
 @torch.no_grad()
 def test_a_saved_model_loads_bit_equal(tmp_path: Path, y_encoder: PreTrainedConfig, shard: str) -> None:
-    options = {"num_predictor_layers": 1, "token_merge": [1, 2, 2], "default_query": "Why?", "y_pooling": "last"}
+    options = {
+        "num_predictor_layers": 1,
+        "token_merge": [1, 2, 2],
+        "grid_positions": True,
+        "default_query": "Why?",
+        "y_pooling": "last",
+    }
     model = build(y_encoder=fresh(y_encoder), dtype=torch.float32, **options)
     model.log_temperature.fill_(math.log(0.3))  # learnt since
     model.save_pretrained(tmp_path, max_shard_size=shard)
@@ -721,6 +747,7 @@ def test_a_part_that_cannot_be_loaded_is_named(part: str, tmp_path: Path) -> Non
         ({"y_pooling": "max"}, "y_pooling='max'"),
         ({"y_poling": "last"}, "no option y_poling"),
         ({"token_merge": [2, 2]}, "three numbers"),
+        ({"grid_positions": True, "pool_frames": True}, "tokens of a frame on a grid"),
         ({"token_merge": [1, 0, 1]}, "1 or more"),
     ],
 )

@@ -1088,11 +1088,15 @@ def test_an_image_is_one_frame_and_a_video_num_frames(tmp_path):
     frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:], duration=100)
     pairs = (Pair(None, "x"),)
     array = np.stack([np.asarray(frame) for frame in frames])
-    videos = (str(tmp_path / "a.png"), str(tmp_path / "b.gif"), array, array[3])
-    dataset = ClipDataset([Clip(video, pairs) for video in videos], num_frames=4)
-    assert np.array_equal(dataset.frames(0), array[2:3])
-    assert np.abs(dataset.frames(1).astype(int) - array).max() < 8
-    assert dataset.frames(2) is array and np.array_equal(dataset.frames(3), array[3:])
+    images = [Clip(str(tmp_path / "a.png"), pairs), Clip(array[3], pairs)]
+    videos = [Clip(str(tmp_path / "b.gif"), pairs), Clip(array, pairs)]
+    dataset = ClipDataset(images, num_frames=4)
+    assert np.array_equal(dataset.frames(0), array[2:3]) and np.array_equal(dataset.frames(1), array[3:])
+    dataset = ClipDataset(videos, num_frames=4)
+    assert np.abs(dataset.frames(0).astype(int) - array).max() < 8 and dataset.frames(1) is array
+    ClipDataset(images + videos, num_frames=1)  # one frame of each
+    with pytest.raises(UserError, match="2 images among 2 videos.*stage of their own"):
+        ClipDataset(images + videos, num_frames=4)
 
 
 def test_the_hash_of_clips_is_of_their_contents_wherever_they_lie(folder, tmp_path):

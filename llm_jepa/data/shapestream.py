@@ -186,8 +186,9 @@ REACH = {shape: max(distances) for shape, distances in CORNER_DISTANCES.items()}
 YES_NO = ("yes", "no")
 COUNTS = ("one", "two", "three")
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
+RELATIONS = ("to the left", "to the right", "above", "below")
 OFF_CENTRE = 0.08  # a thing closer to a centre line is not asked for its place
-APART = 0.12  # two things closer along an axis are not compared along it
+APART = 0.12  # two things closer than that, or half as far apart along the other axis, are not compared
 
 T = TypeVar("T")
 
@@ -212,8 +213,9 @@ class Question:
     """A question about a clip; `answer` is one of `candidates`, whose order does not depend on it.
 
     Kinds: colour, shape and what (6, 4 and 10 candidates; of events with an actor only), who_first and touch (2; of
-    hit and pass), and at the end of every clip count (3), presence (2) and, where the answer is clear, where (4) and
-    relation (2).
+    hit and pass). Of the scene at the end: count (3), and of each thing in it shape_of (4), colour_of (6; its shape is
+    the only one of its kind), presence (2; as often of an absent thing) and, where the answer is clear, where (4) and
+    its relation to another one (4).
     """
 
     kind: str
@@ -939,9 +941,9 @@ def _sentences() -> dict[str, tuple[str, Thing | None, Thing | None]]:
 
 
 def _questions(rng: np.random.Generator, event: Event, scene: Scene) -> tuple[Question, ...]:
-    """All that can be asked about the event and about the last scene. Chance picks what is asked, never the answer."""
+    """All that can be asked about the event and about the last scene. Chance picks the absent things alone."""
     present = _visible(scene)
-    questions = []
+    questions: list[Question] = []
     if event.actor and not event.patient:
         colour, shape = event.actor
         happens = {kind: PHRASES[kind][0].replace("{A}", "it") for kind in KINDS if NUM_ROLES[kind] == 1}
@@ -965,39 +967,35 @@ def _questions(rng: np.random.Generator, event: Event, scene: Scene) -> tuple[Qu
     questions.append(
         Question("count", "how many objects are visible at the end?", COUNTS[len(present) - 1], COUNTS),
     )
-    answer = _pick(rng, YES_NO)
-    asked = _asked_for(rng, [thing.thing for thing in present], answer)
-    questions.append(Question("presence", f"is there {_name(asked, SUBJECT_FORMS[1])} at the end?", answer, YES_NO))
-    placed = [thing for thing in present if min(abs(thing.x - 0.5), abs(thing.y - 0.5)) >= OFF_CENTRE]
-    if placed:
-        thing = _pick(rng, placed)
-        place = PLACES[2 * (thing.y > 0.5) + (thing.x > 0.5)]
-        questions.append(Question("where", f"where is {_name(thing.thing)} at the end?", place, PLACES))
-    pairs = [
-        (one, other, relation)
-        for one in present
-        for other in present
-        for relation, least, most in (("to the left of", one.x, other.x), ("above", one.y, other.y))
-        if most - least >= APART
-    ]
-    if pairs:
-        one, other, relation = _pick(rng, pairs)
-        answer = _pick(rng, YES_NO)
-        subject, than = (_name(thing.thing) for thing in ((one, other) if answer == "yes" else (other, one)))
-        questions.append(Question("relation", f"is {subject} {relation} {than} at the end?", answer, YES_NO))
-    return tuple(questions)
+    for thing in present:
+        (colour, shape), name = thing.thing, _name(thing.thing)
+        questions.append(Question("shape_of", f"what shape is the {colour} object at the end?", shape, SHAPES))
+        if [other.thing[1] for other in present].count(shape) == 1:
+            questions.append(Question("colour_of", f"what colour is the {shape} at the end?", colour, tuple(COLOURS)))
+        for answer in YES_NO:
+            asked = _name(thing.thing if answer == "yes" else _absent(rng, present), SUBJECT_FORMS[1])
+            questions.append(Question("presence", f"is there {asked} at the end?", answer, YES_NO))
+        if min(abs(thing.x - 0.5), abs(thing.y - 0.5)) >= OFF_CENTRE:
+            place = PLACES[2 * (thing.y > 0.5) + (thing.x > 0.5)]
+            questions.append(Question("where", f"where is {name} at the end?", place, PLACES))
+        for other in present:
+            dx, dy = thing.x - other.x, thing.y - other.y
+            if max(abs(dx), abs(dy)) >= max(APART, 2 * min(abs(dx), abs(dy))):
+                side = RELATIONS[int(dx > 0) if abs(dx) > abs(dy) else 2 + int(dy > 0)]
+                asked = f"where is {name} at the end, seen from {_name(other.thing)}?"
+                questions.append(Question("relation", asked, side, RELATIONS))
+    return tuple(dict.fromkeys(questions))  # an absent thing may have been asked for twice
 
 
-def _asked_for(rng: np.random.Generator, present: Sequence[Thing], answer: str) -> Thing:
-    """A thing to ask the presence of. If the answer is no, half of them share a colour or a shape with one present.
+def _absent(rng: np.random.Generator, present: Sequence[_Object]) -> Thing:
+    """A thing to ask the presence of that is not there. Half of them share a colour or a shape with one that is.
 
     Without these, one attribute would tell all the answers. As colours are unique, such things are surely absent.
     """
-    if answer == "yes":
-        return _pick(rng, present)
-    colours, shapes = {thing[0] for thing in present}, {thing[1] for thing in present}
+    there = [thing.thing for thing in present]
+    colours, shapes = {thing[0] for thing in there}, {thing[1] for thing in there}
     shares = {
-        "colour": [thing for thing in THINGS if thing[0] in colours and thing not in present],
+        "colour": [thing for thing in THINGS if thing[0] in colours and thing not in there],
         "shape": [thing for thing in THINGS if thing[0] not in colours and thing[1] in shapes],
         "nothing": [thing for thing in THINGS if thing[0] not in colours and thing[1] not in shapes],
     }

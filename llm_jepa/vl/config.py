@@ -47,6 +47,9 @@ class VLModelArguments:
     pool_frames: bool = field(
         default=False, metadata={"help": "The mean of each frame's visual tokens in their place: small and coarse."}
     )
+    grid_positions: bool = field(
+        default=False, metadata={"help": "Learn where on the grid a visual token is: for CNNs, which do not say."}
+    )
     y_pooling: Literal["mean", "first", "last"] | None = field(
         default=None, metadata={"help": "How the y_encoder's states become one; null: as its folder says, else mean."}
     )

@@ -26,6 +26,8 @@ class VLJEPAConfig(PreTrainedConfig):
         pool_frames: the mean of each frame's (tubelet's) visual tokens in their place, as image classifiers do.
         token_merge: [t, h, w]: each t x h x w block of visual tokens becomes one, its channels laid side by side
             before the projection. [1, 1, 1] is the paper's: every token goes to the predictor.
+        grid_positions: add a learnt embedding of its place on the grid to each (merged) visual token. For CNNs, whose
+            features do not say where they are; the paper's V-JEPA 2 does. Order in time is left to the predictor.
         num_frames: frames of a clip; longer clips are sampled down to it. 1 = images.
         y_pooling: how the y_encoder's states become one: "mean" over real tokens, "first" or "last" real token. The
             paper does not say; its peers take the mean.
@@ -53,6 +55,7 @@ class VLJEPAConfig(PreTrainedConfig):
     visual_grid: list[int] | None = None
     pool_frames: bool = False
     token_merge: list[int] = field(default_factory=lambda: [1, 1, 1])
+    grid_positions: bool = False
     num_frames: int = 16
     y_pooling: Literal["mean", "first", "last"] = "mean"
     project_targets: bool = True
@@ -82,6 +85,8 @@ class VLJEPAConfig(PreTrainedConfig):
             return f"token_merge={self.token_merge} must be three numbers of 1 or more: frames, rows, columns."
         if self.pool_frames and self.token_merge[1:] != [1, 1]:
             return f"token_merge={self.token_merge} merges rows and columns, and pool_frames leaves none; use one."
+        if self.grid_positions and (self.visual_grid is None or self.pool_frames):
+            return "grid_positions needs the tokens of a frame on a grid: visual_grid, and pool_frames off."
         y_dim = self.y_encoder_config.hidden_size
         if not self.project_targets and self.shared_dim != y_dim:
             return (

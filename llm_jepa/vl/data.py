@@ -70,6 +70,12 @@ class ClipDataset(Dataset):
         for index, clip in enumerate(clips):
             if not clip.pairs:
                 raise UserError(f"Clip {index} has no target: give it a pair of a query (or none) and a target text.")
+        images = sum(_is_image(clip.video) for clip in clips)
+        if images and images < len(clips) and num_frames > 1:
+            raise UserError(
+                f"{images} images among {len(clips) - images} videos: a batch cannot hold both; train on the images "
+                "in a stage of their own, before the videos."
+            )
         if pairs_per_clip < 1:
             raise UserError(f"pairs_per_clip={pairs_per_clip} must be 1 or more.")
         self.clips, self.num_frames, self.pairs_per_clip, self.seed = clips, num_frames, pairs_per_clip, seed
@@ -97,8 +103,8 @@ class ClipDataset(Dataset):
         """[T, H, W, 3] uint8 of clip i, at most num_frames of it; [1, H, W, 3] of an image. Raises UserError."""
         clip = self.clips[index]
         if not isinstance(clip.video, (str, Path)):
-            return clip.video[None] if getattr(clip.video, "ndim", 4) == 3 else clip.video
-        count = 1 if Path(clip.video).suffix.lower() in IMAGE_SUFFIXES else self.num_frames
+            return clip.video[None] if _is_image(clip.video) else clip.video
+        count = 1 if _is_image(clip.video) else self.num_frames
         return read_clip(str(clip.video), count, start_s=clip.start_s, end_s=clip.end_s, limits=self.limits)[0]
 
     def identity(self) -> Iterator[bytes]:
@@ -147,6 +153,12 @@ class ClipCollator:
         batch["target_of_pair"] = torch.tensor([place[pair.target] for _, pair in pairs])
         batch["target_key"] = torch.tensor([text_key(text) for text in texts])[batch["target_of_pair"]]
         return batch
+
+
+def _is_image(video: Any) -> bool:
+    if isinstance(video, (str, Path)):
+        return Path(video).suffix.lower() in IMAGE_SUFFIXES
+    return getattr(video, "ndim", 4) == 3
 
 
 def clips_sha256(clips: Sequence[Clip]) -> str:

@@ -48,7 +48,7 @@ class FeatureCache:
     def _one(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of a cache of {len(self)}")
-        shard, row = divmod(index, SHARD)
+        shard, row = divmod(index, self.manifest["clips_per_file"])
         if shard not in self._open:
             self._open[shard] = safe_open(self.folder / _shard_name(shard), "pt").__enter__()
         return self._open[shard].get_slice("features")[row]
@@ -87,6 +87,7 @@ def cache_features(
         "x_encoder": encoder_hash,
         "processor": hashlib.sha256(_settings(processor).encode()).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
+        "clips_per_file": SHARD,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     here = Path(folder) / name

@@ -80,6 +80,11 @@ class VLJEPAModel(PreTrainedModel):
             setattr(config, f"{name}_config", part.config)
         hidden, merged = config.predictor_config.hidden_size, config.visual_dim * math.prod(config.token_merge)
         self.vision_projection = nn.Linear(merged, hidden)
+        self.grid_positions: nn.Embedding | None = None
+        if config.grid_positions:
+            self.grid_positions = nn.Embedding(
+                math.prod(config.visual_grid) // math.prod(config.token_merge[1:]), hidden
+            )
         self.output_projection = nn.Linear(hidden, config.shared_dim)
         y_dim = config.y_encoder_config.hidden_size
         self.target_projection = nn.Linear(y_dim, config.shared_dim) if config.project_targets else nn.Identity()
@@ -164,6 +169,13 @@ class VLJEPAModel(PreTrainedModel):
         all real query tokens: the literal reading of "average pooling on non-[PAD] tokens".
         """
         tokens = self.vision_projection(self._merge(visual_features))  # [C, N', hidden]
+        if self.grid_positions is not None:
+            places = self.grid_positions.weight
+            if tokens.shape[1] % len(places):
+                raise UserError(
+                    f"{tokens.shape[1]} visual tokens do not fill a grid of {len(places)}; see visual_grid."
+                )
+            tokens = (tokens.unflatten(1, (-1, len(places))) + places).flatten(1, 2)
         tokens = tokens if clip_of_pair is None else tokens[clip_of_pair]
         seen = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         if query_ids is not None and query_ids.shape[1]:

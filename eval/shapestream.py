@@ -3,9 +3,10 @@
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder
 
-In stages, as the paper has them: images with captions of what is there, images with questions, clips with captions and
-questions. Vision and predictor always start from random weights. With a pretrained text encoder the captions asked at
-test time are wordings that training never had; from scratch they cannot be known, and trained wordings are asked.
+In stages, as the paper has them: images with captions, clips with captions, clips with captions and questions. Vision
+is learnt from images alone; the clips' features are computed once and cached. Vision and predictor always start from
+random weights. With a pretrained text encoder the captions asked at test time are wordings that training never had;
+from scratch they cannot be known, and trained wordings are asked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,16 @@ SIZE = 40  # pixels
 DIM = 128
 QUERY = "what happens in the video?"
 STILL_QUERY = "what is there?"
-STEPS = {"captions": 200, "questions": 250, "clips": 700}  # of the stages
-BATCHES = {"captions": (96, 1), "questions": (64, 3), "clips": (24, 4)}  # images or clips, and pairs of each
-STILL_QUESTIONS = 2  # of a clip
+STEPS = {"images": 400, "captions": 500, "questions": 700}  # of the stages
+BATCHES = {"images": (96, 1), "captions": (96, 1), "questions": (64, 3)}  # images or clips, and pairs of each
+STILL_QUESTIONS = 6  # of a clip
+SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
 OF_THE_END = ("count", "shape_of", "colour_of", "presence", "where", "relation")  # a still can answer these
 
 
-def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int | None, seed: int) -> list[Clip]:
+def training_clips(
+    clips: Sequence[world.Clip], num_streams: int, *, wordings_per_event: int | None, seed: int
+) -> list[Clip]:
     """Clips with captions and questions, and windows of training streams with captions alone."""
     rng = random.Random(seed)
 
@@ -58,8 +63,7 @@ def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int 
         return [Pair(QUERY, text) for text in texts]
 
     found = []
-    for index in range(num_clips):
-        clip = world.clip(index, size=SIZE)
+    for clip in clips:
         still = [asked for asked in clip.questions if asked.kind in OF_THE_END]
         asked = [asked for asked in clip.questions if asked.kind not in OF_THE_END]
         asked += rng.sample(still, min(STILL_QUESTIONS, len(still)))  # of some 20, beside 2 or 3 of the event
@@ -75,27 +79,27 @@ def training_clips(num_clips: int, num_streams: int, *, wordings_per_event: int 
     return found
 
 
-def still_images(num_clips: int, *, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """The last frames of the clips, with what is there in any order ("a red star and a blue circle"); and the same with
-    all that can be asked about them."""
-    rng, described, asked = random.Random(seed), [], []
-    for index in range(num_clips):
-        clip = world.clip(index, size=SIZE)
-        texts = [
-            " and ".join(f"a {colour} {shape}" for colour, shape in rng.sample(clip.objects, len(clip.objects)))
-            for _ in range(2)
-        ]
-        pairs = tuple(Pair(STILL_QUERY, text) for text in texts)
-        questions = tuple(Pair(q.question, q.answer) for q in clip.questions if q.kind in OF_THE_END)
-        described.append(Clip(clip.frames[-1:], pairs))
-        asked.append(Clip(clip.frames[-1:], pairs + questions))
-    return described, asked
+def still_images(clips: Sequence[world.Clip], *, seed: int) -> list[Clip]:
+    """The last frames of the clips, with what is there in any order: "a red star and a blue circle", and, where their
+    places are clear, "a red star at the top left and ..." """
+    rng, found = random.Random(seed), []
+    for clip in clips:
+        places = {q.question: q.answer for q in clip.questions if q.kind == "where"}
+        texts = []
+        for placed in (False, True, True):
+            parts = []
+            for colour, shape in rng.sample(clip.objects, len(clip.objects)):
+                place = places.get(f"where is the {colour} {shape} at the end?")
+                parts.append(f"a {colour} {shape} {place}" if placed and place else f"a {colour} {shape}")
+            texts.append(" and ".join(parts))
+        found.append(Clip(clip.frames[-1:], tuple(Pair(STILL_QUERY, text) for text in texts)))
+    return found
 
 
 def build(
     tokenizer: PreTrainedTokenizerBase, text_encoder: str | None, *, seed: int, stills: VLJEPAModel | None = None
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stages to go on from: its
+    """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stage to go on from: its
     cells are single tokens; in a clip the 16 frames of a cell lie side by side in one, and at first the last one alone
     counts, so that the clip is answered as its last image was."""
     set_seed(seed)
@@ -132,13 +136,15 @@ def build(
 
 def train(
     model: VLJEPAModel, processor: VLJEPAProcessor, clips: Sequence[Clip], options: argparse.Namespace, *, steps: int,
-    batch: int, pairs: int,
+    batch: int, pairs: int, cache: Path | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
+    """cache: freeze vision, and keep its features there."""
     args = VLJEPATrainingArguments(
         output_dir=str(options.out), max_steps=steps, per_device_train_batch_size=batch, pairs_per_clip=pairs,
         learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.05, max_grad_norm=1.0,
-        x_encoder_trainable_layers=-1, y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100,
-        save_strategy="no", seed=options.seed, use_cpu=True,
+        x_encoder_trainable_layers=0 if cache else -1, feature_cache=cache and str(cache),
+        y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100, save_strategy="no",
+        seed=options.seed, use_cpu=True,
     )  # fmt: skip
     trainer = VLJEPATrainer(model, args, ClipDataset(clips, num_frames=model.config.num_frames), processor=processor)
     trainer.train()
@@ -245,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--streams", type=int, default=40)
     for stage, steps in STEPS.items():
-        parser.add_argument(f"--{stage.replace(' ', '-')}-steps", type=int, default=steps)
+        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -253,20 +259,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     start = time.process_time()
     wordings_per_event = 2 if options.text_encoder else None  # each distinct text costs the sentence encoder 12 ms
-    clips = training_clips(options.clips, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
-    described, asked = still_images(options.clips, seed=options.seed)
-    rows = {"captions": described, "questions": asked, "clips": clips}
-    texts = [{"prompt": pair.query or "", "completion": pair.target} for row in asked + clips for pair in row.pairs]
+    first = SEED_STRIDE * options.seed
+    drawn = [world.clip(index, size=SIZE) for index in range(first, first + options.clips)]
+    clips = training_clips(drawn, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
+    images = still_images(drawn, seed=options.seed)
+    captions = [replace(clip, pairs=tuple(pair for pair in clip.pairs if pair.query == QUERY)) for clip in clips]
+    rows = {"images": images, "captions": captions, "questions": clips}
+    texts = [{"prompt": pair.query or "", "completion": pair.target} for row in images + clips for pair in row.pairs]
     tokenizer = train_tokenizer(texts, 700)
     seconds, log = {"making clips": time.process_time() - start}, {}
     model, processor = build(tokenizer, options.text_encoder, seed=options.seed)
     for stage in STEPS:
         before = time.process_time()
-        if stage == "clips":
+        if stage == "captions":
             model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
         batch, pairs = BATCHES[stage]
-        steps = getattr(options, f"{stage}_steps")
-        log[stage] = train(model, processor, rows[stage], options, steps=steps, batch=batch, pairs=pairs)
+        steps, cache = getattr(options, f"{stage}_steps"), None if stage == "images" else options.out / "features"
+        log[stage] = train(model, processor, rows[stage], options, steps=steps, batch=batch, pairs=pairs, cache=cache)
         seconds[stage] = time.process_time() - before
     trained = time.process_time()
     used = VLJEPA(model, processor)

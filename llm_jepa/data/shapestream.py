@@ -71,7 +71,8 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star")
 THINGS: tuple[Thing, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
-# The last NUM_HELD_OUT phrases of a kind are never training text. {A} does it, {B} has it done to it.
+# The last NUM_HELD_OUT phrases of a kind are never training text. Rare words ("twirls", "dwindles") stand before them:
+# whether a sentence encoder knows those is a question about the encoder. {A} does it, {B} has it done to it.
 # fmt: off
 PHRASES: dict[str, tuple[str, ...]] = {
     "left": (
@@ -95,8 +96,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "{A} increases in size", "{A} swells",
     ),
     "shrink": (
-        "{A} shrinks", "{A} gets smaller", "{A} becomes less large", "{A} contracts",
-        "{A} decreases in size", "{A} dwindles",
+        "{A} shrinks", "{A} gets smaller", "{A} dwindles", "{A} contracts",
+        "{A} decreases in size", "{A} becomes smaller",
     ),
     "appear": (
         "{A} appears", "{A} shows up", "{A} comes into view", "{A} fades in",
@@ -107,8 +108,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "{A} becomes invisible", "{A} leaves the scene",
     ),
     "spin": (
-        "{A} spins", "{A} rotates", "{A} turns around in place", "{A} is rotating",
-        "{A} revolves on the spot", "{A} twirls",
+        "{A} spins", "{A} rotates", "{A} twirls", "{A} is rotating",
+        "{A} revolves on the spot", "{A} turns around in place",
     ),
     "flash": (
         "{A} flashes", "{A} blinks", "{A} flickers on and off", "{A} is blinking",
@@ -119,8 +120,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "{A} collides with {B}", "{B} is knocked away by {A}",
     ),
     "pass": (
-        "{A} passes {B}", "{A} moves past {B}", "{A} goes by {B}", "{B} is passed by {A}",
-        "{A} slides past {B} without touching it", "{B} is overtaken by {A}",
+        "{A} passes {B}", "{A} moves past {B}", "{B} is overtaken by {A}", "{B} is passed by {A}",
+        "{A} slides past {B} without touching it", "{A} goes by {B}",
     ),
     "idle": (
         "nothing moves", "everything stays still", "the scene does not change", "all objects are at rest",
@@ -153,7 +154,7 @@ GROWTH = (1.6, 1.9)
 TRAVEL = (0.25, 0.45)
 SLOPE = 0.25  # sideways per forward: 14 degrees off an axis at most
 PASS_GAP = (0.05, 0.14)
-CLEAR_GAP = 0.2
+CLEAR_GAP = 0.35  # two and a half times the widest pass
 LEVEL = 0.06  # a thing so little before the start of a path or behind its end is level with it, too
 LEAD = 0.12  # a pass begins that far before the patient's centre and ends that far behind it
 APPROACH = 0.12  # at least, before a hit

@@ -3,8 +3,8 @@
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder
 
-In stages, as the paper has them: images with captions, clips with captions, clips with captions and questions. Vision
-is learnt from images alone; the clips' features are computed once and cached. Vision and predictor always start from
+In stages, as the paper has them, see `STAGES`: images, then clips, captions first. Vision is learnt from images alone;
+the clips' features are computed once and cached. Vision and predictor always start from
 random weights. With a pretrained text encoder the captions asked at test time are wordings that training never had;
 from scratch they cannot be known, and trained wordings are asked.
 """
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,11 +44,28 @@ SIZE = 40  # pixels
 DIM = 128
 QUERY = "what happens in the video?"
 STILL_QUERY = "what is there?"
-STEPS = {"images": 400, "captions": 500, "questions": 700}  # of the stages
-BATCHES = {"images": (96, 1), "captions": (96, 1), "questions": (64, 3)}  # images or clips, and pairs of each
-STILL_QUESTIONS = 6  # of a clip
-SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
 OF_THE_END = ("count", "shape_of", "colour_of", "presence", "where", "relation")  # a still can answer these
+STILL_QUESTIONS = 3  # of a clip, beside the two or three about its event
+
+
+class Stage(NamedTuple):
+    """steps of `batch` images or clips with up to `pairs` (query, target) pairs of each."""
+
+    steps: int
+    batch: int
+    pairs: int
+
+
+# In this order each is learnt in a minute or two; all at once, the questions that need a thing to be found by its name
+# (presence, where, ...) stay at chance for ten.
+STAGES = {
+    "images": Stage(300, 96, 1),  # what is there
+    "attributes": Stage(250, 96, 2),  # the shape of the red one, the colour of the star
+    "scenes": Stage(200, 96, 2),  # all that can be asked about an image
+    "captions": Stage(800, 96, 1),  # from here on clips, and vision frozen
+    "questions": Stage(250, 96, 3),
+}
+SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
 
 
 def training_clips(
@@ -79,9 +96,9 @@ def training_clips(
     return found
 
 
-def still_images(clips: Sequence[world.Clip], *, seed: int) -> list[Clip]:
-    """The last frames of the clips, with what is there in any order: "a red star and a blue circle", and, where their
-    places are clear, "a red star at the top left and ..." """
+def still_images(clips: Sequence[world.Clip], kinds: Sequence[str], *, seed: int) -> list[Clip]:
+    """The last frames of the clips, with what is there in any order ("a red star and a blue circle"; where their places
+    are clear, also "a red star at the top left and ..."), and their questions of these kinds."""
     rng, found = random.Random(seed), []
     for clip in clips:
         places = {q.question: q.answer for q in clip.questions if q.kind == "where"}
@@ -92,7 +109,8 @@ def still_images(clips: Sequence[world.Clip], *, seed: int) -> list[Clip]:
                 place = places.get(f"where is the {colour} {shape} at the end?")
                 parts.append(f"a {colour} {shape} {place}" if placed and place else f"a {colour} {shape}")
             texts.append(" and ".join(parts))
-        found.append(Clip(clip.frames[-1:], tuple(Pair(STILL_QUERY, text) for text in texts)))
+        questions = [Pair(q.question, q.answer) for q in clip.questions if q.kind in kinds]
+        found.append(Clip(clip.frames[-1:], (*(Pair(STILL_QUERY, text) for text in texts), *questions)))
     return found
 
 
@@ -135,12 +153,13 @@ def build(
 
 
 def train(
-    model: VLJEPAModel, processor: VLJEPAProcessor, clips: Sequence[Clip], options: argparse.Namespace, *, steps: int,
-    batch: int, pairs: int, cache: Path | None = None,
+    model: VLJEPAModel, processor: VLJEPAProcessor, clips: Sequence[Clip], stage: Stage, options: argparse.Namespace, *,
+    cache: Path | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """cache: freeze vision, and keep its features there."""
     args = VLJEPATrainingArguments(
-        output_dir=str(options.out), max_steps=steps, per_device_train_batch_size=batch, pairs_per_clip=pairs,
+        output_dir=str(options.out), max_steps=max(1, round(options.effort * stage.steps)),
+        per_device_train_batch_size=stage.batch, pairs_per_clip=stage.pairs,
         learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.05, max_grad_norm=1.0,
         x_encoder_trainable_layers=0 if cache else -1, feature_cache=cache and str(cache),
         y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100, save_strategy="no",
@@ -248,10 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--result", type=Path, help="JSON file for the figures (default: OUT/result.json)")
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
-    parser.add_argument("--clips", type=int, default=6000)
+    parser.add_argument("--clips", type=int, default=8000)
     parser.add_argument("--streams", type=int, default=40)
-    for stage, steps in STEPS.items():
-        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
+    parser.add_argument("--effort", type=float, default=1.0, help="times the steps of each stage")
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -262,21 +280,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = SEED_STRIDE * options.seed
     drawn = [world.clip(index, size=SIZE) for index in range(first, first + options.clips)]
     clips = training_clips(drawn, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
-    images = still_images(drawn, seed=options.seed)
-    captions = [replace(clip, pairs=tuple(pair for pair in clip.pairs if pair.query == QUERY)) for clip in clips]
-    rows = {"images": images, "captions": captions, "questions": clips}
-    texts = [{"prompt": pair.query or "", "completion": pair.target} for row in images + clips for pair in row.pairs]
-    tokenizer = train_tokenizer(texts, 700)
+    rows = {
+        "images": still_images(drawn, (), seed=options.seed),
+        "attributes": still_images(drawn, ("shape_of", "colour_of"), seed=options.seed),
+        "scenes": still_images(drawn, OF_THE_END, seed=options.seed),
+        "captions": [replace(clip, pairs=tuple(pair for pair in clip.pairs if pair.query == QUERY)) for clip in clips],
+        "questions": clips,
+    }
+    pairs = [pair for clip in [*rows["scenes"], *clips] for pair in clip.pairs]
+    tokenizer = train_tokenizer([{"prompt": pair.query or "", "completion": pair.target} for pair in pairs], 700)
     seconds, log = {"making clips": time.process_time() - start}, {}
     model, processor = build(tokenizer, options.text_encoder, seed=options.seed)
-    for stage in STEPS:
-        before = time.process_time()
-        if stage == "captions":
+    for name, stage in STAGES.items():
+        before, is_video = time.process_time(), name in ("captions", "questions")
+        if is_video and model.config.num_frames == 1:
             model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
-        batch, pairs = BATCHES[stage]
-        steps, cache = getattr(options, f"{stage}_steps"), None if stage == "images" else options.out / "features"
-        log[stage] = train(model, processor, rows[stage], options, steps=steps, batch=batch, pairs=pairs, cache=cache)
-        seconds[stage] = time.process_time() - before
+        cache = options.out / "features" if is_video else None
+        log[name] = train(model, processor, rows[name], stage, options, cache=cache)
+        seconds[name] = time.process_time() - before
     trained = time.process_time()
     used = VLJEPA(model, processor)
     used.save_pretrained(options.out)

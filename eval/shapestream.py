@@ -17,7 +17,6 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,45 +59,51 @@ class Stage(NamedTuple):
 # (presence, where, ...) stay at chance for ten.
 STAGES = {
     "images": Stage(300, 96, 1),  # what is there
-    "attributes": Stage(250, 96, 2),  # the shape of the red one, the colour of the star
-    "scenes": Stage(200, 96, 2),  # all that can be asked about an image
-    "captions": Stage(800, 96, 1),  # from here on clips, and vision frozen
-    "questions": Stage(250, 96, 3),
+    "captions": Stage(700, 96, 1),  # from here on clips, and vision frozen
+    "attributes": Stage(250, 96, 2),  # captions, the shape of the red one, the colour of the star
+    "questions": Stage(350, 96, 3),  # all
 }
 SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
 
 
 def training_clips(
     clips: Sequence[world.Clip], num_streams: int, *, wordings_per_event: int | None, seed: int
-) -> list[Clip]:
-    """Clips with captions and questions, and windows of training streams with captions alone."""
+) -> dict[str, list[Clip]]:
+    """Clips by stage, with captions and questions; and windows of training streams, with captions alone."""
     rng = random.Random(seed)
 
-    def captions(event: world.Event) -> list[Pair]:
+    def captions(event: world.Event) -> tuple[Pair, ...]:
         texts = world.captions(event)
         texts = texts if wordings_per_event is None else rng.sample(texts, min(wordings_per_event, len(texts)))
-        return [Pair(QUERY, text) for text in texts]
+        return tuple(Pair(QUERY, text) for text in texts)
 
-    found = []
-    for clip in clips:
-        still = [asked for asked in clip.questions if asked.kind in OF_THE_END]
-        asked = [asked for asked in clip.questions if asked.kind not in OF_THE_END]
-        asked += rng.sample(still, min(STILL_QUESTIONS, len(still)))  # of some 20, beside 2 or 3 of the event
-        found.append(Clip(clip.frames, (*captions(clip.event), *(Pair(q.question, q.answer) for q in asked))))
+    windows = []
     for index in range(num_streams):
         stream = world.stream(index, split="train", size=SIZE)
-        windows = [(start, event) for start, event in world.stream_windows(stream, stride=4) if event is not None]
-        moving = [row for row in windows if row[1].kind != "idle"]
-        still = rng.sample([row for row in windows if row[1].kind == "idle"], len(moving) // 2)
-        found += [
-            Clip(stream.frames[at : at + world.NUM_FRAMES], tuple(captions(event))) for at, event in moving + still
-        ]
-    return found
+        shown = [(start, event) for start, event in world.stream_windows(stream, stride=4) if event is not None]
+        moving = [row for row in shown if row[1].kind != "idle"]
+        still = rng.sample([row for row in shown if row[1].kind == "idle"], len(moving) // 2)
+        windows += [Clip(stream.frames[at : at + world.NUM_FRAMES], captions(event)) for at, event in moving + still]
+
+    found: dict[str, list[Clip]] = {"captions": [], "attributes": [], "questions": []}
+    for clip in clips:
+        asked: dict[str, list[Pair]] = {"end": [], "attributes": [], "event": []}
+        for question in clip.questions:
+            pair = Pair(question.question, question.answer)
+            asked["end" if question.kind in OF_THE_END else "event"].append(pair)
+            if question.kind in ("shape_of", "colour_of"):
+                asked["attributes"].append(pair)
+        some = rng.sample(asked["end"], min(STILL_QUESTIONS, len(asked["end"])))
+        texts = captions(clip.event)
+        found["captions"].append(Clip(clip.frames, texts))
+        found["attributes"].append(Clip(clip.frames, (*texts, *asked["attributes"])))
+        found["questions"].append(Clip(clip.frames, (*texts, *asked["event"], *some)))
+    return {stage: rows + windows for stage, rows in found.items()}
 
 
-def still_images(clips: Sequence[world.Clip], kinds: Sequence[str], *, seed: int) -> list[Clip]:
-    """The last frames of the clips, with what is there in any order ("a red star and a blue circle"; where their places
-    are clear, also "a red star at the top left and ..."), and their questions of these kinds."""
+def still_images(clips: Sequence[world.Clip], *, seed: int) -> list[Clip]:
+    """The last frames of the clips, with what is there in any order: "a red star and a blue circle", and, where their
+    places are clear, "a red star at the top left and ..." """
     rng, found = random.Random(seed), []
     for clip in clips:
         places = {q.question: q.answer for q in clip.questions if q.kind == "where"}
@@ -109,8 +114,7 @@ def still_images(clips: Sequence[world.Clip], kinds: Sequence[str], *, seed: int
                 place = places.get(f"where is the {colour} {shape} at the end?")
                 parts.append(f"a {colour} {shape} {place}" if placed and place else f"a {colour} {shape}")
             texts.append(" and ".join(parts))
-        questions = [Pair(q.question, q.answer) for q in clip.questions if q.kind in kinds]
-        found.append(Clip(clip.frames[-1:], (*(Pair(STILL_QUERY, text) for text in texts), *questions)))
+        found.append(Clip(clip.frames[-1:], tuple(Pair(STILL_QUERY, text) for text in texts)))
     return found
 
 
@@ -124,7 +128,7 @@ def build(
     small = {"hidden_size": DIM, "num_attention_heads": 4, "intermediate_size": 2 * DIM, "vocab_size": len(tokenizer)}
     small["initializer_range"] = DIM**-0.5  # the usual 0.02 is that of a width of 2,500
     scratch = BertConfig(num_hidden_layers=1, hidden_dropout_prob=0.0, **small)
-    cnn = ResNetConfig(embedding_size=16, hidden_sizes=[24, 48], depths=[1, 1], layer_type="basic")
+    cnn = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
     num_frames = world.NUM_FRAMES if stills else 1
     model = VLJEPAModel.from_parts(
         x_encoder=stills.x_encoder if stills else cnn,
@@ -160,7 +164,7 @@ def train(
     args = VLJEPATrainingArguments(
         output_dir=str(options.out), max_steps=max(1, round(options.effort * stage.steps)),
         per_device_train_batch_size=stage.batch, pairs_per_clip=stage.pairs,
-        learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.05, max_grad_norm=1.0,
+        learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.2, max_grad_norm=1.0,
         x_encoder_trainable_layers=0 if cache else -1, feature_cache=cache and str(cache),
         y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100, save_strategy="no",
         seed=options.seed, use_cpu=True,
@@ -276,26 +280,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     start = time.process_time()
-    wordings_per_event = 2 if options.text_encoder else None  # each distinct text costs the sentence encoder 12 ms
+    wordings_per_event = 4 if options.text_encoder else None  # each distinct text costs the sentence encoder 12 ms
     first = SEED_STRIDE * options.seed
     drawn = [world.clip(index, size=SIZE) for index in range(first, first + options.clips)]
     clips = training_clips(drawn, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
-    rows = {
-        "images": still_images(drawn, (), seed=options.seed),
-        "attributes": still_images(drawn, ("shape_of", "colour_of"), seed=options.seed),
-        "scenes": still_images(drawn, OF_THE_END, seed=options.seed),
-        "captions": [replace(clip, pairs=tuple(pair for pair in clip.pairs if pair.query == QUERY)) for clip in clips],
-        "questions": clips,
-    }
-    pairs = [pair for clip in [*rows["scenes"], *clips] for pair in clip.pairs]
+    rows = {"images": still_images(drawn, seed=options.seed), **clips}
+    pairs = [pair for stage in rows.values() for clip in stage for pair in clip.pairs]
     tokenizer = train_tokenizer([{"prompt": pair.query or "", "completion": pair.target} for pair in pairs], 700)
     seconds, log = {"making clips": time.process_time() - start}, {}
     model, processor = build(tokenizer, options.text_encoder, seed=options.seed)
     for name, stage in STAGES.items():
-        before, is_video = time.process_time(), name in ("captions", "questions")
-        if is_video and model.config.num_frames == 1:
+        before = time.process_time()
+        if name == "captions":
             model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
-        cache = options.out / "features" if is_video else None
+        cache = None if name == "images" else options.out / "features"
         log[name] = train(model, processor, rows[name], stage, options, cache=cache)
         seconds[name] = time.process_time() - before
     trained = time.process_time()

@@ -144,6 +144,7 @@ def step_table(path: Path = STEP_COST) -> str:
 
 SHAPESTREAM: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
     ("kind of event, 13-way", "{:.3f}", lambda r: r["test"]["kind_accuracy"]),
+    ("the same, trained wordings", "{:.3f}", lambda r: r["trained_wordings"]["kind_accuracy"]),
     ("the same, unseen compositions", "{:.3f}", lambda r: r["compose"]["kind_accuracy"]),
     ("text to video, same event, R@1", "{:.3f}", lambda r: r["test"]["same_event_recall_at_1"]),
     ("questions, mean of 11 types", "{:.3f}", lambda r: r["test"]["questions_mean"]),

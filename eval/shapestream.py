@@ -59,9 +59,9 @@ class Stage(NamedTuple):
 # (presence, where, ...) stay at chance for ten.
 STAGES = {
     "images": Stage(300, 96, 1),  # what is there
-    "captions": Stage(700, 96, 1),  # from here on clips, and vision frozen
-    "attributes": Stage(250, 96, 2),  # captions, the shape of the red one, the colour of the star
-    "questions": Stage(350, 96, 3),  # all
+    "attributes": Stage(280, 96, 2),  # that, and the shape of the red one or the colour of the star
+    "scenes": Stage(150, 96, 2),  # that, and anything that can be asked about an image
+    "clips": Stage(750, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 WHITENED, SHRINKAGE = 64, 0.03  # of a frozen sentence encoder's targets
 SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
@@ -69,8 +69,8 @@ SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
 
 def training_clips(
     clips: Sequence[world.Clip], num_streams: int, *, wordings_per_event: int | None, seed: int
-) -> dict[str, list[Clip]]:
-    """Clips by stage, with captions and questions; and windows of training streams, with captions alone."""
+) -> list[Clip]:
+    """Clips with captions and questions; and windows of training streams, with captions alone."""
     rng = random.Random(seed)
 
     def captions(event: world.Event) -> tuple[Pair, ...]:
@@ -86,25 +86,18 @@ def training_clips(
         still = rng.sample([row for row in shown if row[1].kind == "idle"], len(moving) // 2)
         windows += [Clip(stream.frames[at : at + world.NUM_FRAMES], captions(event)) for at, event in moving + still]
 
-    found: dict[str, list[Clip]] = {"captions": [], "attributes": [], "questions": []}
+    found = []
     for clip in clips:
-        asked: dict[str, list[Pair]] = {"end": [], "attributes": [], "event": []}
-        for question in clip.questions:
-            pair = Pair(question.question, question.answer)
-            asked["end" if question.kind in OF_THE_END else "event"].append(pair)
-            if question.kind in ("shape_of", "colour_of"):
-                asked["attributes"].append(pair)
-        some = rng.sample(asked["end"], min(STILL_QUESTIONS, len(asked["end"])))
-        texts = captions(clip.event)
-        found["captions"].append(Clip(clip.frames, texts))
-        found["attributes"].append(Clip(clip.frames, (*texts, *asked["attributes"])))
-        found["questions"].append(Clip(clip.frames, (*texts, *asked["event"], *some)))
-    return {stage: rows + windows for stage, rows in found.items()}
+        of_the_end = [question for question in clip.questions if question.kind in OF_THE_END]
+        asked = [question for question in clip.questions if question.kind not in OF_THE_END]
+        asked += rng.sample(of_the_end, min(STILL_QUESTIONS, len(of_the_end)))
+        found.append(Clip(clip.frames, (*captions(clip.event), *(Pair(q.question, q.answer) for q in asked))))
+    return found + windows
 
 
-def still_images(clips: Sequence[world.Clip], *, seed: int) -> list[Clip]:
-    """The last frames of the clips, with what is there in any order: "a red star and a blue circle", and, where their
-    places are clear, "a red star at the top left and ..." """
+def still_images(clips: Sequence[world.Clip], kinds: Sequence[str], *, seed: int) -> list[Clip]:
+    """The last frames of the clips, with what is there in any order ("a red star and a blue circle", and, where their
+    places are clear, "a red star at the top left and ..."), and their questions of these kinds."""
     rng, found = random.Random(seed), []
     for clip in clips:
         places = {q.question: q.answer for q in clip.questions if q.kind == "where"}
@@ -115,7 +108,8 @@ def still_images(clips: Sequence[world.Clip], *, seed: int) -> list[Clip]:
                 place = places.get(f"where is the {colour} {shape} at the end?")
                 parts.append(f"a {colour} {shape} {place}" if placed and place else f"a {colour} {shape}")
             texts.append(" and ".join(parts))
-        found.append(Clip(clip.frames[-1:], tuple(Pair(STILL_QUERY, text) for text in texts)))
+        questions = [Pair(q.question, q.answer) for q in clip.questions if q.kind in kinds]
+        found.append(Clip(clip.frames[-1:], (*(Pair(STILL_QUERY, text) for text in texts), *questions)))
     return found
 
 
@@ -289,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--result", type=Path, help="JSON file for the figures (default: OUT/result.json)")
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
     parser.add_argument("--clips", type=int, default=8000)
-    parser.add_argument("--streams", type=int, default=40)
+    parser.add_argument("--streams", type=int, default=12)
     parser.add_argument("--effort", type=float, default=1.0, help="times the steps of each stage")
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -301,19 +295,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = SEED_STRIDE * options.seed
     drawn = [world.clip(index, size=SIZE) for index in range(first, first + options.clips)]
     clips = training_clips(drawn, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
-    rows = {"images": still_images(drawn, seed=options.seed), **clips}
+    rows = {
+        "images": still_images(drawn, (), seed=options.seed),
+        "attributes": still_images(drawn, ("shape_of", "colour_of"), seed=options.seed),
+        "scenes": still_images(drawn, OF_THE_END, seed=options.seed),
+        "clips": clips,
+    }
     pairs = [pair for stage in rows.values() for clip in stage for pair in clip.pairs]
     tokenizer = train_tokenizer([{"prompt": pair.query or "", "completion": pair.target} for pair in pairs], 700)
     seconds, log = {"making clips": time.process_time() - start}, {}
     model, processor = build(tokenizer, options.text_encoder, seed=options.seed)
     if options.text_encoder:
-        wordings = sorted({pair.target for clip in rows["captions"] for pair in clip.pairs})
+        wordings = sorted({pair.target for clip in clips for pair in clip.pairs if pair.query == QUERY})
         whiten_targets(model, processor, random.Random(options.seed).sample(wordings, min(3000, len(wordings))))
     for name, stage in STAGES.items():
         before = time.process_time()
-        if name == "captions":
+        if name == "clips":
             model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
-        cache = None if name == "images" else options.out / "features"
+        cache = options.out / "features" if name == "clips" else None
         log[name] = train(model, processor, rows[name], stage, options, cache=cache)
         seconds[name] = time.process_time() - before
     trained = time.process_time()

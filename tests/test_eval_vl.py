@@ -76,16 +76,16 @@ def test_candidates_are_compared_row_by_row():
 
 def test_training_sees_no_held_out_wording_and_the_right_one_is_among_the_kinds():
     originals = [world.clip(index, size=40) for index in range(30)]
-    stages = training_clips(originals, 1, wordings_per_event=None, seed=0)
+    clips = training_clips(originals, 1, wordings_per_event=None, seed=0)
     held_out = {text for clip in originals for text in world.captions(clip.event, wordings="held_out")}
-    targets = {pair.target for clips in stages.values() for clip in clips for pair in clip.pairs}
+    targets = {pair.target for clip in clips for pair in clip.pairs}
     assert targets and not targets & held_out
-    for clips in stages.values():
-        for clip, original in zip(clips, originals, strict=False):
-            assert clip.video is original.frames
-            answers = {(question.question, question.answer) for question in original.questions}
-            assert all(pair.query == QUERY or pair in answers for pair in clip.pairs)
-            assert [pair.target for pair in clip.pairs if pair.query == QUERY] == world.captions(original.event)
+    assert len(clips) > 40 and all(pair.query == QUERY for clip in clips[30:] for pair in clip.pairs)
+    for clip, original in zip(clips, originals, strict=False):
+        assert clip.video is original.frames and clip.pairs[0].query == QUERY  # the one that is always drawn
+        answers = {(question.question, question.answer) for question in original.questions}
+        assert all(pair.query == QUERY or pair in answers for pair in clip.pairs)
+        assert [pair.target for pair in clip.pairs if pair.query == QUERY] == world.captions(original.event)
     for index in range(20):
         clip = world.clip(index)
         prompts = kind_prompts(clip, "train", random.Random(index))
@@ -95,11 +95,13 @@ def test_training_sees_no_held_out_wording_and_the_right_one_is_among_the_kinds(
 
 def test_stills_say_what_is_there_and_where_it_is():
     originals, num_placed = [world.clip(index, size=40) for index in range(5)], 0
-    for index, clip in enumerate(still_images(originals, seed=0)):
+    for index, clip in enumerate(still_images(originals, ("shape_of",), seed=0)):
         original = originals[index]
         assert (clip.video == original.frames[-1:]).all()
         asked = [(q.question, q.answer) for q in original.questions if q.kind == "where"]
-        for pair in clip.pairs:
+        shapes = [(q.question, q.answer) for q in original.questions if q.kind == "shape_of"]
+        assert clip.pairs[3:] == tuple(shapes)
+        for pair in clip.pairs[:3]:
             said = [part.split(" at the ") for part in pair.target.split(" and ")]
             assert sorted(name for name, *_ in said) == sorted(f"a {c} {s}" for c, s in original.objects)
             for name, *place in said:

@@ -49,7 +49,9 @@ class ClipDataset(Dataset):
 
     Which ones depends on (seed, epoch, i) alone, so a resumed run draws what the uninterrupted one would have drawn.
     They have different queries: two captions of a clip under one query have one prediction and would be negatives of
-    each other. And each query is as likely as another, so that 24 wordings of a caption do not drown one question.
+    each other. And each query is as likely as another, so that 24 wordings of a caption do not drown one question; but
+    where several are drawn, the clip's first query, its caption as a rule, is one of them, so that 20 questions do not
+    drown the caption.
 
     features: the visual features [clips, N, D_x] where they are known already; then no video is read. A `FeatureCache`,
     or a tensor.
@@ -96,7 +98,9 @@ class ClipDataset(Dataset):
         targets: dict[str | None, list[str]] = {}
         for query, target in self.clips[index].pairs:
             targets.setdefault(query, []).append(target)
-        chosen = set(rng.sample(list(targets), min(self.pairs_per_clip, len(targets))))
+        first, *others = targets
+        always, others = ([first], others) if self.pairs_per_clip > 1 else ([], [first, *others])
+        chosen = {*always, *rng.sample(others, min(self.pairs_per_clip - len(always), len(others)))}
         return [Pair(query, rng.choice(targets[query])) for query in targets if query in chosen]
 
     def frames(self, index: int) -> Any:

@@ -315,6 +315,20 @@ def test_a_question_is_as_likely_as_all_captions_together(count, share):
         assert abs(found[f"wording {i}"] - each * draws) < 5 * math.sqrt(each * (1 - each) * draws)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_of_several_pairs_one_is_the_caption(count):
+    """A caption and four questions: alone it is one of five, beside others always there; these are equally likely."""
+    pairs = (Pair("what happens?", "a"), Pair("what happens?", "b"), *(Pair(f"q{i}", f"{i}") for i in range(4)))
+    dataset = ClipDataset([Clip(np.zeros((1, 4, 4, 3), np.uint8), pairs)], num_frames=2, pairs_per_clip=count)
+    found: Counter[str | None] = Counter()
+    for dataset.epoch in range(2000):
+        found.update(pair.query for pair in dataset.draw(0))
+    share = 1 / 5 if count == 1 else (count - 1) / 4
+    assert found["what happens?"] == 2000 if count > 1 else abs(found["what happens?"] - 400) < 90
+    for i in range(4):
+        assert abs(found[f"q{i}"] - 2000 * share) < 5 * math.sqrt(2000 * share * (1 - share))
+
+
 def test_a_draw_depends_on_seed_epoch_and_clip_alone():
     dataset = captions_and_a_question()
 

@@ -138,13 +138,9 @@ def build(
         y_pooling="mean",
     )
     if stills is not None:
-        with torch.no_grad():
-            model.vision_projection.weight.zero_()
-            model.vision_projection.weight[:, -model.config.visual_dim :] = stills.vision_projection.weight
-            model.vision_projection.bias.copy_(stills.vision_projection.bias)
-        model.grid_positions.load_state_dict(stills.grid_positions.state_dict())
-        model.target_projection.load_state_dict(stills.target_projection.state_dict())
-        model.output_projection.load_state_dict(stills.output_projection.state_dict())
+        inflated = torch.zeros_like(model.vision_projection.weight)
+        inflated[:, -model.config.visual_dim :] = stills.vision_projection.weight.detach()
+        model.load_state_dict({**stills.state_dict(), "vision_projection.weight": inflated})
     targets = AutoTokenizer.from_pretrained(text_encoder) if text_encoder else tokenizer
     return model, VLJEPAProcessor.from_parts(
         model.config, image_processor=plain_frames(SIZE), tokenizer=tokenizer, target_tokenizer=targets
@@ -163,8 +159,10 @@ def whiten_targets(model: VLJEPAModel, processor: VLJEPAProcessor, texts: Sequen
     variances, axes = torch.linalg.eigh((pooled - mean).T @ (pooled - mean) / len(pooled))  # ascending
     whitening = (axes[:, -WHITENED:] / (variances[-WHITENED:] + SHRINKAGE).sqrt()).T
     turned = torch.linalg.qr(torch.randn(DIM, WHITENED)).Q @ whitening
-    model.target_projection.weight.copy_(turned)
-    model.target_projection.bias.copy_(-turned @ mean)
+    projection = model.target_projection
+    assert isinstance(projection, torch.nn.Linear)
+    projection.weight.copy_(turned)
+    projection.bias.copy_(-turned @ mean)
 
 
 def train(
@@ -176,7 +174,7 @@ def train(
         output_dir=str(options.out), max_steps=max(1, round(options.effort * stage.steps)),
         per_device_train_batch_size=stage.batch, pairs_per_clip=stage.pairs,
         learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=30, weight_decay=0.2, max_grad_norm=1.0,
-        x_encoder_trainable_layers=0 if cache else -1, feature_cache=cache and str(cache),
+        x_encoder_trainable_layers=0 if cache else -1, feature_cache=str(cache) if cache else None,
         y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100, save_strategy="no",
         seed=options.seed, use_cpu=True,
     )  # fmt: skip

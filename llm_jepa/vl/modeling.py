@@ -83,7 +83,7 @@ class VLJEPAModel(PreTrainedModel):
         self.grid_positions: nn.Embedding | None = None
         if config.grid_positions:
             self.grid_positions = nn.Embedding(
-                math.prod(config.visual_grid) // math.prod(config.token_merge[1:]), hidden
+                math.prod(config.visual_grid or []) // math.prod(config.token_merge[1:]), hidden
             )
         self.output_projection = nn.Linear(hidden, config.shared_dim)
         y_dim = config.y_encoder_config.hidden_size

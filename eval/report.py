@@ -147,9 +147,9 @@ SHAPESTREAM: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
     ("the same, trained wordings", "{:.3f}", lambda r: r["trained_wordings"]["kind_accuracy"]),
     ("the same, unseen compositions", "{:.3f}", lambda r: r["compose"]["kind_accuracy"]),
     ("text to video, same event, R@1", "{:.3f}", lambda r: r["test"]["same_event_recall_at_1"]),
-    ("questions, mean of 11 types", "{:.3f}", lambda r: r["test"]["questions_mean"]),
+    ("questions, mean of 10 types", "{:.3f}", lambda r: r["test"]["questions_mean"]),
     ("of these: presence", "{:.3f}", lambda r: r["test"]["questions"]["presence"]),
-    ("of these: relation", "{:.3f}", lambda r: r["test"]["questions"]["relation"]),
+    ("of these: where", "{:.3f}", lambda r: r["test"]["questions"]["where"]),
     ("training, process seconds", "{:.0f}", lambda r: r["summary"]["process_seconds"]),
 )
 

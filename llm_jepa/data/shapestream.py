@@ -187,9 +187,7 @@ REACH = {shape: max(distances) for shape, distances in CORNER_DISTANCES.items()}
 YES_NO = ("yes", "no")
 COUNTS = ("one", "two", "three")
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
-RELATIONS = ("to the left", "to the right", "above", "below")
 OFF_CENTRE = 0.08  # a thing closer to a centre line is not asked for its place
-APART = 0.12  # two things closer than that, or half as far apart along the other axis, are not compared
 
 T = TypeVar("T")
 
@@ -213,10 +211,10 @@ class Event:
 class Question:
     """A question about a clip; `answer` is one of `candidates`, whose order does not depend on it.
 
-    Kinds: colour, shape and what (6, 4 and 10 candidates; of events with an actor only), who_first and touch (2; of
-    hit and pass). Of the scene at the end: count (3), and of each thing in it shape_of (4), colour_of (6; its shape is
-    the only one of its kind), presence (2; as often of an absent thing) and, where the answer is clear, where (4) and
-    its relation to another one (4).
+    Kinds: what (12 candidates; of events with an actor), colour and shape (6 and 4; with an actor only), who_first and
+    touch (2; of hit and pass). Of the scene at the end: count (3), and of each thing in it shape_of (4), colour_of (6;
+    its shape is the only one of its kind), presence (2; as often of an absent thing) and, where the answer is clear,
+    where (4).
     """
 
     kind: str
@@ -945,18 +943,15 @@ def _questions(rng: np.random.Generator, event: Event, scene: Scene) -> tuple[Qu
     """All that can be asked about the event and about the last scene. Chance picks the absent things alone."""
     present = _visible(scene)
     questions: list[Question] = []
+    if event.actor:
+        does = {k: PHRASES[k][0].format(A="it", B="another object") for k in KINDS if NUM_ROLES[k]}
+        asked = f"what does {_name(event.actor)} do?"
+        questions.append(Question("what", asked, does[event.kind], tuple(does.values())))
     if event.actor and not event.patient:
         colour, shape = event.actor
-        happens = {kind: PHRASES[kind][0].replace("{A}", "it") for kind in KINDS if NUM_ROLES[kind] == 1}
         questions += [
             Question("colour", "what colour is the object that changes?", colour, tuple(COLOURS)),
             Question("shape", "what shape is the object that changes?", shape, SHAPES),
-            Question(
-                "what",
-                f"what happens to {_name(event.actor)}?",
-                happens[event.kind],
-                tuple(happens.values()),
-            ),
         ]
     if event.actor and event.patient:
         first, second = sorted((_name(event.actor), _name(event.patient)))  # an order that does not tell the actor
@@ -979,12 +974,6 @@ def _questions(rng: np.random.Generator, event: Event, scene: Scene) -> tuple[Qu
         if min(abs(thing.x - 0.5), abs(thing.y - 0.5)) >= OFF_CENTRE:
             place = PLACES[2 * (thing.y > 0.5) + (thing.x > 0.5)]
             questions.append(Question("where", f"where is {name} at the end?", place, PLACES))
-        for other in present:
-            dx, dy = thing.x - other.x, thing.y - other.y
-            if max(abs(dx), abs(dy)) >= max(APART, 2 * min(abs(dx), abs(dy))):
-                side = RELATIONS[int(dx > 0) if abs(dx) > abs(dy) else 2 + int(dy > 0)]
-                asked = f"where is {name} at the end, seen from {_name(other.thing)}?"
-                questions.append(Question("relation", asked, side, RELATIONS))
     return tuple(dict.fromkeys(questions))  # an absent thing may have been asked for twice
 
 

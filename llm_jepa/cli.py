@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
             raise
-        print(f"llm-jepa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = str(error).rpartition("llm_jepa.errors.UserError: ")[2]  # a DataLoader worker puts its traceback before
+        print(f"llm-jepa: error: {' '.join(said.split())}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"llm-jepa: stopped: {error}", file=sys.stderr)

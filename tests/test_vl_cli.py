@@ -497,11 +497,13 @@ def test_bad_manifests_name_the_line(row, said, recipe, data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_clips_that_cannot_be_read_end_the_run_with_one_line(recipe, data, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_clips_that_cannot_be_read_end_the_run_with_one_line(workers, recipe, data, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "b.png").write_bytes((data / "1.png").read_bytes())
     write(tmp_path / "rows.jsonl", [{"image": f"{name}.png", "target": name} for name in "ab"])
-    expect_refusal(capsys, ["train", recipe(train_data=str(tmp_path / "rows.jsonl"))], "a.png")
+    path = recipe(train_data=str(tmp_path / "rows.jsonl"), dataloader_num_workers=workers)
+    expect_refusal(capsys, ["train", path], "a.png")
 
 
 def test_a_loss_that_is_not_finite_exits_with_3(recipe, capsys):

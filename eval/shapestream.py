@@ -63,7 +63,7 @@ STAGES = {
     "scenes": Stage(110, 96, 2),  # that, and anything that can be asked about an image
     "clips": Stage(
         950, 96, 2
-    ),  # captions, and a question of half of them; vision is frozen and its features are cached
+    ),  # captions, and questions of half of them; vision is frozen, its features cached
 }
 # Of a frozen sentence encoder's targets; chosen on trained phrases, of which one a kind was held out in turn.
 WHITENED, SHRINKAGE = 40, 0.03

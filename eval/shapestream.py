@@ -128,9 +128,9 @@ def still_images(
 def build(
     tokenizer: PreTrainedTokenizerBase, text_encoder: str | None, *, seed: int, stills: VLJEPAModel | None = None
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """A CNN for each frame, and two layers of predictor. A token is a block of 2 x 2 cells. `stills` is the model of the
-    image stage to go on from: in a clip the 16 frames of a block lie side by side in one token, and at first the last
-    one alone counts, so that the clip is answered as its last image was."""
+    """A CNN for each frame, and two layers of predictor. A token is a block of 2 x 2 cells. `stills` is the model of
+    the image stage to go on from: in a clip the 16 frames of a block lie side by side in one token, and at first the
+    last one alone counts, so that the clip is answered as its last image was."""
     set_seed(seed)
     small = {"hidden_size": DIM, "num_attention_heads": 4, "intermediate_size": 2 * DIM, "vocab_size": len(tokenizer)}
     small["initializer_range"] = DIM**-0.5  # the usual 0.02 is that of a width of 2,500

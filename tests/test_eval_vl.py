@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
 
+from eval import shapestream
 from eval.selective_decoding import Embedded, decodes_for, quality
-from eval.shapestream import QUERY, build, kind_prompts, nearest, still_images, training_clips
-from eval.vl_cost import coverage, pixels_of
+from eval.shapestream import QUERY, build, kind_prompts, nearest, separate_events, still_images, training_clips
+from eval.vl_cost import ideal_windows, share_right
 from llm_jepa.data import shapestream as world
 from llm_jepa.from_scratch import train_tokenizer
+from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.selective_decoding import segment_at, segment_uniform
 from llm_jepa.vl.y_decoder import MemoryProjection
 
@@ -46,26 +46,25 @@ def test_quality_is_that_of_the_decode_nearest_to_the_middle_of_an_event():
     embeddings = np.eye(3)[shown]
     stream = Embedded(world.Stream(np.zeros((1, 8, 8, 3), np.uint8), events, 8), times - 1, embeddings)
     segments = segment_at(embeddings, times, boundaries_s=[4.0, 6.0])
-    assert quality(stream, segments, memory) == (pytest.approx((1 + 2 / 3 + 0) / 3), pytest.approx(2 / 3))
+    assert quality(stream, segments, memory, of="embedding") == (
+        pytest.approx((1 + 2 / 3 + 0) / 3),
+        pytest.approx(2 / 3),
+    )
     one = segment_uniform(embeddings, times, num_segments=1)  # its mean is mostly rest, and so is what it says of all
-    assert quality(stream, one, memory) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert quality(stream, one, memory, of="embedding") == (pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
-def test_coverage_counts_events_with_the_middle_of_a_segment_in_them():
+def test_ideal_windows_are_right_at_the_true_boundaries_and_wrong_in_one_segment():
     stream = world.stream(0, split="test", seconds=60, size=32)
-    times = np.arange(1.0, 59.0, 0.5)
-    embeddings = np.zeros((len(times), 2))
+    times, windows, codes = ideal_windows(stream, np.random.default_rng(0))
+    rests = [code for code, event in zip(codes, stream.events, strict=True) if event.kind == "idle"]
+    assert len(rests) > 3 and all(np.array_equal(code, rests[0]) for code in rests)
+    inside = [i for i, t in enumerate(times) if stream.events[0].end_s - 1 > t]  # windows of the first rest alone
+    assert len(inside) > 3 and ((windows[inside] - codes[0]) ** 2).sum(axis=1) == pytest.approx(0.09, rel=0.8)
     boundaries = [event.end_s for event in stream.events[:-1] if times[0] < event.end_s < times[-1]]
-    assert coverage(stream, segment_at(embeddings, times, boundaries_s=boundaries)) > 0.8
-    assert coverage(stream, segment_uniform(embeddings, times, num_segments=1)) <= 0.2
-
-
-def test_pixel_features_are_means_and_spreads_of_the_grid():
-    frames = np.zeros((2, 16, 16, 3), np.uint8)
-    frames[1, :2, :2] = 255  # one cell turns white
-    features = pixels_of(frames)
-    assert features.shape == (384,) and np.count_nonzero(features) == 6
-    assert features[:3].tolist() == [0.5] * 3 and features[192:195].tolist() == [1.5] * 3  # 3 x the spread of 0 and 1
+    assert share_right(stream, segment_at(windows, times, boundaries_s=boundaries), codes) > 0.8
+    rest = sum(event.kind == "idle" for event in stream.events) / len(stream.events)
+    assert share_right(stream, segment_uniform(windows, times, num_segments=1), codes) == pytest.approx(rest)
 
 
 def test_candidates_are_compared_row_by_row():
@@ -88,9 +87,8 @@ def test_training_sees_no_held_out_wording_and_the_right_one_is_among_the_kinds(
         assert [pair.target for pair in clip.pairs if pair.query == QUERY] == world.captions(original.event)
     for index in range(20):
         clip = world.clip(index)
-        prompts = kind_prompts(clip, "train", random.Random(index))
-        right = prompts[world.KINDS.index(clip.event.kind)]
-        assert right in world.captions(clip.event) and len(prompts) == 13
+        prompts = kind_prompts(clip, "train")
+        assert prompts[world.KINDS.index(clip.event.kind)] == world.captions(clip.event) and len(prompts) == 13
 
 
 def test_stills_say_what_is_there_and_where_it_is():
@@ -126,3 +124,25 @@ def test_the_video_stage_starts_from_what_the_image_stages_learnt():
     torch.testing.assert_close(second.predicted, first.predicted)
     torch.testing.assert_close(second.target, first.target)
     assert (first.predicted[0] - first.predicted[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_wordings_of_an_event_come_together_and_events_apart(monkeypatch):
+    """Of a text encoder of random weights: each sentence is nearer to its own wordings than to any other event."""
+    monkeypatch.setattr(shapestream, "TEXT_STEPS", 100)
+    kinds = ("left", "right", "up", "grow", "spin")
+    wordings = [world.captions(world.Event(kind, 0, 1, ("red", "star")))[::3] for kind in kinds]
+    texts = [text for group in wordings for text in group]
+    tokenizer = train_tokenizer([{"prompt": text, "completion": text} for text in texts], 400)
+    model, processor = build(tokenizer, None, seed=0)
+
+    def wrong() -> int:
+        z = VLJEPA(model, processor).embed_texts(texts)
+        near = (z @ z.T).fill_diagonal_(-2).argmax(dim=1).tolist()
+        group = [i for i, texts_of in enumerate(wordings) for _ in texts_of]
+        return sum(group[i] != group[j] for i, j in enumerate(near))
+
+    before = wrong()
+    with torch.enable_grad():
+        separate_events(model, processor, wordings)
+    assert before > 5 and wrong() <= 1

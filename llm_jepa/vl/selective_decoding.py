@@ -51,6 +51,8 @@ class Segment:
 
     start_s, end_s: its edges, in the time of window centres. A stream starts and ends at a centre, not at an edge.
     embedding: [D] float32, the mean of its windows as given; it is *not* scaled to unit norm again.
+    core_embedding: [D] float32, the mean without the first and the last window, where it has three or more. These two
+        show the neighbouring scenes, too: of an event shorter than a window, half of what they show (ours).
     midpoint_embedding: [D] float32, that of the window nearest to the middle. Of a long segment `WardSegmenter`
         remembers every 2nd, 4th, ... window: there it may be off by 1/32 of the windows.
     num_windows: how many the mean is of.
@@ -59,6 +61,7 @@ class Segment:
     start_s: float
     end_s: float
     embedding: NDArray[np.float32]
+    core_embedding: NDArray[np.float32]
     midpoint_embedding: NDArray[np.float32]
     num_windows: int
 
@@ -204,6 +207,7 @@ class WardSegmenter:
         self._head_sum: NDArray[np.float64] | float = 0.0
         self._head_squares = 0.0
         self._head_end_s = math.nan
+        self._head_last: NDArray[np.float64] | float = 0.0
         self._kept: list[tuple[float, NDArray[np.float64]]] = []  # every `_keep_every`-th window of the head
         self._keep_every = 1
 
@@ -215,7 +219,7 @@ class WardSegmenter:
         self._num_head += 1
         self._head_sum = self._head_sum + z
         self._head_squares += float(z @ z)
-        self._head_end_s = time_s
+        self._head_end_s, self._head_last = time_s, z
 
     def _measure_noise(self, z: NDArray[np.float64]) -> None:
         if self._previous is not None:
@@ -268,8 +272,12 @@ class WardSegmenter:
         total = np.asarray(self._head_sum + sum(z for _, z in recent))
         num_windows = self._num_head + num_recent
         middle = (self._start_s + end_s) / 2
-        _, nearest = min(self._kept + recent, key=lambda window: abs(window[0] - middle))
-        return Segment(self._start_s, end_s, _frozen(total / num_windows), _frozen(nearest), num_windows)
+        windows = self._kept + recent  # the first of all is always kept
+        _, nearest = min(windows, key=lambda window: abs(window[0] - middle))
+        mean = core = total / num_windows
+        if num_windows > 2:
+            core = (total - windows[0][1] - (recent[-1][1] if recent else self._head_last)) / (num_windows - 2)
+        return Segment(self._start_s, end_s, _frozen(mean), _frozen(core), _frozen(nearest), num_windows)
 
 
 def segment_offline(embeddings: ArrayLike, times_s: ArrayLike, *, num_segments: int) -> list[Segment]:
@@ -396,8 +404,8 @@ class SelectiveDecoder:
     """Windows in, captions out: every window is embedded, and text is decoded only for scenes.
 
     A scene gets a provisional caption of its mean so far once it has lasted `provisional_after_s`, and a final one of
-    its whole mean when it closes. Where the two means have a cosine of `reuse_cosine` or more the text of the first is
-    said again, without a decode; so a scene costs one or two decodes, and a still one costs one.
+    its core when it closes (the paper: of its mean or midpoint). Where mean and core have a cosine of `reuse_cosine` or
+    more the text of the first is said again, without a decode; so a scene costs one or two decodes, a still one one.
 
     Args:
         embed: window -> [D]. Anything may be a window.
@@ -446,7 +454,7 @@ class SelectiveDecoder:
             and running is not None
             and running.end_s - running.start_s >= self._provisional_after_s
         ):
-            text, score = self._text(running)
+            text, score = self._text(running.embedding)
             self._said = running.embedding, text, score
             captions.append(Caption(running.start_s, running.end_s, self._now_s, text, score, final=False))
         return captions
@@ -458,14 +466,14 @@ class SelectiveDecoder:
 
     def _final(self, segment: Segment) -> Caption:
         said, self._said = self._said, None
-        if said is not None and _cosine(said[0], segment.embedding) >= self._reuse_cosine:
+        if said is not None and _cosine(said[0], segment.core_embedding) >= self._reuse_cosine:
             _, text, score = said
         else:
-            text, score = self._text(segment)
+            text, score = self._text(segment.core_embedding)
         return Caption(segment.start_s, segment.end_s, self._now_s, text, score, final=True)
 
-    def _text(self, segment: Segment) -> tuple[str, float | None]:
-        answer = self._decode(segment.embedding)
+    def _text(self, embedding: NDArray[np.float32]) -> tuple[str, float | None]:
+        answer = self._decode(embedding)
         self.num_decodes += 1
         return (answer, None) if isinstance(answer, str) else answer
 
@@ -500,8 +508,10 @@ def _split(x: NDArray[np.float64], times: NDArray[np.float64], cuts: Sequence[in
         start_s = float(times[0] if first == 0 else (times[first - 1] + times[first]) / 2)
         end_s = float(times[-1] if end == len(x) else (times[end - 1] + times[end]) / 2)
         nearest = first + int(np.abs(times[first:end] - (start_s + end_s) / 2).argmin())
-        mean = x[first:end].mean(axis=0)
-        segments.append(Segment(start_s, end_s, _frozen(mean), _frozen(x[nearest]), end - first))
+        within = x[first:end]
+        core = within[1:-1] if end - first > 2 else within
+        means = _frozen(within.mean(axis=0)), _frozen(core.mean(axis=0))
+        segments.append(Segment(start_s, end_s, *means, _frozen(x[nearest]), end - first))
     return segments
 
 

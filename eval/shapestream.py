@@ -60,10 +60,10 @@ class Stage(NamedTuple):
 # In this order each is learnt in a minute or two; all at once, the questions that need a thing to be found by its name
 # (presence, where, ...) stay at chance for ten.
 STAGES = {
-    "images": Stage(260, 96, 1),  # what is there
-    "attributes": Stage(240, 96, 2),  # that, and the shape of the red one or the colour of the star
-    "scenes": Stage(110, 96, 2),  # that, and anything that can be asked about an image
-    "clips": Stage(800, 96, 2),  # captions, and a question; vision is frozen and its features are cached
+    "images": Stage(280, 96, 1),  # what is there
+    "attributes": Stage(260, 96, 2),  # that, and the shape of the red one or the colour of the star
+    "scenes": Stage(130, 96, 2),  # that, and anything that can be asked about an image
+    "clips": Stage(760, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 # Of `separate_events`; chosen on trained phrases, of which one a kind was held out in turn.
 TEXT_STEPS, TEXT_BATCH, TEXT_TEMPERATURE = 1000, 256, 0.1
@@ -128,14 +128,14 @@ def still_images(
 def build(
     tokenizer: PreTrainedTokenizerBase, text_encoder: str | None, *, seed: int, stills: VLJEPAModel | None = None
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """A CNN for each frame, and two layers of predictor. A token is a block of 2 x 2 cells. `stills` is the model of
-    the image stage to go on from: in a clip the 16 frames of a block lie side by side in one token, and at first the
-    last one alone counts, so that the clip is answered as its last image was."""
+    """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stage to go on from: its
+    cells are single tokens; in a clip the 16 frames of a cell lie side by side in one, and at first the last one alone
+    counts, so that the clip is answered as its last image was."""
     set_seed(seed)
     small = {"hidden_size": DIM, "num_attention_heads": 4, "intermediate_size": 2 * DIM, "vocab_size": len(tokenizer)}
     small["initializer_range"] = DIM**-0.5  # the usual 0.02 is that of a width of 2,500
     scratch = BertConfig(num_hidden_layers=1, hidden_dropout_prob=0.0, **small)
-    cnn = ResNetConfig(embedding_size=24, hidden_sizes=[32], depths=[2], layer_type="basic")  # a cell is 4 pixels wide
+    cnn = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
     num_frames = world.NUM_FRAMES if stills else 1
     model = VLJEPAModel.from_parts(
         x_encoder=stills.x_encoder if stills else cnn,
@@ -143,7 +143,7 @@ def build(
         y_encoder=stills.y_encoder if stills else text_encoder or scratch,
         shared_dim=DIM,
         frame_size=SIZE,
-        token_merge=[num_frames, 2, 2],
+        token_merge=[num_frames, 1, 1],
         grid_positions=True,
         num_frames=num_frames,
         default_query=QUERY if stills else STILL_QUERY,
@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--result", type=Path, help="JSON file for the figures (default: OUT/result.json)")
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
     parser.add_argument("--clips", type=int, default=9000)
-    parser.add_argument("--streams", type=int, default=12)
+    parser.add_argument("--streams", type=int, default=6)
     parser.add_argument("--effort", type=float, default=1.0, help="times the steps of each stage")
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -144,6 +144,7 @@ def step_table(path: Path = STEP_COST) -> str:
 
 SHAPESTREAM: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
     ("kind of event, 13-way", "{:.3f}", lambda r: r["test"]["kind_accuracy"]),
+    ("the same, by one wording of a kind", "{:.3f}", lambda r: r["test"]["kind_accuracy_one_wording"]),
     ("the same, trained wordings", "{:.3f}", lambda r: r["trained_wordings"]["kind_accuracy"]),
     ("the same, unseen compositions", "{:.3f}", lambda r: r["compose"]["kind_accuracy"]),
     ("text to video, same event, R@1", "{:.3f}", lambda r: r["test"]["same_event_recall_at_1"]),
@@ -183,7 +184,8 @@ def vl_tables(folder: Path = VL) -> str:
         "",
         f"Mean ± sd over {len(runs[shown[0]])} seeds, {one['test']['num_clips']} clips a split, "
         f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
-        f"{', '.join(commits)}. Every question type and kind: `eval/results/vl/`.",
+        f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. Every question type and "
+        "kind: `eval/results/vl/`.",
         "",
         f"- **Selective decoding**, {decoding['settings']['streams']} sparse streams of {sparse['seconds']:.0f} s: "
         f"online {chosen['decodes']:.1f} decodes for a slot accuracy of {chosen['slot_accuracy']:.3f}; uniform needs "

@@ -63,13 +63,13 @@ STAGES = {
     "images": Stage(280, 96, 1),  # what is there
     "attributes": Stage(260, 96, 2),  # that, and the shape of the red one or the colour of the star
     "scenes": Stage(130, 96, 2),  # that, and anything that can be asked about an image
-    "clips": Stage(760, 96, 2),  # captions, and a question; vision is frozen and its features are cached
+    "clips": Stage(920, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 # Of `separate_events`; chosen on trained phrases, of which one a kind was held out in turn.
 TEXT_STEPS, TEXT_BATCH, TEXT_TEMPERATURE = 1000, 256, 0.1
 SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
-# Two things that meet are one of 552 pairs, and rest must be told from the least change: these are drawn more often.
-KINDS_DRAWN = (*world.KINDS, "hit", "pass", "pass", "idle")
+# Two things that meet are one of 552 pairs, and rest must be told from a spin: these are drawn more often.
+KINDS_DRAWN = (*world.KINDS, "spin", "hit", "pass", "pass", "idle")
 
 
 def training_clips(
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--result", type=Path, help="JSON file for the figures (default: OUT/result.json)")
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
-    parser.add_argument("--clips", type=int, default=9000)
+    parser.add_argument("--clips", type=int, default=9500)
     parser.add_argument("--streams", type=int, default=6)
     parser.add_argument("--effort", type=float, default=1.0, help="times the steps of each stage")
     parser.add_argument("--test-clips", type=int, default=1000)

@@ -66,6 +66,7 @@ STAGES = {
     "clips": Stage(920, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 # Of `separate_events`; chosen on trained phrases, of which one a kind was held out in turn.
+WHITENED, SHRINKAGE = 64, 0.03
 TEXT_STEPS, TEXT_BATCH, TEXT_TEMPERATURE = 1000, 256, 0.1
 SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
 # Two things that meet are one of 552 pairs, and rest must be told from a spin: these are drawn more often.
@@ -163,18 +164,27 @@ def separate_events(model: VLJEPAModel, processor: VLJEPAProcessor, wordings: Se
     """Teach the target projection, on text alone, that the wordings of an event mean the same and others do not.
 
     In a sentence encoder's space "moves left" and "moves right" are neighbours. The predictions of a small model are
-    too coarse to spread them by themselves, and what does not tell them apart cannot learn to.
+    too coarse to spread them by themselves, and what does not tell them apart cannot learn to. It starts from the
+    whitening of the WHITENED largest axes, shrunk: from a random start, axes that only trained wordings have serve too.
     """
+    projection = model.target_projection
+    assert isinstance(projection, torch.nn.Linear)
     texts = sorted({text for group in wordings for text in group}, key=len)
     with torch.no_grad():
         pooled = torch.cat([model.pool_text(**processor(target=texts[i : i + 128])) for i in range(0, len(texts), 128)])
+        mean = pooled.mean(dim=0)
+        variances, axes = torch.linalg.eigh((pooled - mean).T @ (pooled - mean) / len(pooled))  # ascending
+        whitening = (axes[:, -WHITENED:] / (variances[-WHITENED:] + SHRINKAGE).sqrt()).T
+        turned = torch.linalg.qr(torch.randn(model.config.shared_dim, len(whitening))).Q @ whitening
+        projection.weight.copy_(turned)
+        projection.bias.copy_(-turned @ mean)
     row_of = {text: row for row, text in enumerate(texts)}
-    optimizer = torch.optim.AdamW(model.target_projection.parameters(), lr=2e-3, weight_decay=0.2)
+    optimizer = torch.optim.AdamW(projection.parameters(), lr=2e-3, weight_decay=0.2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TEXT_STEPS)
     rng = random.Random(0)
     for _ in range(TEXT_STEPS):
         said = [rng.sample(group, 2) for group in rng.sample(wordings, min(TEXT_BATCH, len(wordings)))]
-        one, other = (model.target_projection(pooled[[row_of[pair[side]] for pair in said]]) for side in (0, 1))
+        one, other = (projection(pooled[[row_of[pair[side]] for pair in said]]) for side in (0, 1))
         loss = compare_pairs(
             one, other, torch.arange(len(said)), objective="info_nce", temperature=TEXT_TEMPERATURE
         ).mean()

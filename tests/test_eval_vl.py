@@ -129,7 +129,7 @@ def test_the_video_stage_starts_from_what_the_image_stages_learnt():
 @torch.no_grad()
 def test_wordings_of_an_event_come_together_and_events_apart(monkeypatch):
     """Of a text encoder of random weights: each sentence is nearer to its own wordings than to any other event."""
-    monkeypatch.setattr(shapestream, "TEXT_STEPS", 100)
+    monkeypatch.setattr(shapestream, "TEXT_STEPS", 300)
     kinds = ("left", "right", "up", "grow", "spin")
     wordings = [world.captions(world.Event(kind, 0, 1, ("red", "star")))[::3] for kind in kinds]
     texts = [text for group in wordings for text in group]

@@ -77,54 +77,80 @@ THINGS: tuple[Thing, ...] = tuple((colour, shape) for colour in COLOURS for shap
 PHRASES: dict[str, tuple[str, ...]] = {
     "left": (
         "{A} moves left", "{A} slides to the left", "{A} goes toward the left side", "{A} drifts leftward",
+        "{A} shifts left", "{A} glides leftward",
+        "{A} is moving to the left", "{A} runs left",
         "{A} heads left", "{A} travels to the left",
     ),
     "right": (
         "{A} moves right", "{A} slides to the right", "{A} goes toward the right side", "{A} drifts rightward",
+        "{A} shifts right", "{A} glides rightward",
+        "{A} is moving to the right", "{A} runs right",
         "{A} heads right", "{A} travels to the right",
     ),
     "up": (
         "{A} moves up", "{A} slides upward", "{A} goes toward the top", "{A} rises",
+        "{A} shifts up", "{A} glides upward",
+        "{A} is moving up", "{A} ascends",
         "{A} heads upward", "{A} climbs to a higher place",
     ),
     "down": (
         "{A} moves down", "{A} slides downward", "{A} goes toward the bottom", "{A} sinks",
+        "{A} shifts down", "{A} glides downward",
+        "{A} is moving down", "{A} descends",
         "{A} heads downward", "{A} drops to a lower place",
     ),
     "grow": (
         "{A} grows", "{A} gets bigger", "{A} becomes larger", "{A} expands",
+        "{A} enlarges", "{A} inflates",
+        "{A} is growing", "{A} gets large",
         "{A} increases in size", "{A} swells",
     ),
     "shrink": (
         "{A} shrinks", "{A} gets smaller", "{A} dwindles", "{A} contracts",
+        "{A} diminishes", "{A} deflates",
+        "{A} is shrinking", "{A} gets small",
         "{A} decreases in size", "{A} becomes smaller",
     ),
     "appear": (
         "{A} appears", "{A} shows up", "{A} comes into view", "{A} fades in",
+        "{A} pops up", "{A} emerges",
+        "{A} can be seen all of a sudden", "{A} arrives",
         "{A} becomes visible", "{A} enters the scene",
     ),
     "vanish": (
         "{A} vanishes", "{A} disappears", "{A} goes out of view", "{A} fades away",
+        "{A} goes away", "{A} dissolves",
+        "{A} can no longer be seen", "{A} departs",
         "{A} becomes invisible", "{A} leaves the scene",
     ),
     "spin": (
         "{A} spins", "{A} rotates", "{A} twirls", "{A} is rotating",
+        "{A} whirls", "{A} pivots",
+        "{A} is spinning", "{A} swivels",
         "{A} revolves on the spot", "{A} turns around in place",
     ),
     "flash": (
         "{A} flashes", "{A} blinks", "{A} flickers on and off", "{A} is blinking",
+        "{A} twinkles", "{A} strobes",
+        "{A} is flashing", "{A} flickers",
         "{A} keeps flashing", "{A} goes off and on again and again",
     ),
     "hit": (
         "{A} hits {B}", "{A} bumps into {B}", "{A} pushes {B} away", "{B} is hit by {A}",
+        "{A} strikes {B}", "{A} crashes into {B}",
+        "{B} is struck by {A}", "{A} knocks into {B}",
         "{A} collides with {B}", "{B} is knocked away by {A}",
     ),
     "pass": (
         "{A} passes {B}", "{A} moves past {B}", "{B} is overtaken by {A}", "{B} is passed by {A}",
+        "{A} overtakes {B}", "{A} travels past {B}",
+        "{A} is passing {B}", "{A} glides past {B}",
         "{A} slides past {B} without touching it", "{A} goes by {B}",
     ),
     "idle": (
         "nothing moves", "everything stays still", "the scene does not change", "all objects are at rest",
+        "there is no motion", "the picture is frozen",
+        "not a thing changes", "everything is still",
         "nothing happens", "no object is moving",
     ),
 }

@@ -63,7 +63,7 @@ STAGES = {
     "images": Stage(280, 96, 1),  # what is there
     "attributes": Stage(260, 96, 2),  # that, and the shape of the red one or the colour of the star
     "scenes": Stage(130, 96, 2),  # that, and anything that can be asked about an image
-    "clips": Stage(920, 96, 2),  # captions, and a question; vision is frozen and its features are cached
+    "clips": Stage(840, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 # Of `separate_events`; chosen on trained phrases, of which one a kind was held out in turn.
 WHITENED, SHRINKAGE = 64, 0.03
@@ -110,12 +110,12 @@ def still_images(
 ) -> list[Clip]:
     """The last frames of the clips, with what is there in any order ("a red star and a blue circle", and, where their
     places are clear, "a red star at the top left and ..."), and their questions of these kinds. few_texts: in one
-    order, and every fourth image with places alone."""
+    order, and every eighth image with places alone."""
     rng, found = random.Random(seed), []
     for index, clip in enumerate(clips):
         places = {q.question: q.answer for q in clip.questions if q.kind == "where"}
         texts = []
-        for placed in (index % 4 == 0,) if few_texts else (False, True, True):
+        for placed in (index % 8 == 0,) if few_texts else (False, True, True):
             parts = []
             for colour, shape in clip.objects if few_texts else rng.sample(clip.objects, len(clip.objects)):
                 place = places.get(f"where is the {colour} {shape} at the end?")
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     start = time.process_time()
-    wordings_per_event = 6 if options.text_encoder else None  # each distinct text costs the sentence encoder 4 ms
+    wordings_per_event = 4 if options.text_encoder else None  # each distinct text costs the sentence encoder 4 ms
     first = SEED_STRIDE * options.seed
     kinds = [KINDS_DRAWN[index % len(KINDS_DRAWN)] for index in range(options.clips)]
     drawn = [world.clip(first + index, kind=kind, size=SIZE) for index, kind in enumerate(kinds)]

@@ -60,10 +60,10 @@ class Stage(NamedTuple):
 # In this order each is learnt in a minute or two; all at once, the questions that need a thing to be found by its name
 # (presence, where, ...) stay at chance for ten.
 STAGES = {
-    "images": Stage(280, 96, 1),  # what is there
-    "attributes": Stage(260, 96, 2),  # that, and the shape of the red one or the colour of the star
-    "scenes": Stage(130, 96, 2),  # that, and anything that can be asked about an image
-    "clips": Stage(840, 96, 2),  # captions, and a question; vision is frozen and its features are cached
+    "images": Stage(300, 96, 1),  # what is there
+    "attributes": Stage(300, 96, 2),  # that, and the shape of the red one or the colour of the star
+    "scenes": Stage(170, 96, 2),  # that, and anything that can be asked about an image
+    "clips": Stage(760, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 # Of `separate_events`; chosen on trained phrases, of which one a kind was held out in turn.
 WHITENED, SHRINKAGE = 64, 0.03

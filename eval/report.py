@@ -175,14 +175,14 @@ def vl_tables(folder: Path = VL) -> str:
     chosen, oracle, late = sparse["online"], sparse["curves"]["oracle"][0], sparse["latency"]
     uniform, at_most = sparse["uniform_decodes_at_equal_quality"], sparse["curves"]["uniform"][-1]
     equal = f"{uniform:.0f}" if uniform else f"more than {at_most['decodes']:.0f} (it never gets there)"
-    r1, r5 = ([100 * fold[f"text_to_image_recall_at_{k}"] for fold in photos["folds"]] for k in (1, 5))
+    r1, r5 = ([100 * recall for recall in photos["folds"][f"text_to_image_recall_at_{k}"]] for k in (1, 5))
     c = photos["cider"]
     small, *large = cost["training"]
     stream = cost["streaming"]
     commits = sorted({r["environment"]["commit"][:7] for arm in shown for r in runs[arm]})
     lines += [
         "",
-        f"Mean ± sd over {len(runs[shown[0]])} seeds, {one['test']['num_clips']} clips a split, "
+        f"{_seeds(runs[shown[0]])}, {one['test']['num_clips']} clips a split, "
         f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
         f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. Every question type and "
         "kind: `eval/results/vl/`.",
@@ -194,7 +194,7 @@ def vl_tables(folder: Path = VL) -> str:
         f"a right caption {late['seconds_to_right_caption_median']:.1f} s after the start of an event in the median, "
         f"{100 * late['share_with_a_right_caption']:.0f} % of events get one within 6 s. Dense streams, the control: "
         f"{dense['uniform_over_online']:.2f} times.",
-        f"- **Photos** ({len(photos['folds'])} folds of 118 COCO photos, MobileNetV2 and MiniLM frozen): text to "
+        f"- **Photos** ({len(r1)} folds of 118 COCO photos, MobileNetV2 and MiniLM frozen): text to "
         f"image R@1 {statistics.mean(r1):.1f} ± {statistics.stdev(r1):.1f} %, R@5 {statistics.mean(r5):.1f} ± "
         f"{statistics.stdev(r5):.1f} % (chance {100 * photos['chance_recall_at_1']:.1f} and five times that). CIDEr-D "
         f"of the y_decoder {c['projected on the memory']:.2f} from the projected embedding, {c['as predicted']:.2f} "
@@ -212,6 +212,10 @@ def vl_tables(folder: Path = VL) -> str:
         f"instead of {100 * stream['decoder_share_every_window']:.0f} %.",
     ]
     return "\n".join(lines)
+
+
+def _seeds(runs: Sequence[dict[str, Any]]) -> str:
+    return f"Mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "One seed, so no spread"
 
 
 def _mean_and_spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:

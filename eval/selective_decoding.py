@@ -10,9 +10,9 @@ Windows of two seconds, one every half second, are embedded with one query. Then
     oracle      the true boundaries
 
 decode the core of each segment: the mean without its first and last window (`mean_curves` has the plain mean, as in the
-paper). The text is the nearest caption of the grammar in trained wordings. Each event, rests
-included, is compared with the decode nearest in time to its middle: the share of its slots (kind, actor, patient) that
-are right. Sensitivities are those of `SENSITIVITIES`, N those of `COUNTS`; 1.0 is the default and the one quoted.
+paper). The text is the nearest caption of the grammar in trained wordings. Each event, rests included, is compared with
+the decode nearest in time to its middle: the share of its slots (kind, actor, patient) that are right. Sensitivities
+are those of `SENSITIVITIES`, N those of `COUNTS`; 1.0 is the default and the one quoted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Embedded(NamedTuple):
 
     @property
     def boundaries_s(self) -> list[float]:
-        """Ends of events, but for what no window's middle shows: the end of the stream."""
+        """Of the events; without those in the last second, which no window has for its middle."""
         return [event.end_s for event in self.stream.events[:-1] if event.end_s < self.times_s[-1]]
 
 
@@ -102,9 +102,9 @@ def quality(stream: Embedded, segments: Sequence[Segment], memory: MemoryProject
     return float(np.mean(slots)), float(np.mean(kinds))
 
 
-def online(stream: Embedded, sensitivity: float) -> list[Segment]:
+def online(embeddings: np.ndarray, times_s: np.ndarray, sensitivity: float = 1.0) -> list[Segment]:
     segmenter = WardSegmenter(sensitivity=sensitivity)
-    pushed = [segmenter.push(z, t) for z, t in zip(stream.embeddings, stream.times_s, strict=True)]
+    pushed = [segmenter.push(z, float(t)) for z, t in zip(embeddings, times_s, strict=True)]
     return [segment for segment in [*pushed, segmenter.flush()] if segment is not None]
 
 
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         streams = [embedded(model, seed, gap, options.seconds) for seed in seeds]
         counts = [count for count in COUNTS if count <= min(len(stream.starts_s) for stream in streams)]
         ways: dict[str, tuple[Any, Any]] = {
-            "online": (online, SENSITIVITIES),
+            "online": (lambda s, sensitivity: online(s.embeddings, s.times_s, sensitivity), SENSITIVITIES),
             "offline": (lambda s, n: segment_offline(s.embeddings, s.times_s, num_segments=n), counts),
             "uniform": (lambda s, n: segment_uniform(s.embeddings, s.times_s, num_segments=n), counts),
             "oracle": (lambda s, _: segment_at(s.embeddings, s.times_s, boundaries_s=s.boundaries_s), [0]),

@@ -1,12 +1,12 @@
-"""A VL-JEPA from scratch on ShapeStream, in under ten minutes of one CPU core: what it learns, measured.
+"""A VL-JEPA from scratch on ShapeStream, in about ten minutes of one CPU core: what it learns, measured.
 
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder
 
-In stages, as the paper has them, see `STAGES`: images, then clips, captions first. Vision is learnt from images alone;
-the clips' features are computed once and cached. Vision and predictor always start from
-random weights. With a pretrained text encoder the captions asked at test time are wordings that training never had;
-from scratch they cannot be known, and trained wordings are asked.
+In stages, as the paper has them, see `STAGES`: images, then clips. Vision is learnt from images alone, and the clips'
+features are computed once and cached. Vision and predictor always start from random weights. With a pretrained text
+encoder a stage of text alone comes first (`separate_events`), and the captions asked at test time are wordings that
+training never had; from scratch they cannot be known, and trained wordings are asked.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def training_clips(
     rng = random.Random(seed)
 
     @functools.cache
-    def wordings(*meaning: Any) -> tuple[Pair, ...]:
-        texts = world.captions(world.Event(meaning[0], 0.0, 1.0, *meaning[1:]))
+    def wordings(kind: str, actor: world.Thing | None, patient: world.Thing | None) -> tuple[Pair, ...]:
+        texts = world.captions(world.Event(kind, 0.0, 1.0, actor, patient))
         texts = texts if wordings_per_event is None else rng.sample(texts, min(wordings_per_event, len(texts)))
         return tuple(Pair(QUERY, text) for text in texts)
 

@@ -1,7 +1,7 @@
 """What VL-JEPA costs: training with and without cached visual features, and a stream with and without decoding it all.
 
     python -m eval.vl_cost --quick            # under 45 s on two cores
-    python -m eval.vl_cost --out FILE         # also at the paper's layer shapes; half an hour
+    python -m eval.vl_cost --out FILE         # also at the paper's layer shapes; five minutes
 
 `cached_over_plain`: samples per second of a training loop that reads its visual features, over those of the same loop
 that runs the frozen encoder in every step. The ratio is a matter of shapes: it is quoted with them.
@@ -39,10 +39,11 @@ from llm_jepa.checkpoint import write_json
 from llm_jepa.comparison import compare_pairs
 from llm_jepa.data import shapestream as world
 from llm_jepa.vl.modeling import VLJEPAModel
-from llm_jepa.vl.selective_decoding import Segment, WardSegmenter, segment_uniform
+from llm_jepa.vl.selective_decoding import Segment, segment_uniform
 from llm_jepa.vl.y_decoder import PrefixDecoder, PrefixDecoderConfig
 
 from .provenance import environment
+from .selective_decoding import online
 
 QUERY_TOKENS, TARGET_TOKENS = 8, 16
 NOISE, DIM = 0.3, 64  # of the windows of `streaming`
@@ -167,9 +168,7 @@ def streaming(num_streams: int) -> dict[str, Any]:
     windows = min(len(times) for _, times, _, _ in drawn)
     right, decodes = [], []
     for stream, times, embeddings, codes in drawn:
-        segmenter = WardSegmenter()
-        pushed = [segmenter.push(z, t) for z, t in zip(embeddings, times, strict=True)]
-        segments = [segment for segment in [*pushed, segmenter.flush()] if segment is not None]
+        segments = online(embeddings, times)
         right.append(share_right(stream, segments, codes))
         decodes.append(len(segments))
     selective, every = statistics.mean(decodes), windows

@@ -107,6 +107,11 @@ def test_stills_say_what_is_there_and_where_it_is():
                 assert not place or (where, f"at the {place[0]}") in asked
                 num_placed += len(place)
     assert num_placed > 10
+    few = still_images(originals, (), seed=0, few_texts=True)
+    assert [len(clip.pairs) for clip in few] == [1] * 5
+    assert [" at the " in clip.pairs[0].target for clip in few] == [True] + [False] * 4
+    for clip, original in zip(few[1:], originals[1:], strict=True):
+        assert clip.pairs[0].target == " and ".join(f"a {c} {s}" for c, s in original.objects)
 
 
 @torch.no_grad()

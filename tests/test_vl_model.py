@@ -109,7 +109,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -155,12 +155,12 @@ def test_prediction_and_gradients_equal_a_decoder_with_a_mask_that_shows_all(
     (expected * weight).sum().backward()
 
     assert predicted.std() > 0.1, "flat predictions would agree with anything"
-    close(predicted, expected)
-    close(features.grad, visual.grad)
-    close(model.vision_projection.weight.grad, project.weight.grad)
-    close(model.output_projection.weight.grad, out.weight.grad)
+    assert_close(predicted, expected)
+    assert_close(features.grad, visual.grad)
+    assert_close(model.vision_projection.weight.grad, project.weight.grad)
+    assert_close(model.output_projection.weight.grad, out.weight.grad)
     for name, parameter in llama.named_parameters():
-        close(model.predictor.get_parameter(name).grad, parameter.grad)
+        assert_close(model.predictor.get_parameter(name).grad, parameter.grad)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["unpadded", "padded"])
@@ -179,21 +179,21 @@ def test_padding_changes_nothing(y_encoder: PreTrainedConfig, attention: str, le
         visual_features=features,
         **{name: F.pad(value, (0, 3), value=7 if name.endswith("ids") else 0) for name, value in batch.items()},
     )
-    close(padded.predicted, plain.predicted, tolerance)
-    close(padded.target, plain.target, tolerance)
+    assert_close(padded.predicted, plain.predicted, tolerance)
+    assert_close(padded.target, plain.target, tolerance)
     for row, length in enumerate(lengths):
         alone = model(visual_features=features[[row]], query_ids=ids[[row], :length], target_ids=ids[[row], :length])
-        close(alone.predicted[0], plain.predicted[row], tolerance)
-        close(alone.target[0], plain.target[row], tolerance)
+        assert_close(alone.predicted[0], plain.predicted[row], tolerance)
+        assert_close(alone.target[0], plain.target[row], tolerance)
 
 
 @torch.no_grad()
 def test_a_mask_left_out_means_no_padding_and_a_query_left_out_no_tokens(model: VLJEPAModel) -> None:
     features, (ids, mask) = random(2, 8, VISUAL), texts(3, 3)
-    close(model.predict(features, ids), model.predict(features, ids, mask))
+    assert_close(model.predict(features, ids), model.predict(features, ids, mask))
     nothing = model.predict(features)
-    close(model.predict(features, ids[:, :0], mask[:, :0]), nothing)
-    close(model.predict(features, ids, torch.zeros_like(mask)), nothing)
+    assert_close(model.predict(features, ids[:, :0], mask[:, :0]), nothing)
+    assert_close(model.predict(features, ids, torch.zeros_like(mask)), nothing)
     assert (model.predict(features, ids) - nothing).abs().max() > 1e-3
 
 
@@ -206,7 +206,7 @@ def test_the_mean_is_over_visual_and_real_query_tokens(model: VLJEPAModel) -> No
     hook.remove()
     (found,) = states
     by_hand = torch.stack([found[0, :11].sum(0) / 11, found[1, :9].sum(0) / 9])
-    close(predicted, model.output_projection(by_hand))
+    assert_close(predicted, model.output_projection(by_hand))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,7 +256,7 @@ def test_the_predictor_stays_bidirectional_after_reloading(tmp_path: Path) -> No
     del config["predictor_config"]["is_causal"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     features, (ids, _) = random(1, 8, VISUAL).float(), texts(4)
-    close(VLJEPAModel.from_pretrained(tmp_path).predict(features, ids), model.predict(features, ids), 1e-5)
+    assert_close(VLJEPAModel.from_pretrained(tmp_path).predict(features, ids), model.predict(features, ids), 1e-5)
 
 
 # --- the last layers
@@ -275,7 +275,7 @@ def test_last_layers_equal_a_loop_over_the_last_layers() -> None:
         states = layer(
             states, attention_mask=mask, position_ids=places, position_embeddings=full.rotary_emb(states, places)
         )
-    close(shorter(inputs_embeds=tokens).last_hidden_state, full.norm(states))
+    assert_close(shorter(inputs_embeds=tokens).last_hidden_state, full.norm(states))
     assert torch.equal(shorter.embed_tokens.weight, full.embed_tokens.weight)
     assert torch.equal(shorter.norm.weight, full.norm.weight)
     assert shorter.config.num_hidden_layers == len(shorter.layers) == 2 and full.config.num_hidden_layers == 5
@@ -295,7 +295,7 @@ def test_last_layers_keep_the_kind_of_each_layer(family: str) -> None:
     found = last_layers(full, 3)(inputs_embeds=tokens, use_cache=False).last_hidden_state
     for layer in full.layers[:2]:
         layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-    close(found, full(inputs_embeds=tokens, use_cache=False).last_hidden_state)
+    assert_close(found, full(inputs_embeds=tokens, use_cache=False).last_hidden_state)
 
 
 @pytest.mark.parametrize("count", [0, -1, 3])
@@ -317,11 +317,11 @@ def test_vjepa2_reads_the_clip_as_a_whole() -> None:
     clip = random(2, 4, 3, 32, 32)
     found = model.encode_frames(clip)
     assert found.shape == (2, 2 * 4, VISUAL)
-    close(found, model.x_encoder(pixel_values_videos=clip, skip_predictor=True).last_hidden_state)
+    assert_close(found, model.x_encoder(pixel_values_videos=clip, skip_predictor=True).last_hidden_state)
     other = clip.clone()
     other[:, 3] += 1
     assert (model.encode_frames(other)[:, :4] - found[:, :4]).abs().max() > 1e-3, "the first tubelet sees the last"
-    close(model.encode_frames(clip[:, :1]), model.encode_frames(clip[:, :1].repeat(1, 2, 1, 1, 1)))
+    assert_close(model.encode_frames(clip[:, :1]), model.encode_frames(clip[:, :1].repeat(1, 2, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -355,12 +355,12 @@ def test_image_encoders_see_each_frame_by_itself(family: str) -> None:
         if states.dim() == 3:
             states = torch.stack([states[:, y, x] for y in range(states.shape[1]) for x in range(states.shape[2])])
         per_frame.append(states)
-    close(found[1], torch.cat(per_frame))
+    assert_close(found[1], torch.cat(per_frame))
     assert model.config.visual_dim == found.shape[2] == per_frame[0].shape[1]
     blocks = found.unflatten(1, (3, -1))
     assert (blocks[:, 0] - blocks[:, 1]).abs().max() > 1e-4, "frames that look alike could be permuted at will"
     order = [2, 0, 1]
-    close(model.encode_frames(clip[:, order]).unflatten(1, (3, -1)), blocks[:, order])
+    assert_close(model.encode_frames(clip[:, order]).unflatten(1, (3, -1)), blocks[:, order])
     grid = model.config.visual_grid
     if grid is not None and family != "resnet":  # whose config names no size
         assert grid[0] * grid[1] == blocks.shape[2]
@@ -374,7 +374,7 @@ def test_pool_frames_is_the_mean_of_each_frame_or_tubelet() -> None:
         whole, pooled = build(x_encoder), build(x_encoder, pool_frames=True)
         tokens = whole.encode_frames(clip)
         by_hand = torch.stack([tokens[:, 4 * i : 4 * i + 4].sum(dim=1) / 4 for i in range(places)], dim=1)
-        close(pooled.encode_frames(clip), by_hand)
+        assert_close(pooled.encode_frames(clip), by_hand)
     with pytest.raises(UserError, match="pool_frames leaves none"):
         build(pool_frames=True, token_merge=[1, 2, 1])
 
@@ -439,7 +439,7 @@ def test_each_place_of_the_grid_has_its_own_embedding_in_every_frame() -> None:
             lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
         each.predict(random(2, 24, VISUAL))
-    close(given[1] - given[0], model.grid_positions.weight.repeat(3, 1).expand(2, -1, -1))
+    assert_close(given[1] - given[0], model.grid_positions.weight.repeat(3, 1).expand(2, -1, -1))
     with pytest.raises(UserError, match="6 visual tokens do not fill a grid of 4"):
         build(visual_grid=[2, 2], grid_positions=True).predict(random(1, 6, VISUAL))
 
@@ -472,10 +472,10 @@ def test_shared_clips_and_targets_equal_repeated_rows(model: VLJEPAModel) -> Non
         loss = pair_loss(model, **asked, **batch)
         loss.backward()
         found.append((loss.detach(), gradients(model)))
-    close(found[0][0], found[1][0])
+    assert_close(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys() == {name for name, _ in model.named_parameters()}
     for name, gradient in found[0][1].items():
-        close(gradient, found[1][1][name], 1e-9)
+        assert_close(gradient, found[1][1][name], 1e-9)
     model.zero_grad()
 
 
@@ -487,11 +487,11 @@ def test_cached_features_equal_computing_them(model: VLJEPAModel) -> None:
         visual_features=model.encode_frames(clips), query_ids=ids, query_mask=mask,
         target_features=model.pool_text(ids, mask),
     )  # fmt: skip
-    close(cached.predicted, whole.predicted)
-    close(cached.target, whole.target)
+    assert_close(cached.predicted, whole.predicted)
+    assert_close(cached.target, whole.target)
     only_text = model(target_ids=ids, target_mask=mask)
     assert only_text.predicted is None and model(pixel_values_videos=clips).target is None
-    close(only_text.target, whole.target)
+    assert_close(only_text.target, whole.target)
 
 
 @pytest.mark.parametrize(("pooling", "by_hand"), [
@@ -504,15 +504,15 @@ def test_pooling_by_hand(pooling: str, by_hand: Any) -> None:
     model = build(y_pooling=pooling)
     ids, mask = texts(4, 2, extra=1)
     expected = by_hand(model.y_encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
-    close(model.pool_text(ids, mask), expected)
-    close(model(target_ids=ids, target_mask=mask).target, model.target_projection(expected))
+    assert_close(model.pool_text(ids, mask), expected)
+    assert_close(model(target_ids=ids, target_mask=mask).target, model.target_projection(expected))
 
 
 @torch.no_grad()
 def test_without_a_projection_targets_are_the_encoders_own() -> None:
     model = build(project_targets=False, shared_dim=Y_HIDDEN)
     ids, mask = texts(4, 2)
-    close(model(target_ids=ids, target_mask=mask).target, model.pool_text(ids, mask))
+    assert_close(model(target_ids=ids, target_mask=mask).target, model.pool_text(ids, mask))
     assert model.predict(random(1, 8, VISUAL)).shape == (1, Y_HIDDEN)
 
 
@@ -528,7 +528,7 @@ def test_frozen_parts_have_no_graph_and_stay_in_evaluation_mode() -> None:
     assert not any(module.training for part in (model.x_encoder, model.y_encoder) for module in part.modules())
     clips, (ids, mask) = random(2, 2, 3, 32, 32), texts(3, 3)
     assert not model.encode_frames(clips).requires_grad and not model.pool_text(ids, mask).requires_grad
-    close(model.pool_text(ids, mask), model.pool_text(ids, mask))  # no dropout
+    assert_close(model.pool_text(ids, mask), model.pool_text(ids, mask))  # no dropout
     pair_loss(model, pixel_values_videos=clips, target_ids=ids).backward()
     trained = {name for name in gradients(model) if gradients(model)[name].abs().sum() > 0}
     assert {name.partition(".")[0] for name in trained} == {
@@ -627,8 +627,10 @@ def test_a_saved_model_loads_bit_equal(tmp_path: Path, y_encoder: PreTrainedConf
     clips, (ids, mask) = random(2, 2, 3, 32, 32).float(), texts(9, 14)
     batch = {"query_ids": ids, "query_mask": mask, "target_ids": ids, "target_mask": mask}
     first, second = (each(pixel_values_videos=clips, **batch) for each in (model, loaded))
-    close(first.predicted, second.predicted, 1e-5)  # where the weights lie in memory may decide the order of a sum
-    close(first.target, second.target, 1e-5)
+    assert_close(
+        first.predicted, second.predicted, 1e-5
+    )  # where the weights lie in memory may decide the order of a sum
+    assert_close(first.target, second.target, 1e-5)
 
 
 def test_saving_twice_changes_no_config(tmp_path: Path) -> None:
@@ -848,4 +850,4 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
-        close(gradient, found[1][name])
+        assert_close(gradient, found[1][name])

@@ -82,9 +82,9 @@ class VLJEPAModel(PreTrainedModel):
         self.vision_projection = nn.Linear(merged, hidden)
         self.grid_positions: nn.Embedding | None = None
         if config.grid_positions:
-            self.grid_positions = nn.Embedding(
-                math.prod(config.visual_grid or []) // math.prod(config.token_merge[1:]), hidden
-            )
+            assert config.visual_grid is not None  # the configuration checks it
+            places = math.prod(config.visual_grid) // math.prod(config.token_merge[1:])
+            self.grid_positions = nn.Embedding(places, hidden)
         self.output_projection = nn.Linear(hidden, config.shared_dim)
         y_dim = config.y_encoder_config.hidden_size
         self.target_projection = nn.Linear(y_dim, config.shared_dim) if config.project_targets else nn.Identity()

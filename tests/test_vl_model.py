@@ -627,9 +627,8 @@ def test_a_saved_model_loads_bit_equal(tmp_path: Path, y_encoder: PreTrainedConf
     clips, (ids, mask) = random(2, 2, 3, 32, 32).float(), texts(9, 14)
     batch = {"query_ids": ids, "query_mask": mask, "target_ids": ids, "target_mask": mask}
     first, second = (each(pixel_values_videos=clips, **batch) for each in (model, loaded))
-    assert_close(
-        first.predicted, second.predicted, 1e-5
-    )  # where the weights lie in memory may decide the order of a sum
+    # Where the weights lie in memory may decide the order of a sum.
+    assert_close(first.predicted, second.predicted, 1e-5)
     assert_close(first.target, second.target, 1e-5)
 
 

@@ -109,7 +109,9 @@ def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, see
 
 
 def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    _check_folder(source)
+    """A tokenizer from a folder, of a model or of a tokenizer alone, or from the Hub."""
+    if not (Path(source) / "tokenizer_config.json").is_file():
+        _check_folder(source)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,313 @@
+"""Intervals and tests for paired comparisons of models: over groups of wordings, over seeds, and over both.
+
+The unit of resampling is the group (one meaning, all its wordings): the rows of a group are not independent. A seed is
+a training run; differences over seeds compare runs that share seed and data order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llm_jepa import UserError
+
+Array = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """An estimate and its interval, at the level the function was asked for. NaN where undefined."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def grand_mean(means: Array) -> Array:
+    """[R, ...] -> [R]: the mean of all columns."""
+    return means.reshape(len(means), -1).mean(axis=1)
+
+
+def resampled_means(values: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0) -> Array:
+    """Means [num_resamples, ...] of resamples, with replacement and of the same size, of the groups (axis 0).
+
+    The draws depend on the number of groups, `num_resamples` and `seed` alone, so two arrays over the same groups get
+    the same resamples. About 64 MB, however many groups. Raises UserError for fewer than two groups or a NaN.
+    """
+    table = _checked(values, "group(s)")
+    flat = table.reshape(len(table), -1)
+    rng, groups = np.random.default_rng(seed), len(table)
+    rows = min(num_resamples, max(1, 2**22 // groups))
+    parts = [
+        _counts(rng, min(rows, num_resamples - start), groups) @ flat / groups
+        for start in range(0, num_resamples, rows)
+    ]
+    return np.concatenate(parts).reshape(num_resamples, *table.shape[1:])
+
+
+def percentile(estimate: float, draws: Array, *, level: float = 0.95) -> Interval:
+    """Percentile interval (Efron and Tibshirani 1993, ch. 13) of bootstrap draws [R].
+
+    NaN bounds if any draw is NaN: a statistic that some resamples leave undefined has no interval.
+    """
+    if np.isnan(draws).any():
+        return Interval(float(estimate), math.nan, math.nan)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(estimate), float(low), float(high))
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Callable[[Array], Array] = grand_mean,
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap over groups: rows of `values` [groups, ...] are resampled whole.
+
+    Args:
+        statistic: a function of the *means over groups*, [R, ...] -> [R] for R resamples: the mean of all columns, or
+            a ratio, a difference or a maximum of columns. (Not `np.median`: it would see means, not groups.)
+
+    Raises UserError for fewer than two groups or a NaN.
+    """
+    draws = _apply(statistic, resampled_means(values, num_resamples=num_resamples, seed=seed))
+    return percentile(_apply(statistic, np.asarray(values, dtype=np.float64).mean(axis=0)[None])[0], draws, level=level)
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    statistic: Callable[[Array], Array] = grand_mean,
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """`bootstrap` of statistic(a) - statistic(b), both over the same resamples of the same groups, in the same order.
+
+    Raises UserError if the shapes differ.
+    """
+    one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if one.shape != other.shape:
+        raise UserError(
+            f"Shapes {one.shape} and {other.shape}: a paired difference needs the same groups on each side."
+        )
+    return bootstrap(
+        np.stack([one, other], axis=1),
+        lambda means: _apply(statistic, means[:, 0]) - _apply(statistic, means[:, 1]),
+        num_resamples=num_resamples,
+        seed=seed,
+        level=level,
+    )
+
+
+class McNemar(NamedTuple):
+    only_a: int  # items that a alone has right
+    only_b: int
+    p: float
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
+    """Exact two-sided McNemar test on paired 0/1 outcomes [items]: discordant pairs are fair coin flips.
+
+    p = min(1, 2 P(X <= min(only_a, only_b))), X ~ Binomial(only_a + only_b, 1/2); 1 without discordant pairs. In
+    integers, so thousands of pairs neither overflow nor round. Items must be independent: give it one wording at a
+    time, not all rows of a group. Raises UserError for unequal lengths or values other than 0 and 1.
+    """
+    one, other = np.asarray(a), np.asarray(b)
+    if one.shape != other.shape or one.ndim != 1:
+        raise UserError(f"Shapes {one.shape} and {other.shape}: McNemar's test needs two lists over the same items.")
+    if not (np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all()):
+        raise UserError("McNemar's test needs outcomes of 0 and 1; use paired_bootstrap for other scores.")
+    only_a, only_b = int(((one == 1) & (other == 0)).sum()), int(((one == 0) & (other == 1)).sum())
+    n = only_a + only_b
+    term = total = 1  # C(n, 0), and the sum of C(n, i) up to i
+    for i in range(min(only_a, only_b)):
+        term = term * (n - i) // (i + 1)
+        total += term
+    return McNemar(only_a, only_b, min(1.0, 2 * total / 2**n))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjusted p values (Holm 1979), in the order given: reject those <= alpha, however dependent."""
+    if any(not 0 <= p <= 1 for p in p_values.values()):
+        raise UserError(f"p values must lie in 0..1, not {dict(p_values)}.")
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
+
+
+def hierarchical(difference: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Crossed bootstrap of the mean of paired differences [seeds, items]: new seeds *and* new items.
+
+    All seeds answer the same items (crossed, not nested), so seeds and items are resampled independently of each other:
+    the pigeonhole bootstrap (Owen 2007, arXiv:0712.1111). With seed, item and residual variances A, I and E over S
+    seeds and n items, the variance of the mean is A/S + I/n + E/(Sn); the bootstrap's is, in expectation,
+    (1 - 1/S) A/S + (1 - 1/n) I/n + ((2 - 1/S)(2 - 1/n) - 1) E/(Sn). So it counts E about three times (conservative),
+    but misses 1/S of A: with under about ten seeds that differ much it is too narrow, and `t_interval` of the seed
+    means is the one to claim from. That one speaks of new seeds on these same items.
+    """
+    table = _checked(difference, "seed(s)")
+    if table.ndim != 2 or table.shape[1] < 2:
+        raise UserError(f"Differences of shape {table.shape}: hierarchical needs [seeds, items] with two of each.")
+    num_seeds, items = table.shape
+    rng = np.random.default_rng(seed)
+    rows = min(num_resamples, max(1, 2**22 // items))
+    draws = []
+    for start in range(0, num_resamples, rows):
+        n = min(rows, num_resamples - start)
+        by_item = _counts(rng, n, num_seeds) @ table / num_seeds  # [n, items]
+        draws.append((by_item * _counts(rng, n, items)).sum(axis=1) / items)
+    return percentile(table.mean(), np.concatenate(draws), level=level)
+
+
+def t_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Student's interval of the mean of independent values, for instance one paired difference per seed.
+
+    Raises UserError for fewer than two values.
+    """
+    mean, error, df = _mean_and_error(values)
+    half = t_quantile((1 + level) / 2, df) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_test(values: ArrayLike) -> float:
+    """Two-sided p of "the mean is 0"; given paired differences by seed, the paired t test.
+
+    Equal values are the limit of a vanishing spread: p = 0, or 1 if all are 0.
+    """
+    mean, error, df = _mean_and_error(values)
+    if error == 0:
+        return float(mean == 0)
+    return 2 * t_cdf(-abs(mean / error), df)
+
+
+class Equivalence(NamedTuple):
+    interval: Interval  # at `level`
+    p_above: float  # one-sided p of "the difference is at most -margin"
+    p_below: float  # one-sided p of "the difference is at least +margin"
+    equivalent: bool  # both below (1 - level) / 2, which is: the interval lies within -margin..margin
+
+
+def equivalence(differences_by_seed: ArrayLike, margin: float, *, level: float = 0.90) -> Equivalence:
+    """Two one-sided t tests (TOST; Schuirmann 1987): is the difference smaller than `margin`, either way?
+
+    `level` 0.90 claims equivalence at 5 %. The margin must be fixed before looking. Not "equivalent" does not mean
+    different: it may mean too few seeds. Raises UserError for a margin <= 0 or fewer than two seeds.
+    """
+    if not margin > 0:
+        raise UserError(f"margin={margin}: equivalence needs a margin above 0, in the unit of the differences.")
+    mean, error, df = _mean_and_error(differences_by_seed)
+    above, below = (
+        (t_cdf(-(margin + sign * mean) / error, df) if error else float(margin + sign * mean <= 0)) for sign in (1, -1)
+    )
+    interval = t_interval(differences_by_seed, level=level)
+    return Equivalence(interval, above, below, max(above, below) < (1 - level) / 2)
+
+
+def detectable_difference(
+    sd_of_paired_difference: float, num_seeds: int, *, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """The true mean difference that a two-sided paired t test over `num_seeds` finds with probability `power`.
+
+    From the noncentral t, integrated numerically over the chi distribution of the sample sd (2,000 points, error below
+    1e-6 in power); the far tail, a finding with the wrong sign, is not counted. In the unit of the sd. Raises UserError
+    for fewer than two seeds.
+    """
+    if num_seeds < 2:
+        raise UserError(f"num_seeds={num_seeds}: a spread over seeds needs two.")
+    df = num_seeds - 1
+    critical = t_quantile(1 - alpha / 2, df)
+    # s = sample sd / true sd: s^2 df is chi squared. P(T > c) = E[ Phi(noncentrality - c s) ].
+    s = (np.arange(2_000) + 0.5) / 2_000 * (1 + 8 / math.sqrt(2 * df))
+    log_density = (df - 1) * np.log(s) - df * s**2 / 2
+    weights = np.exp(log_density - log_density.max())
+    weights /= weights.sum()
+    erf = np.vectorize(math.erf)
+
+    def found(noncentrality: float) -> float:
+        return float((weights * (0.5 + 0.5 * erf((noncentrality - critical * s) / math.sqrt(2)))).sum())
+
+    high = 1.0
+    while found(high) < power:
+        high *= 2
+    return _bisect(found, power, 0.0, high) * sd_of_paired_difference / math.sqrt(num_seeds)
+
+
+def t_cdf(t: float, df: int) -> float:
+    """P(T <= t) of Student's t with a whole number of degrees of freedom.
+
+    The finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4: exact, but absolute, so tails end near 1e-16.
+    """
+    if df < 1:
+        raise ValueError(f"df={df}: Student's t needs one degree of freedom.")
+    if math.isinf(t):
+        return float(t > 0)
+    theta = math.atan2(t, math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
+    for i in range(1 + df % 2, df, 2):  # the sum has (df - 1) // 2 or df // 2 terms
+        total += term
+        term *= cosine * cosine * i / (i + 1)
+    central = 2 / math.pi * (theta + sine * total) if df % 2 else sine * total  # P(-t <= T <= t), with the sign of t
+    return min(1.0, max(0.0, 0.5 + central / 2))
+
+
+def t_quantile(probability: float, df: int) -> float:
+    """The t with `t_cdf(t, df) == probability`, by bisection."""
+    if not 0 < probability < 1:
+        raise ValueError(f"probability={probability} must lie between 0 and 1.")
+    high = 1.0
+    while t_cdf(high, df) < max(probability, 1 - probability):
+        high *= 2
+    return _bisect(lambda t: t_cdf(t, df), probability, -high, high)
+
+
+def _bisect(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return (low + high) / 2
+
+
+def _counts(rng: np.random.Generator, resamples: int, size: int) -> Array:
+    """[resamples, size]: how often each of `size` units is in each resample."""
+    drawn = rng.integers(0, size, (resamples, size), dtype=np.int64)
+    drawn += np.arange(resamples)[:, None] * size
+    return np.bincount(drawn.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float64)
+
+
+def _checked(values: ArrayLike, unit: str) -> Array:
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim == 0 or len(table) < 2:
+        raise UserError(f"{table.size if table.ndim == 0 else len(table)} {unit}: an interval needs two or more.")
+    if not np.isfinite(table).all():
+        raise UserError(f"{int((~np.isfinite(table)).sum())} value(s) are not finite: no interval can be given.")
+    return table
+
+
+def _mean_and_error(values: ArrayLike) -> tuple[float, float, int]:
+    """(mean, standard error, degrees of freedom) of [n] values."""
+    x = _checked(values, "seed(s)")
+    if x.ndim != 1:
+        raise UserError(f"Values of shape {x.shape}: give one value per seed.")
+    equal = bool((x == x[0]).all())  # else their mean's rounding gives a spread of 1e-17
+    error = 0.0 if equal else float(x.std(ddof=1)) / math.sqrt(len(x))
+    return float(x[0] if equal else x.mean()), error, len(x) - 1
+
+
+def _apply(statistic: Callable[[Array], Array], means: Array) -> Array:
+    result = np.asarray(statistic(means))
+    if result.shape != (len(means),):
+        raise ValueError(
+            f"The statistic returned shape {result.shape} for {len(means)} resamples; it must be one each."
+        )
+    return result

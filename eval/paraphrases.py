@@ -17,21 +17,15 @@ import functools
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a 0.7M-parameter model runs slower on several threads
 
 import numpy as np
 import torch
@@ -41,7 +35,7 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError, cli, generate
+from llm_jepa import LLMJEPATrainer, UserError, cli, generate
 from llm_jepa.checkpoint import write_json
 from llm_jepa.data import nl_rx as generator
 from llm_jepa.from_scratch import train_tokenizer
@@ -50,9 +44,11 @@ from llm_jepa.packing import JEPACollator
 from llm_jepa.predictor_tokens import known_predictor_ids
 from llm_jepa.views import add_view_columns
 
+from . import graders, small_runs
 from .provenance import environment, sha256, weights_sha256
-from .regexes import equivalent, language
+from .regexes import language
 from .reranking import Similarity, contrastive_head, embedded, log_probabilities, rerank, risk_coverage, sample
+from .small_runs import BATCH, MAX_NEW_TOKENS, derangement, side_by_side, with_targets_of
 from .statistics import detectable_difference, equivalence, hierarchical, holm, t_interval, t_test
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +61,6 @@ REWRITE = "Say the same in other words."
 WORDINGS = ("synth", "turk")
 # Training rows of a line, in the order in which the views of all lines are stored.
 SYNTH_TO_REGEX, TURK_TO_REGEX, SYNTH_TO_TURK, TURK_TO_SYNTH = range(4)
-BATCH = 32
-MAX_NEW_TOKENS = 48
 NO_GRADIENT = 1 / 3  # cost of a token that is only read, in tokens that are learnt from
 
 
@@ -238,12 +232,9 @@ def training_rows(arm: Arm, seed: int, views: Dataset, *, num_labels: int) -> tu
     rows = views.select([*_repeated(labelled, len(rewriting), rng), *rewriting])
     if arm.pairs == "shuffled":
         # Each rewriting row predicts what another one says: the same texts, the same loss, no meaning.
-        partner = dict(zip(others, _derangement(others, rng), strict=True))
-        source = [*range(len(rewriting)), *(4 * partner[row // 4] + row % 4 for row in rewriting)]
-        wrong = views.select(source[len(rewriting) :])
-        for name in ("targets", "target_key"):
-            column = [*rows[name][: len(rewriting)], *wrong[name]]
-            rows = rows.remove_columns(name).add_column(name, column)
+        partner, half = derangement(others, rng), len(rewriting)
+        place = {row: half + i for i, row in enumerate(rewriting)}
+        rows = with_targets_of(rows, [*range(half), *(place[4 * partner[row // 4] + row % 4] for row in rewriting)])
     return few, others, rows
 
 
@@ -254,13 +245,6 @@ def _repeated(items: Sequence[int], length: int, rng: random.Random) -> list[int
     return found[:length]
 
 
-def _derangement(items: Sequence[int], rng: random.Random) -> list[int]:
-    """Every item gets another one: the next in a random round."""
-    order = rng.sample(items, len(items))
-    following = dict(zip(order, [*order[1:], order[0]], strict=True))
-    return [following[item] for item in items]
-
-
 def train(
     name: str, seed: int, settings: Settings, work: Path, plan: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -269,50 +253,28 @@ def train(
     lines, views, _ = prepared(work)
     train_lines = [line for line in lines if line.part == "train"]
     _, others, rows = training_rows(arm, seed, views, num_labels=plan["labels"])
-    predictors = int(settings.readout == "last")
-    tokens = sum(map(len, rows["input_ids"])) / len(rows)
-    if arm.pairs != "none":
-        tokens += predictors + sum(len(target) for (target,) in rows["targets"]) / len(rows)
-    budget = settings.budget_tokens * (settings.sft_share if name == "sft" else 1)
-    steps = round(budget / (BATCH * tokens))
-    extra = None
     model, tokenizer = model_from(str(work / "base"), dtype=torch.float32), tokenizer_from(str(work / "base"))
+    options: dict[str, Any] = {"learning_rate": settings.learning_rate, "seed": seed, "jepa_weight": 0.0}
+    if arm.pairs != "none":
+        predictors = int(settings.readout == "last")
+        options |= {
+            "jepa_weight": settings.jepa_weight,
+            "num_predictor_tokens": predictors,
+            "readout": settings.readout,
+        }
+    args = small_runs.arguments(work / "trainer", 1, **options)
+    per_step = BATCH * small_runs.tokens_of(rows, args)
+    budget = settings.budget_tokens * (settings.sft_share if name == "sft" else 1)
+    extra, steps = None, round(budget / per_step)
     if arm.consistency:
         extra = Consistency([train_lines[i] for i in others], tokenizer, seed, settings.consistency_weight)
-        steps = extra.plan_steps(budget, BATCH * tokens)
-    args = LLMJEPAConfig(
-        str(work / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        dataloader_drop_last=True,  # every step costs the same
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.01,
-        adam_beta2=0.95,
-        seed=seed,
-        jepa_weight=settings.jepa_weight if arm.pairs != "none" else 0.0,
-        num_predictor_tokens=predictors,
-        readout=settings.readout,  # type: ignore[arg-type]
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=False,
-        save_strategy="no",
-        logging_steps=max(1, steps // 10),
-        diagnostics_pairs=0,
-        disable_tqdm=True,
-    )
-    started = time.process_time()
+        steps = extra.plan_steps(budget, per_step)
+    args = small_runs.arguments(work / "trainer", steps, **options)
     trainer = ConsistentTrainer(model, args, rows, processing_class=tokenizer)
     trainer.consistency = extra
-    trainer.train()
-    history = trainer.state.log_history
-    seen = max(entry["num_tokens"] for entry in history if "num_tokens" in entry)
-    cost = {
-        "steps": steps,
-        "tokens": round(seen + (extra.tokens if extra is not None else 0)),
-        "process_seconds": round(time.process_time() - started, 1),
-        "log": [{k: e[k] for k in ("step", "lm_loss", "jepa_loss") if k in e} for e in history if "lm_loss" in e],
-    }
+    cost = small_runs.train(trainer)
+    if extra is not None:
+        cost["tokens"] += round(extra.tokens)
     return trainer.model, tokenizer, cost
 
 
@@ -394,32 +356,6 @@ class ConsistentTrainer(LLMJEPATrainer):
         return loss if more is None else loss + more
 
 
-def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lines: Sequence[Line]
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """(metrics by wording, one "0" or "1" a line by wording): greedy answers, judged by language."""
-    metrics, correct, keys = {}, {}, {}
-    for wording in WORDINGS:
-        prompts = [messages(generator.SYSTEM_PROMPT, getattr(line, wording)) for line in lines]
-        found = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
-        equal = [is_equal(line.regex, generation.text) for line, generation in zip(lines, found, strict=True)]
-        pairs = list(zip(lines, found, strict=True))
-        hits = {
-            "equivalent": equal,
-            "exact": [g.text == line.regex for line, g in pairs],
-            "startswith": [g.text.startswith(line.regex) for line, g in pairs],
-            "contains": [line.regex in g.text for line, g in pairs],
-            "stop_rate": [g.stopped for _, g in pairs],
-        }
-        metrics[wording] = {name: sum(values) / len(lines) for name, values in hits.items()}
-        correct[wording] = "".join("01"[hit] for hit in equal)
-        keys[wording] = [language_key(generation.text) for generation in found]
-    same = [one == other for one, other in zip(*keys.values(), strict=True)]
-    both = [set(bits) == {"1"} for bits in zip(*correct.values(), strict=True)]
-    metrics["both"] = {"consistent": sum(same) / len(lines), "consistent_and_correct": sum(both) / len(lines)}
-    return metrics, correct
-
-
 def uses_of_the_space(
     name: str,
     seed: int,
@@ -441,7 +377,10 @@ def uses_of_the_space(
         model, tokenizer, ask, num_samples=plan["rerank"]["samples"], max_new_tokens=MAX_NEW_TOKENS, seed=seed
     )
     groups = [[one, *more] for one, more in zip(greedy, samples, strict=True)]
-    correct = [[is_equal(line.regex, text) for text in group] for line, group in zip(lines, groups, strict=True)]
+    grades = [
+        [graders.regex(line.regex, text, True) for text in group] for line, group in zip(lines, groups, strict=True)
+    ]
+    correct = [[grade.scores["equivalent"] == 1 for grade in group] for group in grades]
     collator = JEPACollator(tokenizer.pad_token_id, known_predictor_ids(tokenizer), readout=readout)
     similarity: Similarity = F.cosine_similarity
     if ARMS[name].pairs == "none":
@@ -464,7 +403,7 @@ def uses_of_the_space(
         for known in [dict(zip(answers, values, strict=True))]
     }
     # The greedy answer is judged by the share of samples that mean the same as it does.
-    keys = [[language_key(text) for text in group] for group in groups]
+    keys = [[grade.answer_key for grade in group] for group in grades]
     scores["votes"] = [[sum(key == other for other in group[1:]) for key in group] for group in keys]
     first, rest = [row[0] for row in correct], [row[1:] for row in correct]
     return {
@@ -476,20 +415,6 @@ def uses_of_the_space(
         },
         "abstention": {name: risk_coverage([s[0] for s in score], first) for name, score in scores.items()},
     }
-
-
-@functools.lru_cache(maxsize=100_000)
-def is_equal(gold: str, answer: str) -> bool:
-    return gold == answer or equivalent(gold, answer).status == "equal"
-
-
-@functools.lru_cache(maxsize=100_000)
-def language_key(answer: str) -> str:
-    """What the answer means; of an answer that means nothing, its text."""
-    try:
-        return language(answer).key
-    except UserError:
-        return answer
 
 
 @dataclass(frozen=True)
@@ -511,7 +436,8 @@ def run_cell(cell: Cell, work: Path, plan: dict[str, Any]) -> str:
         lines, _, hashes = prepared(work)
         test = [line for line in lines if line.part == cell.part]
         model, tokenizer, cost = train(cell.arm, cell.seed, cell.settings, work, plan)
-        metrics, correct = score(model, tokenizer, test)
+        prompts = {w: [messages(generator.SYSTEM_PROMPT, getattr(line, w)) for line in test] for w in WORDINGS}
+        judged = small_runs.judge(model, tokenizer, prompts, [line.regex for line in test])
         space = None
         if cell.part == "test" and cell.arm in plan["rerank"]["arms"]:
             few = test[: plan["rerank"]["lines"]]
@@ -522,8 +448,8 @@ def run_cell(cell: Cell, work: Path, plan: dict[str, Any]) -> str:
             "part": cell.part,
             "lines": len(test),
             "settings": asdict(cell.settings),
-            "metrics": metrics,
-            "correct": correct,
+            "metrics": judged.metrics,
+            "correct": judged.correct,
             "space": space,
             "cost": cost,
             "base_sha256": weights_sha256(work / "base"),
@@ -539,13 +465,6 @@ def run_cell(cell: Cell, work: Path, plan: dict[str, Any]) -> str:
         f"synth equal {100 * found['metrics']['synth']['equivalent']:5.1f}  {found['cost']['steps']} steps, "
         f"{found['cost']['tokens']:,} tokens, {found['seconds']:.0f} s"
     )
-
-
-def run_cells(cells: Sequence[Cell], work: Path, plan: dict[str, Any], jobs: int) -> None:
-    """All cells, `jobs` at a time, a core each."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for line in pool.map(run_cell, cells, [work] * len(cells), [plan] * len(cells)):
-            print(line, flush=True)
 
 
 # -- the plan's steps -------------------------------------------------------------------------------------------------
@@ -565,7 +484,8 @@ def select(work: Path, plan: dict[str, Any], jobs: int) -> None:
                 Cell(arm, seed, tried, "validation", RESULTS / "selection" / f"{name}-seed{seed}.json")
                 for seed in plan["selection_seeds"]
             ]
-        run_cells([cell for group in cells.values() for cell in group], work, plan, jobs)
+        for line in side_by_side(run_cell, [cell for group in cells.values() for cell in group], jobs, work, plan):
+            print(line, flush=True)
         turk = {
             tried: statistics.mean(_turk(json.loads(cell.out.read_text())) for cell in group)
             for tried, group in cells.items()
@@ -586,16 +506,30 @@ def confirm(work: Path, plan: dict[str, Any], jobs: int) -> None:
     if plan["settled"] is None:
         raise UserError(f"{PLAN.name} has no `settled` settings yet; run select, write them there and commit the plan.")
     settings = Settings(**plan["settled"])
-    run_cells(
-        [
-            Cell(arm, seed, settings, "test", RESULTS / "confirm" / f"{arm}-seed{seed}.json")
-            for seed in plan["seeds"]
-            for arm in plan["arms"]
-        ],
-        work,
-        plan,
-        jobs,
-    )
+    cells = [
+        Cell(arm, seed, settings, "test", RESULTS / "confirm" / f"{arm}-seed{seed}.json")
+        for seed in plan["seeds"]
+        for arm in plan["arms"]
+    ]
+    for line in side_by_side(run_cell, cells, jobs, work, plan):
+        print(line, flush=True)
+
+
+def confirmed(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[tuple[str, int], dict[str, Any]]:
+    """(arm, seed) -> result file, of the seeds for which every arm is there, in the plan's order.
+
+    Raises UserError for fewer than two such seeds, and for runs that do not belong together.
+    """
+    paths = {(arm, seed): folder / f"{arm}-seed{seed}.json" for arm in plan["arms"] for seed in plan["seeds"]}
+    seeds = [seed for seed in plan["seeds"] if all(paths[arm, seed].is_file() for arm in plan["arms"])]
+    if len(seeds) < 2:
+        raise UserError(f"{folder} holds {len(seeds)} whole seed(s) of {plan['arms']}; run confirm first.")
+    runs = {key: json.loads(path.read_text()) for key, path in paths.items() if key[1] in seeds}
+    same = ("data_sha256", "base_sha256", "settings", "part")
+    kinds = {json.dumps([run[name] for name in same], sort_keys=True) for run in runs.values()}
+    if len(kinds) > 1:
+        raise UserError(f"The runs in {folder} are of {len(kinds)} data sets, bases or settings; remove the odd ones.")
+    return runs
 
 
 def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[str, Any]:
@@ -604,19 +538,8 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
     Primary: `plan["primary"]`, with its hierarchical interval (seeds and lines), paired t test over seeds, and the
     equivalence test at the plan's margin. The other comparisons are secondary: Holm's p over all of them.
     """
-    runs = {
-        (arm, seed): json.loads(path.read_text())
-        for arm in plan["arms"]
-        for seed in plan["seeds"]
-        if (path := folder / f"{arm}-seed{seed}.json").is_file()
-    }
-    seeds = [seed for seed in plan["seeds"] if all((arm, seed) in runs for arm in plan["arms"])]
-    if len(seeds) < 2:
-        raise UserError(f"{folder} holds {len(seeds)} whole seed(s) of {plan['arms']}; run confirm first.")
-    same = ("data_sha256", "base_sha256", "settings", "part")
-    kinds = {json.dumps([run[name] for name in same], sort_keys=True) for run in runs.values()}
-    if len(kinds) > 1:
-        raise UserError(f"The runs in {folder} are of {len(kinds)} data sets, bases or settings; remove the odd ones.")
+    runs = confirmed(plan, folder)
+    seeds = sorted({seed for _, seed in runs}, key=plan["seeds"].index)
     figures: dict[str, Any] = {"seeds": seeds, "lines": runs[plan["arms"][0], seeds[0]]["lines"], "arms": {}}
     for arm in plan["arms"]:
         values = {
@@ -652,6 +575,79 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
     return {**figures, "secondary": secondary}
 
 
+def table(figures: dict[str, Any]) -> str:
+    """Markdown: the arms, then the planned differences."""
+    shown = ("turk equivalent", "turk exact", "turk startswith", "turk stop_rate", "synth equivalent", "consistent")
+    names = {"equivalent": "equal language", "stop_rate": "stops", "consistent": "same answer to both"}
+    title = lambda name: " ".join(names.get(word, word) for word in name.split())  # noqa: E731
+    lines = ["| arm | " + " | ".join(map(title, shown)) + " |", "|---|" + "---:|" * len(shown)]
+    for arm, values in figures["arms"].items():
+        cells = [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in (values[name] for name in shown)]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| turk, equal language, points | difference | 95 %, seeds and lines | p over seeds | by seed | detectable |",
+        "|---|---:|---:|---:|---|---:|",
+    ]
+    primary = figures["primary"]
+    rows = [(f"**{' - '.join(primary['arms'])}** (primary)", primary, f"{primary['p']:.3f}")]
+    rows += [(name, found, f"{found['p_holm']:.3f} (Holm)") for name, found in figures["secondary"].items()]
+    for name, found, p in rows:
+        interval = found["hierarchical"]
+        lines.append(
+            f"| {name} | {interval['estimate']:+.1f} | {interval['low']:+.1f} to {interval['high']:+.1f} | {p} | "
+            f"{', '.join(f'{gain:+.1f}' for gain in found['by_seed'])} | {found['detectable']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def space_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: what similarity, log-probability and votes make of the same samples, by arm; mean over its runs."""
+    lines = [
+        "| arm | greedy | 8 samples: any right | picked by similarity | by log-probability | by vote | "
+        "abstention, AURC: similarity | log-probability | vote |",
+        "|---|" + "---:|" * 8,
+    ]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        spaces = [run["space"] for run in runs if run["arm"] == arm]
+        values = [[100 * space["greedy"] for space in spaces], [100 * space["any_sample"] for space in spaces]]
+        scores = ("similarity", "log_probability", "votes")
+        values += [[100 * space["reranked"][score] for space in spaces] for score in scores]
+        values += [[100 * space["abstention"][score]["aurc"] for space in spaces] for score in scores]
+        cells = [f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "") for v in values]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
+    """Every run a dot: what an arm reaches on turk, and what it gains over `rewriting` of the same seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = list(dict.fromkeys(arm for arm, _ in runs))
+    seeds = sorted({seed for _, seed in runs})
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(arms) + 1.8), layout="constrained", sharey=True)
+    for row, arm in enumerate(arms):
+        reached = [100 * _turk(runs[arm, seed]) for seed in seeds]
+        gained = [value - 100 * _turk(runs["rewriting", seed]) for value, seed in zip(reached, seeds, strict=True)]
+        color = "#d55e00" if arm == "info_nce" else "#0072b2"
+        for axis, values in zip(axes, (reached, gained), strict=True):
+            axis.plot(values, [row] * len(values), "o", color=color, alpha=0.35, markersize=6, markeredgewidth=0)
+            axis.plot([statistics.mean(values)], [row], "|", color=color, markersize=22, markeredgewidth=2.5)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="turk requests answered with the right language, %", title="A dot a seed, a bar the mean")
+    axes[1].set(xlabel="points", title="Minus rewriting of the same seed")
+    axes[1].axvline(0, color="0.6", linewidth=1)
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.paraphrases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -672,7 +668,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.step == "confirm":
             confirm(options.work, plan, options.jobs)
         else:
-            print(json.dumps(analyse(plan), indent=2))
+            figures, runs = analyse(plan), confirmed(plan)
+            write_json(RESULTS / "summary.json", figures)
+            draw(runs, RESULTS / "turk.png")
+            print(table(figures) + "\n\n" + space_table([run for run in runs.values() if run["space"]]))
     except UserError as error:
         print(f"eval.paraphrases: error: {error}", file=sys.stderr)
         return 2

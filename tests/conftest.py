@@ -18,6 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
+from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from llm_jepa.config import LLMJEPAConfig
@@ -26,6 +27,8 @@ from llm_jepa.from_scratch import random_model, train_tokenizer
 
 torch.set_num_threads(1)
 disable_progress_bar()
+settings.register_profile("any machine", deadline=None)  # no test is about time
+settings.load_profile("any machine")
 
 LLAMA = {
     "model_type": "llama",

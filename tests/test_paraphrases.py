@@ -194,7 +194,7 @@ def write_runs(folder: Path, gain: int, *, lines: int = 200, **changes: object) 
             run = {"metrics": {"synth": metrics, "turk": metrics | {"equivalent": number / lines},
                                "both": {"consistent": 0.2, "consistent_and_correct": 0.1}},
                    "correct": {"turk": "1" * number + "0" * (lines - number)}, "cost": {"tokens": 100},
-                   "data_sha256": {}, "base_sha256": "b", "settings": {}, "part": "test", "lines": lines}  # fmt: skip
+                   "arm": arm, "space": None, "data_sha256": {}, "base_sha256": "b", "settings": {}, "part": "test", "lines": lines}  # fmt: skip
             (folder / f"{arm}-seed{seed}.json").write_text(json.dumps(run | changes))
 
 
@@ -210,6 +210,10 @@ def test_analysis_worked_by_hand(tmp_path):
     assert found["secondary"]["info_nce - shuffled"]["by_seed"] == [15.0, 15.5]
     assert found["secondary"]["rewriting - sft"]["p_holm"] == 0.0
     assert found["arms"]["rewriting"]["turk equivalent"] == [pytest.approx(0.3), 0.0]
+    rows = paraphrases.table(found).splitlines()
+    assert any(row.startswith("| **info_nce - rewriting** (primary) | +10.2 |") for row in rows)
+    paraphrases.draw(paraphrases.confirmed(PLAN, tmp_path / "runs"), tmp_path / "turk.png")
+    assert (tmp_path / "turk.png").stat().st_size > 10_000
 
 
 def test_analysis_refuses_runs_that_do_not_belong_together(tmp_path):

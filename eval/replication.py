@@ -1,0 +1,330 @@
+"""What does the JEPA term change? The published comparison, repeated at the size that two CPU cores allow.
+
+    python -m eval.replication select  --data FOLDER      # weights and learning rate, on validation
+    python -m eval.replication compare --data FOLDER      # arms x protocols x seeds on test, with what the plan settled
+    python -m eval.replication analyse                    # the plan's analysis of the committed result files
+
+eval/plans/replication.yaml is the plan. A run whose result file exists is not repeated. With `--start NAME` the runs
+start from a checkpoint (a folder or a Hub id) instead of random weights, and `--out` keeps them apart: the same
+comparison on a pretrained model, for those who have one and a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from llm_jepa import LLMJEPATrainer, UserError
+from llm_jepa.checkpoint import write_json
+from llm_jepa.from_scratch import random_model, train_tokenizer
+from llm_jepa.loading import model_from, read_rows, tokenizer_from
+from llm_jepa.views import add_view_columns
+
+from . import nl_rx, small_runs
+from .provenance import environment, sha256
+from .small_runs import derangement, side_by_side, with_targets_of
+from .statistics import detectable_difference, hierarchical, holm, t_interval, t_test
+
+PLAN = Path(__file__).parent / "plans" / "replication.yaml"
+RESULTS = Path(__file__).parent / "results" / "replication"
+TRAIN = "synth_train.jsonl"
+SHARED = Path(__file__).parent.parent / "recipes" / "tiny-llama" / "_shared.yaml"
+
+# What an arm adds to plain SFT; the weight comes from the plan.
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "sft_flops": {},
+    "cosine": {"objective": "cosine"},
+    "info_nce": {"objective": "info_nce"},
+    "vicreg": {"objective": "mse", "regularizer": "vicreg"},
+    "sigreg": {"objective": "mse", "regularizer": "sigreg"},
+    "stp_paper": {"objective": "stp", "stp_formula": "paper", "num_predictor_tokens": 0},
+    "stp_code": {"objective": "stp", "stp_formula": "code", "num_predictor_tokens": 0},
+    "mismatched": {"objective": "info_nce"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `start` is a checkpoint, or "" for random weights drawn from the seed."""
+
+    protocol: str
+    arm: str
+    seed: int
+    learning_rate: float
+    weight: float
+    part: str
+    steps: int
+    start: str
+    out: Path
+
+
+@functools.cache
+def _data(folder: Path, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training rows, validation rows), the same for every run; lines of one regex stay together."""
+    rows = [dict(row) for row in read_rows(str(folder / TRAIN))]
+    regexes = sorted({row["messages"][-1]["content"] for row in rows})
+    random.Random("validation").shuffle(regexes)
+    kept: set[str] = set()
+    counts = {regex: 0 for regex in regexes}
+    for row in rows:
+        counts[row["messages"][-1]["content"]] += 1
+    for regex in regexes:
+        if sum(counts[known] for known in kept) >= held_out:
+            break
+        kept.add(regex)
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for row in rows:
+        parts[row["messages"][-1]["content"] in kept].append(row)
+    return parts
+
+
+@functools.cache
+def _tokenizer(folder: Path, held_out: int, start: str) -> PreTrainedTokenizerBase:
+    if start:
+        tokenizer = tokenizer_from(start)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as the published script, and the trainer
+        return tokenizer
+    size = yaml.safe_load(SHARED.read_text())["tokenizer_vocab_size"]
+    return train_tokenizer(_data(folder, held_out)[0], size)
+
+
+@functools.cache
+def _views(folder: Path, held_out: int, start: str, protocol: str) -> Dataset:
+    tokenizer = _tokenizer(folder, held_out, start)
+    return Dataset.from_list(
+        [
+            add_view_columns(row, i, tokenizer=tokenizer, label_protocol=protocol)
+            for i, row in enumerate(_data(folder, held_out)[0])
+        ]
+    )
+
+
+def _model(start: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    if start:
+        set_seed(seed)
+        return model_from(start, dtype=torch.float32)
+    shape = yaml.safe_load(SHARED.read_text())["model_config"]
+    return random_model(shape, tokenizer, seed=seed)
+
+
+def run_cell(cell: Cell, data: Path, held_out: int) -> str:
+    """Train and judge one cell; returns a line for the log. A cell whose file exists is left alone."""
+    if not cell.out.exists():
+        torch.set_num_threads(1)
+        started = time.perf_counter()
+        rows = _views(data, held_out, cell.start, cell.protocol)
+        tokenizer = copy.deepcopy(_tokenizer(data, held_out, cell.start))  # predictor tokens are added to it
+        options = {
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            "jepa_weight": cell.weight,
+            "label_protocol": cell.protocol,
+            **ARMS[cell.arm],
+        }
+        steps = cell.steps
+        if cell.arm == "sft_flops":
+            with_views = small_runs.arguments(cell.out.parent, 1, jepa_weight=0.1)
+            plain = small_runs.arguments(cell.out.parent, 1, jepa_weight=0.0)
+            steps = round(steps * small_runs.tokens_of(rows, with_views) / small_runs.tokens_of(rows, plain))
+        if cell.arm == "mismatched":
+            partner = derangement(range(len(rows)), random.Random(f"mismatched {cell.seed}"))
+            rows = with_targets_of(rows, [partner[i] for i in range(len(rows))])
+        args = small_runs.arguments(cell.out.parent / "trainer", steps, **options)
+        model = _model(cell.start, tokenizer, cell.seed)
+        trainer = LLMJEPATrainer(model, args, rows, processing_class=tokenizer)
+        cost = small_runs.train(trainer)
+        prompts, golds = _questions(data, held_out, cell.part)
+        judged = small_runs.judge(model, tokenizer, prompts, golds)
+        result = {
+            **{name: value for name, value in asdict(cell).items() if name != "out"},
+            "lines": len(golds),
+            "metrics": judged.metrics,
+            "correct": judged.correct,
+            "cost": cost,
+            "data_sha256": {path.name: sha256(path) for path in nl_rx.load(data)[2]},
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(cell.out, result)
+    found = json.loads(cell.out.read_text())
+    figures = found["metrics"]["synth"]
+    shown = "  ".join(
+        f"{name} {100 * figures[name]:5.1f}" for name in ("startswith", "exact", "equivalent", "stop_rate")
+    )
+    return f"{cell.out.stem:45s} {shown}  {found['cost']['tokens']:,} tokens, {found['seconds']:.0f} s"
+
+
+@functools.cache
+def _questions(data: Path, held_out: int, part: str) -> tuple[dict[str, list[list[dict[str, Any]]]], list[str]]:
+    """(prompts by wording, golds) of "validation" (synth alone) or "test"."""
+    if part == "validation":
+        rows = _data(data, held_out)[1]
+        return {"synth": [row["messages"][:-1] for row in rows]}, [row["messages"][-1]["content"] for row in rows]
+    items, _, _ = nl_rx.load(data)
+    prompts = {"synth": [list(item.original) for item in items], "turk": [list(item.paraphrase) for item in items]}
+    return prompts, [item.answer for item in items]
+
+
+# -- the plan's steps -------------------------------------------------------------------------------------------------
+
+
+def select(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -> None:
+    """Learning rate by plain SFT, then the weight of every objective; prints the block `settled` of the plan."""
+
+    def best(arm: str, options: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        cells = {
+            (rate, weight): [
+                Cell("completion", arm, seed, rate, weight, "validation", plan["steps"], start,
+                     out / "selection" / f"{arm}-{rate:g}-{weight:g}-seed{seed}.json")
+                for seed in plan["selection_seeds"]
+            ]
+            for rate, weight in options
+        }  # fmt: skip
+        flat = [cell for group in cells.values() for cell in group]
+        for line in side_by_side(run_cell, flat, jobs, data, plan["validation"]):
+            print(line, flush=True)
+        reached = {
+            option: statistics.mean(
+                json.loads(cell.out.read_text())["metrics"]["synth"]["startswith"] for cell in group
+            )
+            for option, group in cells.items()
+        }
+        return max(reached, key=lambda option: reached[option])
+
+    rate, _ = best("sft", [(rate, 0.0) for rate in plan["learning_rates"]])
+    weights = {arm: best(arm, [(rate, weight) for weight in plan["weights"][arm]])[1] for arm in plan["weights"]}
+    print("settled:\n" + yaml.safe_dump({"learning_rate": rate, "weights": weights}, sort_keys=False))
+
+
+def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -> None:
+    """Seed by seed, all arms of both protocols: stopped early, there are whole seeds."""
+    settled = plan["settled"]
+    if settled is None:
+        raise UserError(f"{PLAN.name} has no `settled` settings yet; run select, write them there and commit the plan.")
+    weights = {arm: settled["weights"].get(arm, 0.0) for arm in ARMS} | {"mismatched": settled["weights"]["info_nce"]}
+    cells = [
+        Cell(protocol, arm, seed, settled["learning_rate"], weights[arm], "test", plan["steps"], start,
+             out / "compare" / f"{protocol}-{arm}-seed{seed}.json")
+        for seed in sorted({seed for of in plan["protocols"].values() for seed in of["seeds"]})
+        for protocol, of in plan["protocols"].items()
+        if seed in of["seeds"]
+        for arm in of["arms"]
+    ]  # fmt: skip
+    for line in side_by_side(run_cell, cells, jobs, data, plan["validation"]):
+        print(line, flush=True)
+
+
+def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
+    """By protocol: mean and sd of every arm, and its difference to sft in points, over the seeds that all arms have.
+
+    Raises UserError if there are fewer than two such seeds, or runs that do not belong together.
+    """
+    figures: dict[str, Any] = {}
+    for protocol, of in plan["protocols"].items():
+        runs = {
+            (arm, seed): json.loads(path.read_text())
+            for arm, seed in itertools.product(of["arms"], of["seeds"])
+            if (path := out / "compare" / f"{protocol}-{arm}-seed{seed}.json").is_file()
+        }
+        seeds = [seed for seed in of["seeds"] if all((arm, seed) in runs for arm in of["arms"])]
+        if len(seeds) < 2:
+            raise UserError(f"{out} holds {len(seeds)} whole seed(s) of protocol {protocol}; run compare first.")
+        same = ("data_sha256", "steps", "learning_rate", "start", "part")
+        kinds = {json.dumps([run[name] for name in same], sort_keys=True) for run in runs.values()}
+        if len(kinds) > 1:
+            raise UserError(
+                f"The {protocol} runs in {out} are of {len(kinds)} settings or data sets; remove the odd ones."
+            )
+        arms = {}
+        for arm in of["arms"]:
+            values = {
+                f"{wording} {metric}": [runs[arm, seed]["metrics"][wording][metric] for seed in seeds]
+                for wording in ("synth", "turk")
+                for metric in ("startswith", "exact", "contains", "stop_rate", "equivalent")
+            }
+            values["tokens"] = [runs[arm, seed]["cost"]["tokens"] for seed in seeds]
+            arms[arm] = {name: [statistics.mean(v), statistics.stdev(v)] for name, v in values.items()}
+            arms[arm]["weight"] = runs[arm, seeds[0]]["weight"]
+        differences = {
+            arm: {
+                w: _minus([runs[arm, s] for s in seeds], [runs["sft", s] for s in seeds], w) for w in ("synth", "turk")
+            }
+            for arm in of["arms"][1:]
+        }
+        for wording in ("synth", "turk"):
+            for arm, p in holm({arm: found[wording]["p"] for arm, found in differences.items()}).items():
+                differences[arm][wording]["p_holm"] = p
+        lines = runs[of["arms"][0], seeds[0]]["lines"]
+        figures[protocol] = {"seeds": seeds, "lines": lines, "arms": arms, "minus_sft": differences}
+    return figures
+
+
+def _minus(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], wording: str) -> dict[str, Any]:
+    """Paired by seed, in points: startswith with its t interval, language equality with its hierarchical one."""
+    pairs = list(zip(runs, baseline, strict=True))
+    gains = [100 * (a["metrics"][wording]["startswith"] - b["metrics"][wording]["startswith"]) for a, b in pairs]
+    bits = [[np.array([int(bit) for bit in run["correct"][wording]]) for run in pair] for pair in pairs]
+    return {
+        "startswith_by_seed": gains,
+        "startswith": t_interval(gains)._asdict(),
+        "p": t_test(gains),
+        "equivalent": hierarchical(100.0 * np.stack([a - b for a, b in bits]))._asdict(),
+        "detectable": detectable_difference(statistics.stdev(gains), len(gains)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.replication", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=["select", "compare", "analyse"])
+    parser.add_argument("--data", type=Path, help="NL-RX folder: {synth,turk}_{train,test}.jsonl (select, compare)")
+    parser.add_argument(
+        "--start", default="", help="checkpoint to start from (default: random weights, 0.7M parameters)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="result files (default: the committed ones; with --start it is needed)"
+    )
+    parser.add_argument("--steps", type=int, help="instead of the plan's, for another model")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; 1 on one GPU")
+    options = parser.parse_args(argv)
+    plan = yaml.safe_load(PLAN.read_text())
+    try:
+        if options.start and options.out is None:
+            raise UserError("--start needs --out FOLDER: its runs are not those of the committed comparison.")
+        out = options.out or RESULTS
+        if options.step == "analyse":
+            print(json.dumps(analyse(plan, out), indent=2))
+            return 0
+        if options.data is None:
+            raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")
+        nl_rx.load(options.data)  # says what is missing before anything starts
+        plan["steps"] = options.steps or plan["steps"]
+        step = select if options.step == "select" else compare
+        step(options.data, plan, options.start, out, options.jobs)
+    except UserError as error:
+        print(f"eval.replication: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What the committed experiments share: a small run from rows of views to judged answers, and many of them at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a 0.7M-parameter model runs slower on several threads
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, generate
+
+from . import graders
+
+BATCH = 32
+MAX_NEW_TOKENS = 48
+# As recipes/tiny-llama/_shared.yaml has it. Every step of a run costs the same, and its last checkpoint is judged.
+RUN = {
+    "per_device_train_batch_size": BATCH,
+    "dataloader_drop_last": True,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.95,
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+    "diagnostics_pairs": 0,
+    "disable_tqdm": True,
+}
+
+
+def arguments(output_dir: Path, steps: int, **options: Any) -> LLMJEPAConfig:
+    return LLMJEPAConfig(
+        str(output_dir),
+        max_steps=steps,
+        logging_steps=max(1, steps // 10),
+        use_cpu=not torch.cuda.is_available(),
+        **{**RUN, **options},
+    )
+
+
+def train(trainer: LLMJEPATrainer) -> dict[str, Any]:
+    """Runs it; returns what it cost: steps, tokens (padding aside), process seconds, and ten lines of its log."""
+    started = time.process_time()
+    trainer.train()
+    history = trainer.state.log_history
+    return {
+        "steps": trainer.state.max_steps,
+        "tokens": max(entry["num_tokens"] for entry in history if "num_tokens" in entry),
+        "process_seconds": round(time.process_time() - started, 1),
+        "log": [{k: e[k] for k in ("step", "lm_loss", "jepa_loss") if k in e} for e in history if "lm_loss" in e],
+    }
+
+
+def tokens_of(rows: Dataset, args: LLMJEPAConfig) -> float:
+    """Tokens of a row in the mean, those of its views included (one context, one target, targets in the row)."""
+    tokens = sum(map(len, rows["input_ids"])) / len(rows)
+    if args.uses_views:
+        tokens += args.num_predictor_tokens + sum(len(target) for (target,) in rows["targets"]) / len(rows)
+    return tokens
+
+
+def with_targets_of(rows: Dataset, source: Sequence[int]) -> Dataset:
+    """The same rows; row i predicts what row source[i] says. The LM row, so the LM loss, stays as it is."""
+    wrong = rows.select(source)
+    for name in ("targets", "target_key"):
+        column = wrong[name][:]
+        rows = rows.remove_columns(name).add_column(name, column)
+    return rows
+
+
+def derangement(items: Sequence[int], rng: random.Random) -> dict[int, int]:
+    """Every item gets another one: the next in a random round."""
+    order = rng.sample(items, len(items))
+    return dict(zip(order, [*order[1:], order[0]], strict=True))
+
+
+class Judged(NamedTuple):
+    """`metrics`: by wording, then by metric of `graders.regex`, and under "both" the share of requests with the same
+    answer, and with the right one, in all wordings. `correct`: "0" or "1" a request by wording (equal language)."""
+
+    metrics: dict[str, dict[str, float]]
+    correct: dict[str, str]
+
+
+def judge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[list[dict[str, Any]]]],
+    golds: Sequence[str],
+) -> Judged:
+    """Greedy answers to the prompts of every wording, judged by the language of the regex."""
+    metrics, correct, keys = {}, {}, []
+    for wording, asked in prompts.items():
+        found = generate(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
+        grades = [graders.regex(gold, g.text, g.stopped) for gold, g in zip(golds, found, strict=True)]
+        names = [name for name in grades[0].scores if name != "nondegenerate"]
+        metrics[wording] = {name: sum(grade.scores[name] for grade in grades) / len(golds) for name in names}
+        correct[wording] = "".join("01"[int(grade.scores["equivalent"])] for grade in grades)
+        keys.append([grade.answer_key for grade in grades])
+    metrics["both"] = {
+        "consistent": sum(len(set(answers)) == 1 for answers in zip(*keys, strict=True)) / len(golds),
+        "consistent_and_correct": sum(set(bits) == {"1"} for bits in zip(*correct.values(), strict=True)) / len(golds),
+    }
+    return Judged(metrics, correct)
+
+
+def side_by_side(run: Callable[..., str], cells: Sequence[Any], jobs: int, *shared: Any) -> Iterator[str]:
+    """run(cell, *shared) of every cell, `jobs` at a time in processes of their own; the lines they return, in order."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(run, cells, *([value] * len(cells) for value in shared))

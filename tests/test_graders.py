@@ -45,7 +45,13 @@ def test_numbers_by_hand(text, value):
     assert number(text) == value
 
 
-@given(st.decimals(allow_nan=False, allow_infinity=False, places=3), st.booleans(), st.booleans(), st.booleans())
+# 10**20: value + 0.001 must fit the 28 digits of Decimal, the oracle.
+@given(
+    st.decimals(-(10**20), 10**20, allow_nan=False, allow_infinity=False, places=3),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_two_spellings_are_one_number_and_two_numbers_are_two(value, commas, dollar, dot):
     """However it is written, the key is that value (Decimal is the oracle) and that of no neighbour."""
     text = f"{abs(value):,f}" if commas else f"{abs(value):f}"

@@ -61,6 +61,17 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+# arXiv:2509.14252, NL-RX-SYNTH, mean +- sd over 5 seeds: (metric, regular, LLM-JEPA with cosine); labels on every
+# non-pad token. From random weights (table 2, a Llama-3.2-1B shape) startswith, else (table 12) exact match.
+PUBLISHED = {
+    "": ("startswith", "54.38 ± 1.70", "60.59 ± 1.01"),
+    "meta-llama/Llama-3.2-1B-Instruct": ("exact", "57.29 ± 5.32", "71.46 ± 1.34"),
+    "google/gemma-2-2b-it": ("exact", "33.65 ± 3.24", "43.12 ± 2.61"),
+    "apple/OpenELM-1_1B-Instruct": ("exact", "12.07 ± 1.81", "25.40 ± 2.40"),
+    "allenai/OLMo-2-0425-1B-Instruct": ("exact", "87.09 ± 0.36", "87.52 ± 0.29"),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run. `start` is a checkpoint, or "" for random weights drawn from the seed."""
@@ -272,9 +283,47 @@ def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
         for wording in ("synth", "turk"):
             for arm, p in holm({arm: found[wording]["p"] for arm, found in differences.items()}).items():
                 differences[arm][wording]["p_holm"] = p
-        lines = runs[of["arms"][0], seeds[0]]["lines"]
-        figures[protocol] = {"seeds": seeds, "lines": lines, "arms": arms, "minus_sft": differences}
+        one = runs[of["arms"][0], seeds[0]]
+        figures[protocol] = {"seeds": seeds, "lines": one["lines"], "start": one["start"], "arms": arms}
+        figures[protocol]["minus_sft"] = differences
     return figures
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Markdown: an arm a row, the published figure beside it where there is one, then what each arm adds to sft."""
+    shown = (
+        "synth startswith",
+        "synth exact",
+        "synth contains",
+        "synth stop_rate",
+        "synth equivalent",
+        "turk equivalent",
+    )
+    lines = ["| labels | arm | weight | " + " | ".join(shown) + " | published |", "|---|---|---:|" + "---:|" * 7]
+    for protocol, found in figures.items():
+        metric, *published = PUBLISHED.get(found["start"], ("", "", ""))
+        beside = dict(zip(("sft", "cosine"), published, strict=True)) if protocol == "paper" and metric else {}
+        for arm, values in found["arms"].items():
+            cells = [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in (values[name] for name in shown)]
+            figure = f"{beside[arm]} {metric}" if arm in beside else ""
+            lines.append(f"| {protocol} | {arm} | {values['weight']:g} | " + " | ".join(cells) + f" | {figure} |")
+    lines += [
+        "",
+        "| labels | arm minus sft, startswith | synth | p (Holm) | detectable | turk | p (Holm) | detectable |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for protocol, found in figures.items():
+        for arm, gains in found["minus_sft"].items():
+            cells = []
+            for gain in (gains["synth"], gains["turk"]):
+                mean, low, high = gain["startswith"].values()
+                cells += [
+                    f"{mean:+.1f} ({low:+.1f} to {high:+.1f})",
+                    f"{gain['p_holm']:.2f}",
+                    f"{gain['detectable']:.1f}",
+                ]
+            lines.append(f"| {protocol} | {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _minus(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], wording: str) -> dict[str, Any]:
@@ -312,7 +361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--start needs --out FOLDER: its runs are not those of the committed comparison.")
         out = options.out or RESULTS
         if options.step == "analyse":
-            print(json.dumps(analyse(plan, out), indent=2))
+            figures = analyse(plan, out)
+            write_json(out / "summary.json", figures)
+            print(table(figures))
             return 0
         if options.data is None:
             raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")

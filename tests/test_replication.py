@@ -86,6 +86,9 @@ def test_analysis_worked_by_hand(tmp_path):
     # one degree of freedom: mean 5.5, standard error 0.5, t = 11, p = 2 / pi * atan(1 / 11); Holm doubles it
     assert cosine["p"] == pytest.approx(0.05772, abs=1e-4) and cosine["p_holm"] == pytest.approx(0.11543, abs=1e-4)
     assert found["minus_sft"]["sft_flops"]["synth"]["startswith_by_seed"] == pytest.approx([0.0, 1.0])
+    rows = replication.table({"paper": found}).splitlines()
+    assert any(row.startswith("| paper | cosine | 0.3 | 55.5 ± 0.7") and "60.59" in row for row in rows)
+    assert any(row.startswith("| paper | cosine | +5.5 (") for row in rows)
 
 
 def test_analysis_refuses_half_a_comparison_and_mixed_settings(tmp_path):

@@ -43,6 +43,7 @@ MAX_SQL_BYTES = 10_000  # Spider's longest gold: 577. Also small enough for a pi
 # instr() and replace() are one opcode, which nothing inside the process can stop: 0.1 s at 100 kB, minutes at 1 MB.
 MAX_CELL_BYTES = 100_000
 HEAP_BYTES, ADDRESS_SPACE_BYTES = 256 << 20, 1 << 30
+WALL_MARGIN_S = 30.0  # starting the child, and a machine that gives it a tenth of a core
 LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: MAX_CELL_BYTES,
     sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 200,
@@ -111,7 +112,7 @@ class Databases:
 
     Args:
         seconds: processor time of a query. A busy machine does not change a grade; only a query that is still not back
-            after 10 x seconds + 1 on the wall clock is killed regardless.
+            after 10 x seconds + 30 on the wall clock is killed regardless.
         max_rows, max_bytes: of a result, as JSON. The gold must fit, too.
 
     Raises UserError where the `resource` module or the folder is missing.
@@ -209,7 +210,7 @@ class Databases:
                 self.close()
                 return None
             timeout = Result("timeout", detail=f"over {self.limits['seconds']:g} s")
-            deadline = time.monotonic() + 10 * self.limits["seconds"] + 1
+            deadline = time.monotonic() + 10 * self.limits["seconds"] + WALL_MARGIN_S
             poll = select.poll()
             poll.register(self._child.stdout, select.POLLIN)
             line = bytearray()

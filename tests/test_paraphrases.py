@@ -183,7 +183,7 @@ def test_every_arm_costs_the_budget(arm, work, tmp_path):
     assert cell.out.stat().st_mtime_ns == before
 
 
-def write_runs(folder: Path, gain: int, *, lines: int = 200, **changes: object) -> None:
+def write_runs(folder: Path, gain: int, *, lines: int = 200) -> None:
     """Runs in which info_nce has `gain` more lines right than rewriting, and seed 1 one more than seed 0."""
     right = {"sft": 20, "rewriting": 60, "info_nce": 60 + gain, "shuffled": 50, "consistency": 60, "ceiling": 150}
     folder.mkdir()
@@ -194,8 +194,9 @@ def write_runs(folder: Path, gain: int, *, lines: int = 200, **changes: object) 
             run = {"metrics": {"synth": metrics, "turk": metrics | {"equivalent": number / lines},
                                "both": {"consistent": 0.2, "consistent_and_correct": 0.1}},
                    "correct": {"turk": "1" * number + "0" * (lines - number)}, "cost": {"tokens": 100},
-                   "arm": arm, "space": None, "data_sha256": {}, "base_sha256": "b", "settings": {}, "part": "test", "lines": lines}  # fmt: skip
-            (folder / f"{arm}-seed{seed}.json").write_text(json.dumps(run | changes))
+                   "arm": arm, "space": None, "data_sha256": {}, "base_sha256": "b", "settings": {}, "part": "test",
+                   "lines": lines}  # fmt: skip
+            (folder / f"{arm}-seed{seed}.json").write_text(json.dumps(run))
 
 
 def test_analysis_worked_by_hand(tmp_path):

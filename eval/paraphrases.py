@@ -252,7 +252,7 @@ def train(
     arm = ARMS[name]
     lines, views, _ = prepared(work)
     train_lines = [line for line in lines if line.part == "train"]
-    _, others, rows = training_rows(arm, seed, views, num_labels=plan["labels"])
+    few, others, rows = training_rows(arm, seed, views, num_labels=plan["labels"])
     model, tokenizer = model_from(str(work / "base"), dtype=torch.float32), tokenizer_from(str(work / "base"))
     options: dict[str, Any] = {"learning_rate": settings.learning_rate, "seed": seed, "jepa_weight": 0.0}
     if arm.pairs != "none":
@@ -263,12 +263,12 @@ def train(
             "readout": settings.readout,
         }
     args = small_runs.arguments(work / "trainer", 1, **options)
-    per_step = BATCH * small_runs.tokens_of(rows, args)
+    per_step = BATCH * small_runs.tokens_of(rows, args, tokenizer)
     budget = settings.budget_tokens * (settings.sft_share if name == "sft" else 1)
     extra, steps = None, round(budget / per_step)
     if arm.consistency:
         extra = Consistency([train_lines[i] for i in others], tokenizer, seed, settings.consistency_weight)
-        steps = extra.plan_steps(budget, per_step)
+        steps = extra.plan_steps(budget, per_step, [train_lines[i] for i in few])
     args = small_runs.arguments(work / "trainer", steps, **options)
     trainer = ConsistentTrainer(model, args, rows, processing_class=tokenizer)
     trainer.consistency = extra
@@ -294,10 +294,11 @@ class Consistency:
         self.start = 0
         self.answers: list[str] = []
 
-    def plan_steps(self, budget: float, tokens_per_step: float) -> int:
-        """Steps that cost the budget: rows of about 40 tokens (prompt, answer, end), a side of each pair only read."""
-        mean = sum(len(self._ids(line.synth, line.regex)[0]) for line in self.lines[:200]) / 200
-        late = self.PAIRS * mean * (1 + NO_GRADIENT + NO_GRADIENT)  # learnt, read, and the greedy answer
+    def plan_steps(self, budget: float, tokens_per_step: float, labelled: Sequence[Line]) -> int:
+        """Steps that cost the budget. A pair costs what labelled rows do: one side learnt from, one read, and before
+        that the greedy answer."""
+        mean = sum(len(self._ids(line.synth, line.regex)[0]) for line in labelled) / len(labelled)
+        late = self.PAIRS * mean * (1 + NO_GRADIENT + NO_GRADIENT)
         steps = round(budget / (tokens_per_step + (1 - self.STARTS_AT) * late))
         self.start = round(self.STARTS_AT * steps)
         self.lines = self.lines[: (steps - self.start) * self.PAIRS]
@@ -387,7 +388,7 @@ def uses_of_the_space(
         rows = training_rows(ARMS[name], seed, prepared(work)[1], num_labels=plan["labels"])[2]
         predicted, target = embedded(model, rows, collator)
         similarity = contrastive_head(predicted, target, torch.tensor(rows["target_key"]), seed=seed)
-    # An empty answer has no view; it is the worst of its group by every score.
+    # An empty answer has no view: to similarity and log-probability it is the worst of its group.
     answers = [(i, text) for i, group in enumerate(groups) for text in dict.fromkeys(group) if text]
     views = [
         add_view_columns({"messages": messages(generator.SYSTEM_PROMPT, lines[i].turk, text)}, i, tokenizer=tokenizer)
@@ -430,7 +431,10 @@ class Cell:
 
 def run_cell(cell: Cell, work: Path, plan: dict[str, Any]) -> str:
     """Train and score one cell; returns a line for the log. A cell whose file exists is left alone."""
-    if not cell.out.exists():
+    if cell.out.exists():
+        what = {"arm": cell.arm, "seed": cell.seed, "part": cell.part, "settings": asdict(cell.settings)}
+        small_runs.refuse_other_settings(cell.out, what)
+    else:
         torch.set_num_threads(1)
         started = time.perf_counter()
         lines, _, hashes = prepared(work)
@@ -511,8 +515,18 @@ def confirm(work: Path, plan: dict[str, Any], jobs: int) -> None:
         for seed in plan["seeds"]
         for arm in plan["arms"]
     ]
+    write_json(RESULTS / "test_lines.json", facts_of_test_lines(work))
     for line in side_by_side(run_cell, cells, jobs, work, plan):
         print(line, flush=True)
+
+
+def facts_of_test_lines(work: Path) -> dict[str, list[Any]]:
+    """Of each test line, in the order of the result files' bits: its language, and whether the base's training rows
+    hold a regex of that language."""
+    base = [json.loads(row)["messages"] for row in (work / "base.jsonl").read_text().splitlines()]
+    known = {language(m[-1]["content"]).key for m in base if m[0]["content"] == generator.SYSTEM_PROMPT}
+    keys = [language(line.regex).key for line in prepared(work)[0] if line.part == "test"]
+    return {"language": [key[:12] for key in keys], "in_base": [key in known for key in keys]}
 
 
 def confirmed(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[tuple[str, int], dict[str, Any]]:
@@ -525,7 +539,7 @@ def confirmed(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[
     if len(seeds) < 2:
         raise UserError(f"{folder} holds {len(seeds)} whole seed(s) of {plan['arms']}; run confirm first.")
     runs = {key: json.loads(path.read_text()) for key, path in paths.items() if key[1] in seeds}
-    same = ("data_sha256", "base_sha256", "settings", "part")
+    same = ("data_sha256", "base_sha256", "settings", "part", "lines")
     kinds = {json.dumps([run[name] for name in same], sort_keys=True) for run in runs.values()}
     if len(kinds) > 1:
         raise UserError(f"The runs in {folder} are of {len(kinds)} data sets, bases or settings; remove the odd ones.")
@@ -551,12 +565,17 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
             name: [runs[arm, seed]["metrics"]["both"][name] for seed in seeds]
             for name in ("consistent", "consistent_and_correct")
         }
-        values["tokens"] = [runs[arm, seed]["cost"]["tokens"] for seed in seeds]
+        values |= {name: [runs[arm, seed]["cost"][name] for seed in seeds] for name in ("steps", "tokens")}
         figures["arms"][arm] = {name: [statistics.mean(v), statistics.stdev(v)] for name, v in values.items()}
     correct = {key: np.array([int(bit) for bit in run["correct"]["turk"]]) for key, run in runs.items()}
+    facts = json.loads((folder.parent / "test_lines.json").read_text())
+    languages, place = np.unique(facts["language"], return_inverse=True)
+
+    def differences(one: str, other: str) -> np.ndarray:
+        return 100.0 * np.stack([correct[one, seed] - correct[other, seed] for seed in seeds])
 
     def compare(one: str, other: str) -> dict[str, Any]:
-        difference = 100.0 * np.stack([correct[one, seed] - correct[other, seed] for seed in seeds])
+        difference = differences(one, other)
         by_seed = difference.mean(axis=1)
         same = equivalence(by_seed, plan["margin_points"])
         return {
@@ -568,6 +587,15 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
             "detectable": detectable_difference(float(by_seed.std(ddof=1)), len(seeds)),
         }
 
+    # Not in the plan: is it the lines whose language the base has seen, or the few languages with many lines?
+    difference = differences(*plan["primary"])
+    counted_once = np.stack([np.bincount(place, row) / np.bincount(place) for row in difference])
+    figures["sensitivity"] = {
+        "language not in base": hierarchical(difference[:, ~np.array(facts["in_base"])])._asdict(),
+        "lines of a language not in base": int(sum(not known for known in facts["in_base"])),
+        "each language once": hierarchical(counted_once)._asdict(),
+        "languages": len(languages),
+    }
     figures["primary"] = {"arms": plan["primary"], **compare(*plan["primary"])}
     secondary = {f"{one} - {other}": compare(one, other) for one, other in plan["secondary"]}
     for name, p in holm({name: found["p"] for name, found in secondary.items()}).items():
@@ -580,22 +608,23 @@ def table(figures: dict[str, Any]) -> str:
     shown = ("turk equivalent", "turk exact", "turk startswith", "turk stop_rate", "synth equivalent", "consistent")
     names = {"equivalent": "equal language", "stop_rate": "stops", "consistent": "same answer to both"}
     title = lambda name: " ".join(names.get(word, word) for word in name.split())  # noqa: E731
-    lines = ["| arm | " + " | ".join(map(title, shown)) + " |", "|---|" + "---:|" * len(shown)]
+    lines = ["| arm | steps | tokens | " + " | ".join(map(title, shown)) + " |", "|---|" + "---:|" * (len(shown) + 2)]
     for arm, values in figures["arms"].items():
-        cells = [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in (values[name] for name in shown)]
+        cells = [f"{values['steps'][0]:.0f}", f"{values['tokens'][0] / 1000:,.0f}k"]
+        cells += [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in (values[name] for name in shown)]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| turk, equal language, points | difference | 95 %, seeds and lines | p over seeds | by seed | detectable |",
-        "|---|---:|---:|---:|---|---:|",
+        "| turk, equal language, points | | 95 %, seeds (t) | seeds and lines | p | by seed | detectable |",
+        "|---|---:|---:|---:|---:|---|---:|",
     ]
     primary = figures["primary"]
     rows = [(f"**{' - '.join(primary['arms'])}** (primary)", primary, f"{primary['p']:.3f}")]
     rows += [(name, found, f"{found['p_holm']:.3f} (Holm)") for name, found in figures["secondary"].items()]
     for name, found, p in rows:
-        interval = found["hierarchical"]
+        (mean, *t), (_, *crossed) = found["t_interval"].values(), found["hierarchical"].values()
         lines.append(
-            f"| {name} | {interval['estimate']:+.1f} | {interval['low']:+.1f} to {interval['high']:+.1f} | {p} | "
+            f"| {name} | {mean:+.1f} | {t[0]:+.1f} to {t[1]:+.1f} | {crossed[0]:+.1f} to {crossed[1]:+.1f} | {p} | "
             f"{', '.join(f'{gain:+.1f}' for gain in found['by_seed'])} | {found['detectable']:.1f} |"
         )
     return "\n".join(lines)
@@ -604,8 +633,8 @@ def table(figures: dict[str, Any]) -> str:
 def space_table(runs: Sequence[dict[str, Any]]) -> str:
     """Markdown: what similarity, log-probability and votes make of the same samples, by arm; mean over its runs."""
     lines = [
-        "| arm | greedy | 8 samples: any right | picked by similarity | by log-probability | by vote | "
-        "abstention, AURC: similarity | log-probability | vote |",
+        "| arm | greedy | 8 samples: any right | picked by similarity | by log-probability a token | by vote | "
+        "abstention, AURC: similarity | log-probability a token | vote |",
         "|---|" + "---:|" * 8,
     ]
     for arm in dict.fromkeys(run["arm"] for run in runs):

@@ -138,7 +138,10 @@ def _model(start: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrai
 
 def run_cell(cell: Cell, data: Path, held_out: int) -> str:
     """Train and judge one cell; returns a line for the log. A cell whose file exists is left alone."""
-    if not cell.out.exists():
+    what = {name: value for name, value in asdict(cell).items() if name != "out"}
+    if cell.out.exists():
+        small_runs.refuse_other_settings(cell.out, what)
+    else:
         torch.set_num_threads(1)
         started = time.perf_counter()
         rows = _views(data, held_out, cell.start, cell.protocol)
@@ -154,7 +157,8 @@ def run_cell(cell: Cell, data: Path, held_out: int) -> str:
         if cell.arm == "sft_flops":
             with_views = small_runs.arguments(cell.out.parent, 1, jepa_weight=0.1)
             plain = small_runs.arguments(cell.out.parent, 1, jepa_weight=0.0)
-            steps = round(steps * small_runs.tokens_of(rows, with_views) / small_runs.tokens_of(rows, plain))
+            count = functools.partial(small_runs.tokens_of, rows, tokenizer=tokenizer)
+            steps = round(steps * count(with_views) / count(plain))
         if cell.arm == "mismatched":
             partner = derangement(range(len(rows)), random.Random(f"mismatched {cell.seed}"))
             rows = with_targets_of(rows, [partner[i] for i in range(len(rows))])
@@ -165,7 +169,7 @@ def run_cell(cell: Cell, data: Path, held_out: int) -> str:
         prompts, golds = _questions(data, held_out, cell.part)
         judged = small_runs.judge(model, tokenizer, prompts, golds)
         result = {
-            **{name: value for name, value in asdict(cell).items() if name != "out"},
+            **what,
             "lines": len(golds),
             "metrics": judged.metrics,
             "correct": judged.correct,
@@ -258,8 +262,11 @@ def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
         seeds = [seed for seed in of["seeds"] if all((arm, seed) in runs for arm in of["arms"])]
         if len(seeds) < 2:
             raise UserError(f"{out} holds {len(seeds)} whole seed(s) of protocol {protocol}; run compare first.")
-        same = ("data_sha256", "steps", "learning_rate", "start", "part")
+        same = ("data_sha256", "lines", "steps", "learning_rate", "start", "part")
         kinds = {json.dumps([run[name] for name in same], sort_keys=True) for run in runs.values()}
+        kinds |= {
+            f"{arm} {run['weight']}" for (arm, _), run in runs.items() if run["weight"] != runs[arm, seeds[0]]["weight"]
+        }
         if len(kinds) > 1:
             raise UserError(
                 f"The {protocol} runs in {out} are of {len(kinds)} settings or data sets; remove the odd ones."

@@ -74,7 +74,8 @@ def log_probabilities(model: PreTrainedModel, views: Sequence[dict[str, Any]], p
     model.eval()
     found = []
     for start in range(0, len(views), BATCH):
-        batch = JEPACollator(pad_token_id, with_views=False)(list(views[start : start + BATCH]))
+        rows = JEPACollator(pad_token_id, with_views=False)(list(views[start : start + BATCH]))
+        batch = {name: value.to(model.device) for name, value in rows.items()}
         logits = model(**model_inputs(batch, model)).logits[:, :-1].float()
         label = batch["labels"][:, 1:]
         token = logits.log_softmax(dim=-1).gather(-1, label.clamp(min=0)[..., None])[..., 0]
@@ -101,11 +102,12 @@ def contrastive_head(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sides = torch.nn.ModuleList(torch.nn.Linear(predicted.shape[1], dim) for _ in range(2))
+        sides = torch.nn.ModuleList(torch.nn.Linear(predicted.shape[1], dim) for _ in range(2)).to(predicted.device)
     optimizer = torch.optim.AdamW(sides.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    target_key = target_key.to(predicted.device)
     for _ in range(steps):
-        batch = torch.randint(len(predicted), (128,), generator=generator)
+        batch = torch.randint(len(predicted), (128,), generator=generator).to(predicted.device)
         loss = info_nce(sides[0](predicted[batch]), sides[1](target[batch]), target_key=target_key[batch]).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import replication
+from eval import replication, small_runs
 from eval.replication import ARMS, Cell
 from llm_jepa import UserError
 from llm_jepa.data import nl_rx
@@ -56,6 +56,72 @@ def test_mismatched_changes_the_targets_alone(data, tmp_path):
     for one, other in zip(logs["sft"], logs["mismatched"], strict=True):
         assert one["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-3)
     assert [e["jepa_loss"] for e in logs["mismatched"]] != [e["jepa_loss"] for e in logs["info_nce"]]
+
+
+def in_this_process(run, cells, jobs, *shared):
+    return [run(cell, *shared) for cell in cells]
+
+
+def test_selection_takes_the_best_and_comparison_uses_it(data, tmp_path, monkeypatch, capsys):
+    """startswith on validation: learning rate 0.2 beats 0.1, weight 0.3 beats 0.5."""
+
+    def run_cell(cell, *_):
+        assert cell.part == "validation" and cell.protocol == "completion"
+        value = cell.learning_rate + (1 if cell.weight == 0.3 else 0)
+        cell.out.parent.mkdir(parents=True, exist_ok=True)
+        cell.out.write_text(json.dumps({"metrics": {"synth": {"startswith": value}}}))
+        return ""
+
+    monkeypatch.setattr(replication, "side_by_side", in_this_process)
+    monkeypatch.setattr(replication, "run_cell", run_cell)
+    arms = ("cosine", "info_nce", "vicreg", "sigreg", "stp_paper", "stp_code")
+    plan = {"steps": 9, "selection_seeds": [100], "validation": 12, "learning_rates": [0.1, 0.2]}
+    plan |= {"weights": {arm: [0.3, 0.5] for arm in arms}}
+    replication.select(data, plan, "", tmp_path, 1)
+    settled = yaml.safe_load(capsys.readouterr().out.split("settled:")[1])
+    assert settled == {"learning_rate": 0.2, "weights": dict.fromkeys(arms, 0.3)}
+
+    cells = []
+    monkeypatch.setattr(replication, "run_cell", lambda cell, *_: cells.append(cell) or "")
+    protocols = {
+        "completion": {"arms": list(ARMS), "seeds": [0, 1]},
+        "paper": {"arms": ["sft", "cosine"], "seeds": [0]},
+    }
+    replication.compare(data, plan | {"settled": settled, "protocols": protocols}, "", tmp_path, 1)
+    assert [(c.protocol, c.seed) for c in cells] == [("completion", 0)] * 9 + [("paper", 0)] * 2 + [
+        ("completion", 1)
+    ] * 9
+    weights = {cell.arm: cell.weight for cell in cells}
+    assert weights == {arm: 0.0 if arm.startswith("sft") else 0.3 for arm in ARMS}
+    assert {cell.part for cell in cells} == {"test"} and {cell.learning_rate for cell in cells} == {0.2}
+
+
+def test_a_cell_is_judged_on_its_part_with_its_labels(data, tmp_path, monkeypatch):
+    asked, labels = [], []
+
+    def judge(model, tokenizer, prompts, golds):
+        asked.append((prompts, golds))
+        return small_runs.Judged({"synth": dict.fromkeys(("startswith", "exact", "equivalent", "stop_rate"), 0)}, {})
+
+    class Trainer:
+        def __init__(self, model, args, rows, processing_class):
+            labels.append((args, sum(label != -100 for row in rows["labels"] for label in row)))
+
+    monkeypatch.setattr(small_runs, "judge", judge)
+    monkeypatch.setattr(small_runs, "train", lambda trainer: {"tokens": 0})
+    monkeypatch.setattr(replication, "LLMJEPATrainer", Trainer)
+    for protocol, arm, part in (("completion", "vicreg", "validation"), ("paper", "stp_code", "test")):
+        cell = Cell(protocol, arm, 0, 1e-3, 0.1, part, 10, "", tmp_path / f"{protocol}.json")
+        replication.run_cell(cell, data, 12)
+    (prompts, golds), (both, answers) = asked
+    validation = replication._data(data, 12)[1]
+    assert golds == [row["messages"][-1]["content"] for row in validation] and set(prompts) == {"synth"}
+    items = replication.nl_rx.load(data)[0]
+    assert answers == [item.answer for item in items]
+    assert both["turk"] == [list(item.paraphrase) for item in items] != both["synth"]
+    (vicreg, few), (stp, many) = labels
+    assert (vicreg.regularizer, stp.objective, stp.stp_formula) == ("vicreg", "stp", "code")
+    assert many > 1.5 * few, "paper labels are those of every token"
 
 
 def write_runs(folder: Path, plan: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,8 +46,7 @@ def test_rerank_takes_the_best_of_each_group():
 
 
 def test_log_probability_is_minus_the_loss_of_the_completion_alone(model_and_tokenizer):
-    """Row by row through the model's own loss; predictor tokens out of the softmax changes nothing here but a constant
-    that the model without such tokens does not have, so the comparison masks them as well."""
+    """Row by row through the model's own loss."""
     model, tokenizer = model_and_tokenizer
     views = [add_view_columns(row, i, tokenizer=tokenizer) for i, row in enumerate(nl_rx.generate(5))]
     found = log_probabilities(model, views, tokenizer.pad_token_id)
@@ -72,6 +73,26 @@ def test_samples_repeat_with_the_seed_vary_without_it_and_follow_the_model(model
         finally:
             model.lm_head.weight.copy_(kept)
     assert sure == [[g.text] * 4 for g in greedy]
+
+
+def test_samples_are_drawn_at_temperature_one_from_all_tokens(model_and_tokenizer):
+    """First tokens of 3,000 samples against the softmax: in total variation, where temperature 0.5 is far off."""
+    model, tokenizer = model_and_tokenizer
+    prompt = nl_rx.generate(1)[0]["messages"][:-1]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+    logits[known_predictor_ids(tokenizer)] = -torch.inf
+
+    def texts(temperature: float) -> Counter:
+        probability: Counter = Counter()
+        for token, p in enumerate((logits / temperature).softmax(-1).tolist()):
+            probability[tokenizer.decode([token], skip_special_tokens=True).strip()] += p
+        return probability
+
+    found = Counter(sample(model, tokenizer, [prompt], num_samples=3000, max_new_tokens=1, seed=0)[0])
+    apart = {t: sum(abs(found[k] / 3000 - p) for k, p in texts(t).items()) / 2 for t in (0.5, 1.0, 2.0)}
+    assert apart[1.0] < 0.7 * min(apart[0.5], apart[2.0]), apart
 
 
 def test_a_head_finds_a_linear_relation_that_cosine_does_not_see():

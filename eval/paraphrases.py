@@ -619,8 +619,9 @@ def table(figures: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---|---:|",
     ]
     primary = figures["primary"]
-    rows = [(f"**{' - '.join(primary['arms'])}** (primary)", primary, f"{primary['p']:.3f}")]
-    rows += [(name, found, f"{found['p_holm']:.3f} (Holm)") for name, found in figures["secondary"].items()]
+    shown_p = lambda p: f"{p:.3f}" if p >= 0.001 else "< 0.001"  # noqa: E731
+    rows = [(f"**{' - '.join(primary['arms'])}** (primary)", primary, shown_p(primary["p"]))]
+    rows += [(name, found, f"{shown_p(found['p_holm'])} (Holm)") for name, found in figures["secondary"].items()]
     for name, found, p in rows:
         (mean, *t), (_, *crossed) = found["t_interval"].values(), found["hierarchical"].values()
         lines.append(

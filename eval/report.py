@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import step_cost
+import yaml
+
+from . import paraphrases, step_cost
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -215,6 +217,37 @@ def vl_tables(folder: Path = VL) -> str:
     return "\n".join(lines)
 
 
+def paraphrase_tables() -> str:
+    """Markdown: the plan's analysis of the confirmatory runs, and what the embeddings were good for."""
+    plan = yaml.safe_load(paraphrases.PLAN.read_text())
+    runs = paraphrases.confirmed(plan)
+    figures = paraphrases.analyse(plan)
+    commits = sorted({run["environment"]["commit"][:7] for run in runs.values()})
+    same = figures["primary"]["equivalence"]
+    inside = "lies" if same["within_margin"] else "does not lie"
+    extra = figures["sensitivity"]
+    clean, once = extra["language not in base"], extra["each language once"]
+    return "\n".join(
+        [
+            paraphrases.table(figures),
+            "",
+            f"Mean ± sd over {len(figures['seeds'])} seeds of {len(plan['seeds'])} planned, {figures['lines']:,} test "
+            f"lines of {extra['languages']} languages. Equivalence: the 90 % interval of the primary difference, "
+            f"{same['interval_90']['low']:+.1f} to {same['interval_90']['high']:+.1f}, {inside} within the ± "
+            f"{plan['margin_points']:g} points named beforehand. *Detectable*: found with 80 % power. Not planned: the "
+            f"primary difference is {clean['estimate']:+.1f} ({clean['low']:+.1f} to {clean['high']:+.1f}) on the "
+            f"{extra['lines of a language not in base']} lines whose language the base has not seen, "
+            f"{once['estimate']:+.1f} ({once['low']:+.1f} to {once['high']:+.1f}) if each language counts once. Commit "
+            f"{', '.join(commits)}; plan: `eval/plans/paraphrases.yaml`; a file a run: `eval/results/paraphrases/`.",
+            "",
+            paraphrases.space_table([run for run in runs.values() if run["space"]]),
+            "",
+            f"In %, the first {plan['rerank']['lines']} test lines in turk wording. AURC: mean error over all "
+            "coverages, answering the best-scored first; smaller is better.",
+        ]
+    )
+
+
 def _seeds(runs: Sequence[dict[str, Any]]) -> str:
     return f"Mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "One seed, so no spread"
 
@@ -230,7 +263,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     options = parser.parse_args(argv)
     text = fresh = README.read_text()
-    for name, rendered in (("tiny_nl_rx", table(load())), ("step_cost", step_table()), ("vl", vl_tables())):
+    for name, rendered in (
+        ("tiny_nl_rx", table(load())),
+        ("paraphrases", paraphrase_tables()),
+        ("step_cost", step_table()),
+        ("vl", vl_tables()),
+    ):
         before, rest = fresh.split(BEGIN.format(name))
         fresh = f"{before}{BEGIN.format(name)}\n{rendered}\n{END}{rest.split(END, 1)[1]}"
     if fresh == text:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
 
 from .errors import UserError
 from .views import end_of_turn_ids
@@ -37,7 +45,6 @@ class Generation(NamedTuple):
     num_tokens: int  # generated, the stop token included
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,37 +62,128 @@ def generate(
 
     Raises UserError for an empty prompt, or messages without a chat template.
     """
-    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    encoded = encode(tokenizer, prompts)
+    batches = generate_batches(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    results: dict[int, Generation] = {}
+    with tqdm(total=len(encoded), desc="Generating", disable=not progress, unit="prompt") as bar:
+        for batch in batches:
+            results.update(batch)
+            bar.update(len(batch))
+    return [results[i] for i in range(len(prompts))]
+
+
+def generate_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[dict[int, Generation]]:
+    """`generate` for prompts from `encode`, as they finish, longest first: index -> its continuation.
+
+    A batch does not wait for a few slow rows: they are put aside and finished together, in batches of their own.
+    The model's training mode is put back when the iteration ends, is closed or raises.
+    """
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # longest first: out of memory comes early
+    fresh: list[tuple[int, list[int]]] = [(i, []) for i in order]  # and what has been generated so far
+    slow: list[tuple[int, list[int]]] = []
     stop = end_of_turn_ids(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [0])[0]
-    results: dict[int, Generation] = {}
     was_training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=not progress, unit="batch"):
-            indices = order[start : start + batch_size]
-            length = max(len(encoded[i]) for i in indices)
-            ids = torch.tensor([[pad] * (length - len(encoded[i])) + encoded[i] for i in indices])
-            mask = torch.tensor([[0] * (length - len(encoded[i])) + [1] * len(encoded[i]) for i in indices])
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                eos_token_id=stop or None,
-                pad_token_id=pad,
-                **PLAIN,
-            )
-            for index, row in zip(indices, output[:, length:].tolist(), strict=True):
-                end = next((i for i, token in enumerate(row) if token in stop), None)
-                text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-                results[index] = Generation(text, end is not None, len(row) if end is None else end + 1)
+        shared, states = _shared_prefix(model, encoded) if len(encoded) > 1 else (0, None)
+        while fresh or slow:
+            source = slow if len(slow) >= batch_size or not fresh else fresh
+            batch, source[:] = source[:batch_size], source[batch_size:]
+            prompts = [encoded[i] + begun for i, begun in batch]
+            left = [max_new_tokens - len(begun) for _, begun in batch]
+            length = max(map(len, prompts))
+            # The padding stands before the tokens that are read here: on the left, or behind the shared prefix.
+            ids = torch.tensor([p[:shared] + [pad] * (length - len(p)) + p[shared:] for p in prompts])
+            mask = torch.tensor([[1] * shared + [0] * (length - len(p)) + [1] * (len(p) - shared) for p in prompts])
+            cache = copy.deepcopy(states)
+            if cache is not None:
+                cache.batch_repeat_interleave(len(batch))
+            enough = _Enough(length, left, stop, model.device)
+            with torch.inference_mode():
+                output = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    past_key_values=cache,
+                    max_new_tokens=max(left),
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    eos_token_id=stop or None,
+                    pad_token_id=pad,
+                    stopping_criteria=StoppingCriteriaList([enough] if fresh or slow else []),
+                    **PLAIN,
+                )
+            done = {}
+            for (index, begun), room, row in zip(batch, left, output[:, length:].tolist(), strict=True):
+                new = row[:room]
+                if len(new) == room or not set(stop).isdisjoint(new):
+                    done[index] = read(tokenizer, begun + new, stop)
+                else:
+                    slow.append((index, begun + new))
+            if done:
+                yield done
     finally:
         model.train(was_training)
-    return [results[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _shared_prefix(model: PreTrainedModel, encoded: Sequence[list[int]]) -> tuple[int, DynamicCache | None]:
+    """How many tokens all prompts begin with (system prompt, header of the user turn), and their keys and values.
+
+    (0, None) if they are few, or if the padding that then follows them would be seen: by anything but rotary positions
+    and full attention (windows and ALiBi count places), or in another kind of cache.
+    """
+    config = model.config.get_text_config()
+    first, last = min(encoded), max(encoded)
+    longest = min(map(len, encoded)) - 1  # one token is left to read
+    shared = next((i for i in range(longest) if first[i] != last[i]), longest)
+    rotary = getattr(config, "rope_parameters", None) is not None and not getattr(config, "alibi", False)
+    if shared < 8 or not rotary:
+        return 0, None
+    ids = torch.tensor([encoded[0][:shared]], device=model.device)
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return 0, None
+    return shared, cache
+
+
+class _Enough(StoppingCriteria):
+    """Ends a batch when at most an eighth of its rows go on and it took twice as long as half of them needed: then its
+    steps cost more than prefilling the rest once more. A row ends at a stop token or with its own room."""
+
+    def __init__(self, length: int, room: Sequence[int], stop: Sequence[int], device: torch.device):
+        self.length, self.steps_of_half = length, 0
+        self.room, self.stop = torch.tensor(room, device=device), torch.tensor(stop, dtype=torch.long, device=device)
+        self.done = torch.zeros(len(room), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        steps = input_ids.shape[1] - self.length
+        self.done |= torch.isin(input_ids[:, -1], self.stop) | (steps >= self.room)
+        done = int(self.done.sum())  # no further wait for the device: `generate` reads whether all are done, too
+        if not self.steps_of_half and 2 * done >= len(self.done):
+            self.steps_of_half = steps
+        enough = 8 * (len(self.done) - done) <= len(self.done) and steps >= 2 * self.steps_of_half
+        return torch.full_like(self.done, enough)
+
+
+def read(tokenizer: PreTrainedTokenizerBase, row: list[int], stop: Sequence[int]) -> Generation:
+    """Generated token ids, up to the first stop token, as text."""
+    end = next((i for i, token in enumerate(row) if token in stop), None)
+    text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+    return Generation(text, end is not None, len(row) if end is None else end + 1)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, up to where the answer begins. Raises UserError as `generate`."""
+    return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:

@@ -10,11 +10,10 @@ import pytest
 import yaml
 from conftest import LLAMA
 
-from eval import nl_rx, report, run
+from eval import graders, nl_rx, report, run
 from llm_jepa import UserError
 from llm_jepa.cli import main as cli
 from llm_jepa.data import nl_rx as generator
-from llm_jepa.generation import Generation
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "nl_rx"
 
@@ -48,7 +47,7 @@ def test_a_line_leaves_both_wordings_if_its_regex_or_either_text_is_known(tmp_pa
 def test_metrics_of_answers_worked_by_hand():
     """Gold `ab`: exact; trailing text (startswith, contains); leading text (contains only); wrong and cut."""
     texts = [("ab", True), ("ab.*", True), (".*ab", True), ("ba", False)]
-    figures = nl_rx.score(["ab"] * 4, [Generation(text, stopped, 3) for text, stopped in texts])
+    figures = run._means([{"scores": graders.written("ab", text, stopped)} for text, stopped in texts])
     assert figures == {"exact": 0.25, "startswith": 0.5, "contains": 0.75, "stop_rate": 0.75}
 
 
@@ -125,8 +124,14 @@ def test_run_scores_a_trained_model_and_records_where_the_numbers_come_from(tmp_
     assert {"commit", "torch", "trl", "transformers"} <= set(result["environment"])
     assert str(tmp_path) not in out.read_text(), "a result file names a path of this machine"
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    exact = sum(line["original"]["text"] == line["answer"] for line in lines) / len(lines)
-    assert exact == result["metrics"]["original"]["exact"]
+    assert [(line["group"], line["wording"]) for line in lines] == [
+        (str(i), wording) for i in range(8) for wording in ("original", "paraphrase")
+    ]
+    exact = sum(line["text"] == line["gold"] for line in lines if line["wording"] == "original") / 8
+    assert exact == result["metrics"]["original"]["exact"] and "equivalent" in result["metrics"]["original"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "completion-sft-seed7.json").write_text(out.read_text())
+    assert f"| completion | plain SFT | {100 * exact:.1f} |" in report.table(report.load(tmp_path / "results"))
 
 
 def test_run_refuses_a_missing_model(tmp_path, capsys):

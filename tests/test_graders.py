@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from eval import graders
 from eval.graders import Choice, choose_batches, gsm8k, marked_number, normalized, number, open_answer
 from eval.sql import Databases
+from llm_jepa import UserError
 from llm_jepa.generation import encode
 from llm_jepa.predictor_tokens import add_predictor_tokens
 
@@ -211,3 +213,56 @@ def test_suppressed_tokens_take_no_probability(tokenizer):
         model.get_output_embeddings().weight[ids] = 100 * model.get_output_embeddings().weight[:2]
     (after,) = choose_batches(model, tokenizer, encoded, [[" a", " dog"]], batch_size=8)
     assert after[0].log_likelihoods == pytest.approx(before[0].log_likelihoods, abs=1e-9)
+
+
+# -- metrics for Hugging Face evaluate --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """`evaluate.load` of a folder of ours, offline, with its caches elsewhere."""
+    evaluate = pytest.importorskip("evaluate")
+    caches = tmp_path_factory.mktemp("evaluate")
+    folder = Path(graders.__file__).parent / "metrics"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(caches / "modules"))
+        yield lambda name: evaluate.load(str(folder / name), cache_dir=str(caches / "cache"))
+
+
+def test_regex_equivalence_metric(load):
+    metric = load("regex_equivalence")
+    found = metric.compute(predictions=["[ab].*", "x", "((", "q"], references=["(a|b).*", "y", "z", "q"])
+    assert found == {"equivalent": 0.5, "exact": 0.25, "undecided": 0}
+
+
+def test_sql_execution_metric(load, tmp_path):
+    (tmp_path / "shop").mkdir()
+    sqlite3.connect(tmp_path / "shop" / "shop.sqlite").execute("CREATE TABLE items (name TEXT)").connection.close()
+    found = load("sql_execution").compute(
+        predictions=["SELECT 2 - 1", "SELECT 2", "SELECT", "SELECT 3"],
+        references=["SELECT 1", "SELECT 1", "SELECT name FROM items", "SELECT 3"],
+        db_ids=["shop"] * 4,
+        databases=str(tmp_path),
+    )
+    assert found == {"execution": 0.5, "failed": 0.25}
+
+
+def test_paraphrase_consistency_metric(load):
+    """Group a: both right. Group b: a wrong answer twice, a right one once: 1 of 3 pairs agrees, and not rightly."""
+    metric = load("paraphrase_consistency")
+    rows = [("4", "a"), ("5", "b"), ("4.0", "a"), ("5.0", "b"), ("4", "b")]
+    columns = {"predictions": [text for text, _ in rows], "groups": [group for _, group in rows]}
+    found = metric.compute(**columns, references=["4"] * 5, grader="number")
+    assert found["accuracy"] == pytest.approx((1 + 1 / 3) / 2) and found["worst_of_k"] == 0.5
+    assert found["consistency"] == pytest.approx((1 + 1 / 3) / 2) and found["consistent_and_correct"] == 0.5
+    with pytest.raises(UserError, match="did you mean 'number'"):
+        metric.compute(**columns, references=["4"] * 5, grader="numbr")
+
+
+def test_metrics_are_classes_like_others():
+    """Without `evaluate.load`, from the repository's root."""
+    pytest.importorskip("evaluate")
+    from eval.metrics.regex_equivalence.regex_equivalence import RegexEquivalence
+
+    assert RegexEquivalence().compute(predictions=["a"], references=["a|a"])["equivalent"] == 1

@@ -1,0 +1,36 @@
+"""Do predicted regexes match the same lines as the gold ones?
+
+    metric = evaluate.load("eval/metrics/regex_equivalence")
+    metric.compute(predictions=["[ab].*"], references=["(a|b).*"])
+
+Offline; `evaluate` copies this file before it imports it, so the repository's root must be on the path (run Python
+there). One module a line: its scanner of imports reads no other form.
+"""
+
+import datasets
+import evaluate  # type: ignore[import-untyped]
+
+from eval.graders import regex
+
+DESCRIPTION = """\
+equivalent: share of predictions that match the same lines as their reference (exact decision, NL-RX's dialect).
+exact: share that are the same string. undecided: share whose automata are too large to decide; counted as wrong.
+"""
+
+
+class RegexEquivalence(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description="predictions, references: regexes, one for each question.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        grades = [regex(gold, text, True).scores for gold, text in zip(references, predictions, strict=True)]
+        return {
+            name: sum(scores[name] for scores in grades) / len(grades) for name in ("equivalent", "exact", "undecided")
+        }

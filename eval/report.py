@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results" / "tiny_nl_rx"
 STEP_COST = Path(__file__).parent / "results" / "step_cost" / "cpu.json"
 VL = Path(__file__).parent / "results" / "vl"
+THROUGHPUT = Path(__file__).parent / "results" / "throughput" / "cpu.json"
 BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
 ARMS = (("sft", "plain SFT"), ("info_nce", "LLM-JEPA, InfoNCE 0.1"), ("cosine", "LLM-JEPA, cosine 1.0"))
 PROTOCOLS = ("completion", "paper")
@@ -248,6 +249,18 @@ def paraphrase_tables() -> str:
     )
 
 
+def throughput_line(path: Path = THROUGHPUT) -> str:
+    result = json.loads(path.read_text())
+    ratios, e = result["ratios"], result["environment"]
+    return (
+        f"Batched decoding answers {result['summary']['batched_over_single']:.1f} times as many prompts a second as one "
+        f"at a time ({min(ratios):.1f} to {max(ratios):.1f} in {len(ratios)} interleaved runs; batches of "
+        f"{result['batch_size']}, {result['parameters'] / 1e6:.1f}M parameters, one CPU thread), with "
+        f"{result['equal_texts']} of {result['compared_texts']} texts equal (`python -m eval.throughput`, commit "
+        f"{e['commit'][:7]})."
+    )
+
+
 def _seeds(runs: Sequence[dict[str, Any]]) -> str:
     return f"Mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "One seed, so no spread"
 
@@ -268,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("paraphrases", paraphrase_tables()),
         ("step_cost", step_table()),
         ("vl", vl_tables()),
+        ("throughput", throughput_line()),
     ):
         before, rest = fresh.split(BEGIN.format(name))
         fresh = f"{before}{BEGIN.format(name)}\n{rendered}\n{END}{rest.split(END, 1)[1]}"

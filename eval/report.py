@@ -253,8 +253,8 @@ def throughput_line(path: Path = THROUGHPUT) -> str:
     result = json.loads(path.read_text())
     ratios, e = result["ratios"], result["environment"]
     return (
-        f"Batched decoding answers {result['summary']['batched_over_single']:.1f} times as many prompts a second as one "
-        f"at a time ({min(ratios):.1f} to {max(ratios):.1f} in {len(ratios)} interleaved runs; batches of "
+        f"Batched decoding answers {result['summary']['batched_over_single']:.1f} times as many prompts as one "
+        f"at a time does ({min(ratios):.1f} to {max(ratios):.1f} in {len(ratios)} interleaved runs; batches of "
         f"{result['batch_size']}, {result['parameters'] / 1e6:.1f}M parameters, one CPU thread), with "
         f"{result['equal_texts']} of {result['compared_texts']} texts equal (`python -m eval.throughput`, commit "
         f"{e['commit'][:7]})."

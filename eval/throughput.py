@@ -51,7 +51,7 @@ def trained_model(rows: Sequence[dict[str, Any]], steps: int) -> tuple[PreTraine
     views = [build_views(row, tokenizer) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     for step in range(steps):
-        batch = [views[(32 * step + i) % len(views)] for i in range(32)]
+        batch = [views[(16 * step + i) % len(views)] for i in range(16)]
         length = max(len(view.input_ids) for view in batch)
         ids = torch.tensor([view.input_ids + [0] * (length - len(view.input_ids)) for view in batch])
         labels = torch.tensor([view.labels + [-100] * (length - len(view.labels)) for view in batch])
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="NL-RX folder (default: generated rows)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    steps, num_prompts, repetitions = (150, 512, 3) if options.quick else (600, 2048, 5)
+    steps, num_prompts, repetitions = (250, 512, 3) if options.quick else (1000, 2048, 5)
     result: dict[str, Any] = {"quick": options.quick, "bound": BOUND, "data": None}
     try:
         if options.data is None:

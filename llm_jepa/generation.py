@@ -149,7 +149,7 @@ def _shared_prefix(model: PreTrainedModel, encoded: Sequence[list[int]]) -> tupl
     if shared < 8 or not rotary:
         return 0, None
     ids = torch.tensor([encoded[0][:shared]], device=model.device)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).get("past_key_values")
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return 0, None
     return shared, cache

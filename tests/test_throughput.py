@@ -1,5 +1,5 @@
-"""Claims about decoding many prompts: rows put aside say what they would alone, cost fewer steps, and the benchmark
-compares two ways to the same texts."""
+"""Claims about decoding many prompts: rows put aside, and prompts that share a prefix, say what they would alone; and
+the benchmark compares two ways to the same texts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import family_model, tiny_model
 from test_generation import as_generation, messages, one_by_one, prompt_ids, stopping_model, table_model
 
 from eval import throughput
 from llm_jepa.from_scratch import train_tokenizer
-from llm_jepa.generation import generate
+from llm_jepa.generation import _shared_prefix, encode, generate
 
 WORDS = ["lines", "words", "digit", "vowel", "dog", "truck", "ring"]
 PROMPTS = [f"{a} with {b}" for a in WORDS for b in WORDS]  # 49
+
+
+@pytest.fixture
+def letters():
+    """No merges: every letter is a token of its own."""
+    return train_tokenizer([{"prompt": "x", "completion": "y"}], 261)
 
 
 def counting_rows(model):
@@ -25,10 +31,9 @@ def counting_rows(model):
     return rows
 
 
-def test_slow_rows_are_put_aside_and_finished_together():
+def test_slow_rows_are_put_aside_and_finished_together(letters):
     """From y, y for ever; from a, an end. Three batches of 16, one slow row each, 40 tokens of room. Each batch is left
     after 2 steps (half ends after 1), and one batch of three rows goes on: 38 steps instead of 3 x 40."""
-    letters = train_tokenizer([{"prompt": "x", "completion": "y"}], 261)
     model = table_model(letters, {"a": "<|end|>"})
     prompts = ["y" if i % 16 == 5 else "a" for i in range(48)]
     rows = counting_rows(model)
@@ -38,9 +43,8 @@ def test_slow_rows_are_put_aside_and_finished_together():
         assert answer == (("y" * 40, False, 40) if prompt == "y" else ("", True, 1))
 
 
-def test_no_row_is_put_aside_while_many_go_on():
+def test_no_row_is_put_aside_while_many_go_on(letters):
     """Three slow rows of 16 are more than an eighth, so their batch goes on to its 20th token; two are put aside."""
-    letters = train_tokenizer([{"prompt": "x", "completion": "y"}], 261)
     model = table_model(letters, {"a": "<|end|>"})
     for slow, expected in ((3, [16] * 20 + [16]), (2, [16] * 2 + [16] + [2] * 18)):
         rows = counting_rows(model)
@@ -68,6 +72,43 @@ def test_rows_put_aside_say_what_they_would_alone(family, tokenizer):
     answers = generate(model, tokenizer, [everything[i] for i in chosen], max_new_tokens=12, batch_size=16)
     assert answers == [alone[i] for i in chosen]
     assert 2 in rows and len(rows) < 12 + 5 + 12, "no row was put aside"
+
+
+SYSTEM = {"role": "system", "content": "Convert natural language to regular expression, please."}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "cohere", "deepseek_v3"])
+def test_a_prefix_that_all_prompts_share_is_read_once(family, tokenizer):
+    """In batches of 4 and 2, prompts of five lengths, each as alone, where nothing is shared; float64."""
+    model = family_model(tokenizer, family)
+    prompts = [[SYSTEM, *messages(text)] for text in (*PROMPTS[:4], "a line that has a dog or a truck", "b")]
+    lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
+    assert len(set(lengths)) > 3
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    assert alone == [as_generation(tokenizer, *answer) for answer in one_by_one(model, tokenizer, prompts, 8)]
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    assert generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=4) == alone
+    (one, shared), *others = [shape for shape in shapes if shape[1] > 1]
+    assert one == 1 and shared >= 8
+    assert others == [(4, max(lengths) - shared), (2, sorted(lengths)[1] - shared)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2", "bloom", "mamba2", "recurrent_gemma", "falcon"])
+def test_no_prefix_is_shared_where_padding_behind_it_would_count(family, tokenizer):
+    """Learned positions, windows, ALiBi, recurrence: as before, without a shared prefix."""
+    model = family_model(tokenizer, family, **({"alibi": True} if family == "falcon" else {}))
+    encoded = encode(tokenizer, [[SYSTEM, *messages(text)] for text in PROMPTS[:3]])
+    assert _shared_prefix(model, encoded) == (0, None)
+
+
+def test_a_prompt_that_begins_another_is_not_read_away(letters):
+    """`a a a a a a a a a` is all of the first prompt and the beginning of the second: its last token is still read."""
+    model = table_model(letters, {"a": "b", "b": "c", "c": "<|end|>"})
+    answers = generate(model, letters, ["a" * 9, "a" * 9 + "b", "a" * 20], max_new_tokens=4, batch_size=3)
+    assert [answer.text for answer in answers] == ["bc", "c", "bc"]
 
 
 def test_the_benchmark_compares_two_ways_to_the_same_texts(tokenizer):

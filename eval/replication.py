@@ -19,6 +19,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from .statistics import detectable_difference, hierarchical, holm, t_interval, t
 PLAN = Path(__file__).parent / "plans" / "replication.yaml"
 RESULTS = Path(__file__).parent / "results" / "replication"
 TRAIN = "synth_train.jsonl"
+NOWHERE = Path(tempfile.gettempdir()) / "llm_jepa_replication"  # no run saves anything
 SHARED = Path(__file__).parent.parent / "recipes" / "tiny-llama" / "_shared.yaml"
 
 # What an arm adds to plain SFT; the weight comes from the plan.
@@ -155,14 +157,14 @@ def run_cell(cell: Cell, data: Path, held_out: int) -> str:
         }
         steps = cell.steps
         if cell.arm == "sft_flops":
-            with_views = small_runs.arguments(cell.out.parent, 1, jepa_weight=0.1)
-            plain = small_runs.arguments(cell.out.parent, 1, jepa_weight=0.0)
+            with_views = small_runs.arguments(NOWHERE, 1, jepa_weight=0.1)
+            plain = small_runs.arguments(NOWHERE, 1, jepa_weight=0.0)
             count = functools.partial(small_runs.tokens_of, rows, tokenizer=tokenizer)
             steps = round(steps * count(with_views) / count(plain))
         if cell.arm == "mismatched":
             partner = derangement(range(len(rows)), random.Random(f"mismatched {cell.seed}"))
             rows = with_targets_of(rows, [partner[i] for i in range(len(rows))])
-        args = small_runs.arguments(cell.out.parent / "trainer", steps, **options)
+        args = small_runs.arguments(NOWHERE, steps, **options)
         model = _model(cell.start, tokenizer, cell.seed)
         trainer = LLMJEPATrainer(model, args, rows, processing_class=tokenizer)
         cost = small_runs.train(trainer)

@@ -51,10 +51,9 @@ from .reranking import Similarity, contrastive_head, embedded, log_probabilities
 from .small_runs import BATCH, MAX_NEW_TOKENS, derangement, side_by_side, with_targets_of
 from .statistics import detectable_difference, equivalence, hierarchical, holm, t_interval, t_test
 
-ROOT = Path(__file__).parent.parent
 PLAN = Path(__file__).parent / "plans" / "paraphrases.yaml"
 RESULTS = Path(__file__).parent / "results" / "paraphrases"
-RECIPE = ROOT / "recipes" / "tiny-llama" / "paraphrase-base.yaml"
+RECIPE = PLAN.with_name("paraphrase-base.yaml")
 FILES = ("synth_train.jsonl", "turk_train.jsonl", "synth_test.jsonl", "turk_test.jsonl")
 
 REWRITE = "Say the same in other words."

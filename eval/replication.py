@@ -239,7 +239,7 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
     weights = {arm: settled["weights"].get(arm, 0.0) for arm in ARMS} | {"mismatched": settled["weights"]["info_nce"]}
     cells = [
         Cell(protocol, arm, seed, settled["learning_rate"], weights[arm], "test", plan["steps"], start,
-             out / "compare" / f"{protocol}-{arm}-seed{seed}.json")
+             result_file(protocol, arm, seed, out))
         for seed in sorted({seed for of in plan["protocols"].values() for seed in of["seeds"]})
         for protocol, of in plan["protocols"].items()
         if seed in of["seeds"]
@@ -247,6 +247,10 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
     ]  # fmt: skip
     for line in side_by_side(run_cell, cells, jobs, data, plan["validation"]):
         print(line, flush=True)
+
+
+def result_file(protocol: str, arm: str, seed: int, out: Path = RESULTS) -> Path:
+    return out / "compare" / f"{protocol}-{arm}-seed{seed}.json"
 
 
 def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
         runs = {
             (arm, seed): json.loads(path.read_text())
             for arm, seed in itertools.product(of["arms"], of["seeds"])
-            if (path := out / "compare" / f"{protocol}-{arm}-seed{seed}.json").is_file()
+            if (path := result_file(protocol, arm, seed, out)).is_file()
         }
         seeds = [seed for seed in of["seeds"] if all((arm, seed) in runs for arm in of["arms"])]
         if len(seeds) < 2:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from . import paraphrases, step_cost
+from . import paraphrases, replication, step_cost
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -249,6 +249,24 @@ def paraphrase_tables() -> str:
     )
 
 
+def replication_tables() -> str:
+    """Markdown: the plan's analysis over the whole seeds there are; before there are two, how many runs there are."""
+    plan = yaml.safe_load(replication.PLAN.read_text())
+    whole, there, planned = [], 0, 0
+    for protocol, of in plan["protocols"].items():
+        found = [[replication.result_file(protocol, arm, seed).is_file() for arm in of["arms"]] for seed in of["seeds"]]
+        whole.append(sum(map(all, found)))
+        there, planned = there + sum(map(sum, found)), planned + sum(map(len, found))
+    if min(whole) < 2:
+        return f"{there} of {planned} planned runs are there, fewer than two whole seeds: nothing to compare yet."
+    seeds = ", ".join(f"{n} seeds under {protocol}" for n, protocol in zip(whole, plan["protocols"], strict=True))
+    return (
+        f"{replication.table(replication.analyse(plan, replication.RESULTS))}\n\nMean ± sd over {seeds}; {there} of "
+        f"{planned} planned runs. In brackets the 95 % t interval over seeds; *detectable*: found with 80 % power. Plan: "
+        "`eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
+    )
+
+
 def throughput_line(path: Path = THROUGHPUT) -> str:
     result = json.loads(path.read_text())
     ratios, e = result["ratios"], result["environment"]
@@ -279,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, rendered in (
         ("tiny_nl_rx", table(load())),
         ("paraphrases", paraphrase_tables()),
+        ("replication", replication_tables()),
         ("step_cost", step_table()),
         ("vl", vl_tables()),
         ("throughput", throughput_line()),

@@ -262,8 +262,8 @@ def replication_tables() -> str:
     seeds = ", ".join(f"{n} seeds under {protocol}" for n, protocol in zip(whole, plan["protocols"], strict=True))
     return (
         f"{replication.table(replication.analyse(plan, replication.RESULTS))}\n\nMean ± sd over {seeds}; {there} of "
-        f"{planned} planned runs. In brackets the 95 % t interval over seeds; *detectable*: found with 80 % power. Plan: "
-        "`eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
+        f"{planned} planned runs. In brackets the 95 % t interval over seeds; *detectable*: found with 80 % power. "
+        "Plan: `eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
     )
 
 

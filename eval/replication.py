@@ -46,7 +46,6 @@ from .statistics import detectable_difference, hierarchical, holm, t_interval, t
 PLAN = Path(__file__).parent / "plans" / "replication.yaml"
 RESULTS = Path(__file__).parent / "results" / "replication"
 TRAIN = "synth_train.jsonl"
-NOWHERE = Path(tempfile.gettempdir()) / "llm_jepa_replication"  # no run saves anything
 SHARED = Path(__file__).parent.parent / "recipes" / "tiny-llama" / "_shared.yaml"
 
 # What an arm adds to plain SFT; the weight comes from the plan.
@@ -144,49 +143,52 @@ def run_cell(cell: Cell, data: Path, held_out: int) -> str:
     if cell.out.exists():
         small_runs.refuse_other_settings(cell.out, what)
     else:
-        torch.set_num_threads(1)
-        started = time.perf_counter()
-        rows = _views(data, held_out, cell.start, cell.protocol)
-        tokenizer = copy.deepcopy(_tokenizer(data, held_out, cell.start))  # predictor tokens are added to it
-        options = {
-            "learning_rate": cell.learning_rate,
-            "seed": cell.seed,
-            "jepa_weight": cell.weight,
-            "label_protocol": cell.protocol,
-            **ARMS[cell.arm],
-        }
-        steps = cell.steps
-        if cell.arm == "sft_flops":
-            with_views = small_runs.arguments(NOWHERE, 1, jepa_weight=0.1)
-            plain = small_runs.arguments(NOWHERE, 1, jepa_weight=0.0)
-            count = functools.partial(small_runs.tokens_of, rows, tokenizer=tokenizer)
-            steps = round(steps * count(with_views) / count(plain))
-        if cell.arm == "mismatched":
-            partner = derangement(range(len(rows)), random.Random(f"mismatched {cell.seed}"))
-            rows = with_targets_of(rows, [partner[i] for i in range(len(rows))])
-        args = small_runs.arguments(NOWHERE, steps, **options)
-        model = _model(cell.start, tokenizer, cell.seed)
-        trainer = LLMJEPATrainer(model, args, rows, processing_class=tokenizer)
-        cost = small_runs.train(trainer)
-        prompts, golds = _questions(data, held_out, cell.part)
-        judged = small_runs.judge(model, tokenizer, prompts, golds)
-        result = {
-            **what,
-            "lines": len(golds),
-            "metrics": judged.metrics,
-            "correct": judged.correct,
-            "cost": cost,
-            "data_sha256": {path.name: sha256(path) for path in nl_rx.load(data)[2]},
-            "environment": environment(),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        write_json(cell.out, result)
+        with tempfile.TemporaryDirectory() as nowhere:  # no run saves anything
+            write_json(cell.out, {**what, **_train_and_judge(cell, data, held_out, Path(nowhere))})
     found = json.loads(cell.out.read_text())
     figures = found["metrics"]["synth"]
     shown = "  ".join(
         f"{name} {100 * figures[name]:5.1f}" for name in ("startswith", "exact", "equivalent", "stop_rate")
     )
     return f"{cell.out.stem:45s} {shown}  {found['cost']['tokens']:,} tokens, {found['seconds']:.0f} s"
+
+
+def _train_and_judge(cell: Cell, data: Path, held_out: int, output_dir: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    rows = _views(data, held_out, cell.start, cell.protocol)
+    tokenizer = copy.deepcopy(_tokenizer(data, held_out, cell.start))  # predictor tokens are added to it
+    options = {
+        "learning_rate": cell.learning_rate,
+        "seed": cell.seed,
+        "jepa_weight": cell.weight,
+        "label_protocol": cell.protocol,
+        **ARMS[cell.arm],
+    }
+    steps = cell.steps
+    if cell.arm == "sft_flops":
+        with_views = small_runs.arguments(output_dir, 1, jepa_weight=0.1)
+        plain = small_runs.arguments(output_dir, 1, jepa_weight=0.0)
+        count = functools.partial(small_runs.tokens_of, rows, tokenizer=tokenizer)
+        steps = round(steps * count(with_views) / count(plain))
+    if cell.arm == "mismatched":
+        partner = derangement(range(len(rows)), random.Random(f"mismatched {cell.seed}"))
+        rows = with_targets_of(rows, [partner[i] for i in range(len(rows))])
+    args = small_runs.arguments(output_dir, steps, **options)
+    model = _model(cell.start, tokenizer, cell.seed)
+    trainer = LLMJEPATrainer(model, args, rows, processing_class=tokenizer)
+    cost = small_runs.train(trainer)
+    prompts, golds = _questions(data, held_out, cell.part)
+    judged = small_runs.judge(model, tokenizer, prompts, golds)
+    return {
+        "lines": len(golds),
+        "metrics": judged.metrics,
+        "correct": judged.correct,
+        "cost": cost,
+        "data_sha256": {path.name: sha256(path) for path in nl_rx.load(data)[2]},
+        "environment": environment(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 @functools.cache

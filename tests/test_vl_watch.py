@@ -607,7 +607,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_overwrites_what_is_provisional_and_obeys_no_caption(monkeypatch):
     """The final line starts where the provisional one did; escapes are gone, and so is what ASCII cannot show."""
-    monkeypatch.setattr(watching.shutil, "get_terminal_size", lambda: argparse.Namespace(columns=30))
+    monkeypatch.setenv("COLUMNS", "30")
     terminal = Terminal()
     printer = watching._Printer(terminal)
     printer.caption(Caption(0, 2.25, 3, "x" * 99, None, False))

@@ -7,6 +7,7 @@ non-finite loss is 3; Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -153,13 +154,19 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
             f"{os.environ['WORLD_SIZE']} processes were started and cannot see each other: without a GPU each, add "
             "--use_cpu true."
         )
+    _run_training(recipe)
+    _leave_group()
+    return 0
+
+
+def _run_training(recipe: Recipe) -> None:
     trainer, resume = _build_vl_trainer(recipe) if recipe.is_vl else _build_trainer(recipe)
     if resume is not None and _restored_if_finished(trainer, resume):
         if (Path(recipe.training.output_dir) / "model.safetensors").exists():
             print(f"{recipe.training.output_dir} is already finished ({trainer.state.global_step} steps).")
         else:  # killed between the last checkpoint and the final save
             _finish(trainer)
-        return 0
+        return
     try:
         trainer.train(resume_from_checkpoint=resume)
     except (ImportError, KeyError) as error:  # an optimizer without its package, a metric nobody computes
@@ -167,7 +174,17 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
             raise
         raise UserError(f"Training stopped: {error}") from error
     _finish(trainer)
-    return 0
+
+
+def _leave_group() -> None:
+    """A rank says good-bye, when the trainer is gone (so not by `Trainer.end`): a DistributedDataParallel that outlives
+    its group waits, holding Python's lock, for gloo's threads, and these may need that lock to end."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # trainer and model are parts of cycles
+        torch.distributed.barrier()  # none leaves while another still waits for its answer
+        torch.distributed.destroy_process_group()
 
 
 def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
@@ -295,7 +312,6 @@ def _finish(trainer: SafeTrainer) -> None:
                     before = f"{start[name]:.3g}" if name in start else ""
                     print(f"  {name:38s}{before:>12s}{last[key]:>12.3g}")
         print(f"Saved to {args.output_dir}")
-    trainer.end()
 
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:

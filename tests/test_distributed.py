@@ -108,3 +108,31 @@ def test_two_ranks_are_one_process(case, rows, tmp_path):
         assert ours and theirs == pytest.approx(ours, rel=2e-4), key
     model_card = (folder_two / "README.md").read_text()
     assert f"{batch} x {accumulation} x 2" in model_card, "the second run did not have two ranks"
+
+
+LOOK = """
+import gc, sys
+import torch
+from llm_jepa.cli import main
+
+def destroy_after_a_look(*arguments, destroy=torch.distributed.destroy_process_group):
+    wrapped = sum(type(thing) is torch.nn.parallel.DistributedDataParallel for thing in gc.get_objects())
+    print(f"left with {wrapped} wrapped models", flush=True)
+    destroy(*arguments)
+
+torch.distributed.destroy_process_group = destroy_after_a_look
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_no_wrapped_model_outlives_its_group(rows, tmp_path):
+    """It would hang now and then, at the end of a run, holding Python's lock (seen with torch 2.13)."""
+    (tmp_path / "look.py").write_text(LOOK)
+    recipe, _ = recipe_file(tmp_path, rows, "run", next(iter(CASES)), max_steps=1, eval_strategy="no")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, str(tmp_path / "look.py"), "train", recipe], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("left with 0 wrapped models") == run.stdout.count("left with") == 2, run.stdout

@@ -50,6 +50,13 @@ def one_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     meet, patience = f"file://{folder}/meet", timedelta(seconds=120)  # the default waits for half an hour
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=patience)
+    torch.save(found_by(rank, world), f"{folder}/{rank}.pt")
+    # No DistributedDataParallel may outlive its group: the last to go would wait for the group's threads, which wait
+    # for Python's lock.
+    dist.destroy_process_group()
+
+
+def found_by(rank: int, world: int) -> dict[str, object]:
     found: dict[str, object] = {}
     contexts, targets = features()
     for split in SPLITS[world]:
@@ -94,8 +101,7 @@ def one_rank(rank: int, world: int, folder: str) -> None:
     nothing.sum().backward()
     found["nothing"] = {"rows": nothing, "own": [own.start, own.stop], "grad": empty.grad}
     found["coin"] = [shared_coin(3, step) for step in range(100)]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=sorted(SPLITS))

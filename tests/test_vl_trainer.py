@@ -257,6 +257,11 @@ def sides_and_loss(module, rows: slice, case: tuple[str, str | None]) -> Tensor:
 def one_rank(rank: int, folder: str) -> None:
     meet, patience = f"file://{folder}/meet", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=patience)
+    torch.save(found_by(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()  # last: a DistributedDataParallel that outlives its group may never end (test_gather)
+
+
+def found_by(rank: int) -> dict[str, dict[str, Tensor | None]]:
     found = {}
     for split in SPLITS:
         rows = slice(0, split[0]) if rank == 0 else slice(split[0], 6)
@@ -266,8 +271,7 @@ def one_rank(rank: int, folder: str) -> None:
             (value.sum() / 6 * 2).backward()  # as compute_loss does
             gradients = {name: weight.grad for name, weight in module.module.named_parameters()}
             found[f"{split} {case}"] = {"value": value.detach(), **gradients}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_ranks_of_uneven_pairs_are_one_process(tmp_path):

@@ -49,7 +49,7 @@ from .provenance import environment, sha256, weights_sha256
 from .regexes import language
 from .reranking import Similarity, contrastive_head, embedded, log_probabilities, rerank, risk_coverage, sample
 from .small_runs import BATCH, MAX_NEW_TOKENS, derangement, side_by_side, with_targets_of
-from .statistics import detectable_difference, equivalence, hierarchical, holm, t_interval, t_test
+from .statistics import detectable_difference, equivalence, hierarchical, holm, show_p, t_interval, t_test
 
 PLAN = Path(__file__).parent / "plans" / "paraphrases.yaml"
 RESULTS = Path(__file__).parent / "results" / "paraphrases"
@@ -618,9 +618,8 @@ def table(figures: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---|---:|",
     ]
     primary = figures["primary"]
-    shown_p = lambda p: f"{p:.3f}" if p >= 0.001 else "< 0.001"  # noqa: E731
-    rows = [(f"**{' - '.join(primary['arms'])}** (primary)", primary, shown_p(primary["p"]))]
-    rows += [(name, found, f"{shown_p(found['p_holm'])} (Holm)") for name, found in figures["secondary"].items()]
+    rows = [(f"**{' - '.join(primary['arms'])}** (primary)", primary, show_p(primary["p"]))]
+    rows += [(name, found, f"{show_p(found['p_holm'])} (Holm)") for name, found in figures["secondary"].items()]
     for name, found, p in rows:
         (mean, *t), (_, *crossed) = found["t_interval"].values(), found["hierarchical"].values()
         lines.append(

@@ -41,7 +41,7 @@ from llm_jepa.views import add_view_columns
 from . import nl_rx, small_runs
 from .provenance import environment, sha256
 from .small_runs import derangement, side_by_side, with_targets_of
-from .statistics import detectable_difference, hierarchical, holm, t_interval, t_test
+from .statistics import detectable_difference, hierarchical, holm, show_p, t_interval, t_test
 
 PLAN = Path(__file__).parent / "plans" / "replication.yaml"
 RESULTS = Path(__file__).parent / "results" / "replication"
@@ -334,7 +334,7 @@ def table(figures: dict[str, Any]) -> str:
                 mean, low, high = gain["startswith"].values()
                 cells += [
                     f"{mean:+.1f} ({low:+.1f} to {high:+.1f})",
-                    f"{gain['p_holm']:.2f}",
+                    show_p(gain["p_holm"]),
                     f"{gain['detectable']:.1f}",
                 ]
             lines.append(f"| {protocol} | {arm} | " + " | ".join(cells) + " |")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llm_jepa import UserError
 
 from .groups import DEFINITIONS
-from .statistics import detectable_difference
+from .statistics import detectable_difference, show_p
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _differences_part(analysis: Mapping[str, Any]) -> list[str]:
     ]
     pairs = _in_order(analysis)
     tests = [
-        [f"{name}, {wording}", str(t["only_model"]), str(t["only_baseline"]), _p(t["p"]), _p(t["p_holm"])]
+        [f"{name}, {wording}", str(t["only_model"]), str(t["only_baseline"]), show_p(t["p"]), show_p(t["p_holm"])]
         for name, pair in pairs
         for wording, t in pair["mcnemar"].items()
     ]
@@ -218,8 +218,8 @@ def _differences_part(analysis: Mapping[str, Any]) -> list[str]:
             ", ".join(f"{100 * value:+.1f}" for value in t["by_seed"]),
             _cell(t["t"], "+"),
             _cell(t["crossed"], "+") if t["crossed"] else "-",
-            _p(t["p"]),
-            _p(t["p_holm"]),
+            show_p(t["p"]),
+            show_p(t["p_holm"]),
         ]
         for name, pair in pairs
         for metric, t in pair["over_seeds"].items()
@@ -265,10 +265,6 @@ def _number(figure: Mapping[str, Any]) -> str:
     spread = f" ± {statistics.stdev(figure['by_seed']):.2f}" if len(figure["by_seed"]) > 1 else ""
     bounds = f" [{figure['low']:.2f}, {figure['high']:.2f}]" if figure["low"] is not None else ""
     return f"{figure['estimate']:.2f}{spread}{bounds}"
-
-
-def _p(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

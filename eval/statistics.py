@@ -213,6 +213,10 @@ def equivalence(differences_by_seed: ArrayLike, margin: float, *, level: float =
     return Equivalence(interval, above, below, max(above, below) < (1 - level) / 2)
 
 
+def show_p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def detectable_difference(
     sd_of_paired_difference: float, num_seeds: int, *, power: float = 0.8, alpha: float = 0.05
 ) -> float:

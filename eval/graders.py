@@ -1,6 +1,7 @@
-"""Is an answer right, and are two answers the same? One function per kind of answer; every one returns a `Grade`.
+"""Is an answer right, and are two answers the same? One function per kind of answer: those of the tasks return a
+`Grade`, with all metrics of the task; those in BY_NAME, for user files, (is it right, answer key).
 
-`answer_key` is what the answer *says*: two wordings of a question got the same answer iff their keys are equal. All
+The key is what the answer *says*: two wordings of a question got the same answer iff their keys are equal. All
 right answers of a question share a key, however they are written.
 """
 
@@ -9,15 +10,13 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from .regexes import RegexError, Verdict, equivalent, language
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from .sql import SqlGrade
 
 
@@ -188,81 +187,3 @@ def sql(grade: SqlGrade, stopped: bool) -> Grade:
         "stop_rate": float(stopped),
     }
     return Grade(scores, grade.answer_key)
-
-
-# -- multiple choice --------------------------------------------------------------------------------------------------
-
-
-class Choice(NamedTuple):
-    """Log-likelihoods in nats of the choices of one question, in their order."""
-
-    log_likelihoods: tuple[float, ...]
-    num_characters: tuple[int, ...]
-
-    @property
-    def most_likely(self) -> int:
-        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
-
-    @property
-    def most_likely_per_character(self) -> int:
-        """By log-likelihood per character, so that long choices stand a chance (lm-evaluation-harness: acc_norm)."""
-        means = [ll / n for ll, n in zip(self.log_likelihoods, self.num_characters, strict=True)]
-        return max(range(len(means)), key=means.__getitem__)
-
-
-def choose_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[list[int]],
-    choices: Sequence[Sequence[str]],
-    *,
-    batch_size: int,
-) -> Iterator[dict[int, Choice]]:
-    """How likely each choice is after its prompt, batch by batch, longest first: index of the question -> `Choice`.
-
-    log p(choice | prompt) = sum over the choice's tokens, as the model would generate them: tokens that its generation
-    config suppresses (predictor tokens) leave the softmax. Prompt and choice are tokenized apart, so a choice that
-    follows a bare string brings its own leading space. `batch_size` counts rows (question x choice).
-    """
-    import torch
-
-    from llm_jepa.packing import evaluating
-
-    rows = [
-        (index, at, tokenizer(choice, add_special_tokens=False)["input_ids"])
-        for index, options in enumerate(choices)
-        for at, choice in enumerate(options)
-    ]
-    rows.sort(key=lambda row: (-len(encoded[row[0]]) - len(row[2]), row[0], row[1]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    found: dict[int, dict[int, float]] = {}
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        length = max(len(encoded[index]) + len(ids) for index, _, ids in batch)
-        ids = torch.full((len(batch), length), pad)  # padded on the right: positions need no help, causality hides it
-        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for row, (index, _, choice_ids) in enumerate(batch):
-            whole = encoded[index] + choice_ids
-            ids[row, : len(whole)], mask[row, : len(whole)] = torch.tensor(whole), 1
-            scored[row, len(encoded[index]) - 1 : len(whole) - 1] = True
-        ids, mask, scored = ids.to(model.device), mask.to(model.device), scored.to(model.device)
-        with torch.inference_mode(), evaluating(model):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored).logits
-            logits = logits.reshape(-1, logits.shape[-1])  # [choice tokens of the batch, V]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            suppressed = getattr(model.generation_config, "suppress_tokens", None) or []
-            logits[:, suppressed] = -torch.inf
-            targets = ids[:, 1:][scored[:, :-1]]
-            each = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-        parts = each.split([len(choice_ids) for _, _, choice_ids in batch])
-        for (index, at, _), part in zip(batch, parts, strict=True):
-            found.setdefault(index, {})[at] = float(part.sum())
-        whole_questions = [index for index, by_choice in found.items() if len(by_choice) == len(choices[index])]
-        done = {index: found.pop(index) for index in whole_questions}
-        yield {
-            index: Choice(
-                tuple(by_choice[at] for at in range(len(by_choice))),
-                tuple(max(1, len(choice.strip())) for choice in choices[index]),
-            )
-            for index, by_choice in done.items()
-        }

@@ -46,7 +46,6 @@ DEFINITIONS = {
     "spread_of_wordings": "accuracy of the best wording minus that of the worst, over all groups; never below 0",
     "drop_rate": "1 - accuracy of the other wordings / accuracy of the first (PDR of arXiv:2306.04528)",
 }
-LOWER_IS_BETTER = ("spread_in_groups", "spread_of_wordings", "drop_rate")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Answers:
     wordings: tuple[str, ...]
     scores: Array  # [G, K], NaN where a group lacks a wording
     keys: NDArray[np.int64]  # [G, K], equal within a row for equal answers; -1 where a group lacks a wording
+    first: NDArray[np.int64]  # [G], the column of a group's own first wording
     left_out: int = 0  # groups that the metric does not count
 
     @property
@@ -82,6 +82,7 @@ def read_answers(samples: Sequence[Mapping[str, Any]], metric: str) -> Answers:
         raise UserError(f"Group {in_part[0]['group']!r} has the metric {metric!r} for some of its wordings only.")
     scores = np.full((len(groups), len(wordings)), np.nan)
     keys = np.full(scores.shape, -1, dtype=np.int64)
+    first = np.full(len(groups), -1, dtype=np.int64)
     code: dict[str, int] = {}
     for row in counted:
         at = groups[row["group"]], wordings[row["wording"]]
@@ -91,9 +92,11 @@ def read_answers(samples: Sequence[Mapping[str, Any]], metric: str) -> Answers:
         if np.isnan(scores[at]):
             raise UserError(f"Group {row['group']!r}, wording {row['wording']!r}: its {metric} is not a number.")
         keys[at] = code.setdefault(row["answer_key"], len(code))
+        if first[at[0]] < 0:
+            first[at[0]] = at[1]
     refuse_single(((keys >= 0).sum(axis=1)).tolist())
     left_out = len({row["group"] for row in samples}) - len(groups)
-    return Answers(metric, tuple(groups), tuple(wordings), scores, keys, left_out)
+    return Answers(metric, tuple(groups), tuple(wordings), scores, keys, first, left_out)
 
 
 def refuse_single(num_wordings: Sequence[int]) -> None:
@@ -155,10 +158,8 @@ def compare(
             has = model[0].present[:, j]
             tests[wording] = mcnemar(model[0].scores[has, j], baseline[0].scores[has, j])
     if len(model) == len(baseline) > 1:
-        gaps = [
-            {name: figures(a)["metrics", name] - figures(b)["metrics", name] for name in DEFINITIONS}
-            for a, b in zip(model, baseline, strict=True)
-        ]
+        both = [(figures(a), figures(b)) for a, b in zip(model, baseline, strict=True)]
+        gaps = [{name: a["metrics", name] - b["metrics", name] for name in DEFINITIONS} for a, b in both]
         tables = [(per_group(a), per_group(b)) for a, b in zip(model, baseline, strict=True)]
         for name in DEFINITIONS:
             by_seed = tuple(gap[name] for gap in gaps)
@@ -285,8 +286,7 @@ def _draws(answers: Sequence[Answers], num_resamples: int, seed: int) -> dict[tu
 def _table(answers: Answers) -> Array:
     """[G, C]: every figure is a function of the means of these columns, so one resample of groups serves them all."""
     scores, present = answers.scores, answers.present
-    first = np.argmax(present, axis=1)  # a group's own first wording
-    original = scores[np.arange(len(first)), first]
+    original = scores[np.arange(len(scores)), answers.first]
     others = (np.nansum(scores, axis=1) - original) / (present.sum(axis=1) - 1)
     return np.column_stack([*per_group(answers).values(), original, others, np.nan_to_num(scores), present])
 

@@ -44,7 +44,7 @@ def load(data_dir: str | Path) -> tuple[list[Item], int, list[Path]]:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, needed to drop lines known from training.")
-    original, paraphrase, *train = [_rows(path) for path in files]
+    original, paraphrase, *train = [read_conversations(path) for path in files]
     if len(original) != len(paraphrase):
         raise UserError(f"{files[0].name} has {len(original)} lines, {files[1].name} {len(paraphrase)}: no pairs.")
     known = {text for rows in train for messages in rows for text in (messages[-2]["content"], messages[-1]["content"])}
@@ -58,7 +58,8 @@ def load(data_dir: str | Path) -> tuple[list[Item], int, list[Path]]:
     return items, len(original) - len(items), files
 
 
-def _rows(path: Path) -> list[list[dict[str, Any]]]:
+def read_conversations(path: Path) -> list[list[dict[str, Any]]]:
+    """The messages of every row, the answer last. Raises UserError with file and line for anything else."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

@@ -6,7 +6,7 @@
     python -m eval.paraphrases analyse                 # the plan's analysis of the committed result files
 
 eval/plans/paraphrases.yaml is the plan: question, arms, primary metric, analysis and stopping rule in words, and every
-setting as a value that this program reads. It was committed before the first test run. A run whose result file exists
+setting that was chosen as a value. It was committed before the first test run. A run whose result file exists
 is not repeated, so that each step can be stopped and started again.
 """
 
@@ -44,7 +44,7 @@ from llm_jepa.packing import JEPACollator
 from llm_jepa.predictor_tokens import known_predictor_ids
 from llm_jepa.views import add_view_columns
 
-from . import graders, small_runs
+from . import graders, nl_rx, small_runs
 from .provenance import environment, sha256, weights_sha256
 from .regexes import language
 from .reranking import Similarity, contrastive_head, embedded, log_probabilities, rerank, risk_coverage, sample
@@ -119,7 +119,12 @@ def split_lines(data: Path) -> list[Line]:
     missing = [name for name in FILES if not (data / name).is_file()]
     if missing:
         raise UserError(f"{data} lacks {', '.join(missing)}; point --data at the NL-RX folder.")
-    columns = [[json.loads(row)["messages"] for row in (data / name).read_text().splitlines()] for name in FILES]
+    columns = [nl_rx.read_conversations(data / name) for name in FILES]
+    for one, other in ((0, 1), (2, 3)):
+        if len(columns[one]) != len(columns[other]):
+            raise UserError(
+                f"{FILES[one]} has {len(columns[one])} lines, {FILES[other]} {len(columns[other])}: no pairs."
+            )
     pairs = [*zip(columns[0], columns[1], strict=True), *zip(columns[2], columns[3], strict=True)]
     parts: dict[str, str] = {}
     lines = []
@@ -181,11 +186,12 @@ def prepare(data: Path, work: Path, plan: dict[str, Any]) -> None:
     # The words of the data are no secret, its labels are: the tokenizer sees the texts of train, and generated regexes.
     texts = [{"prompt": line.synth, "completion": line.turk} for line in lines if line.part == "train"]
     train_tokenizer([*rows, *texts], plan["vocabulary"]).save_pretrained(work / "tokenizer")
-    if not (work / "base" / "model.safetensors").is_file():
-        overrides = ["--train_data", str(work / "base.jsonl"), "--tokenizer_name_or_path", str(work / "tokenizer")]
-        overrides += ["--output_dir", str(work / "base")] + ([] if sys.stderr.isatty() else ["--disable_tqdm", "true"])
-        if cli.main(["train", str(RECIPE), *overrides]):
-            raise UserError("The base model could not be trained; see above.")
+    overrides = ["--train_data", str(work / "base.jsonl"), "--tokenizer_name_or_path", str(work / "tokenizer")]
+    overrides += ["--output_dir", str(work / "base")] + ([] if sys.stderr.isatty() else ["--disable_tqdm", "true"])
+    if (work / "base").exists():  # goes on, or is finished; another run's folder is refused
+        overrides += ["--resume_from_checkpoint", "true"]
+    if cli.main(["train", str(RECIPE), *overrides]):
+        raise UserError("The base model could not be trained; see above.")
     save_prepared(work, data, lines)
 
 
@@ -573,7 +579,7 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
     def differences(one: str, other: str) -> np.ndarray:
         return 100.0 * np.stack([correct[one, seed] - correct[other, seed] for seed in seeds])
 
-    def compare(one: str, other: str) -> dict[str, Any]:
+    def compare(one: str, other: str, num_tests: int = 1) -> dict[str, Any]:
         difference = differences(one, other)
         by_seed = difference.mean(axis=1)
         same = equivalence(by_seed, plan["margin_points"])
@@ -583,7 +589,7 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
             "t_interval": t_interval(by_seed)._asdict(),
             "p": t_test(by_seed),
             "equivalence": {"interval_90": same.interval._asdict(), "within_margin": same.equivalent},
-            "detectable": detectable_difference(float(by_seed.std(ddof=1)), len(seeds)),
+            "detectable": detectable_difference(float(by_seed.std(ddof=1)), len(seeds), num_tests=num_tests),
         }
 
     # Not in the plan: is it the lines whose language the base has seen, or the few languages with many lines?
@@ -596,7 +602,8 @@ def analyse(plan: dict[str, Any], folder: Path = RESULTS / "confirm") -> dict[st
         "languages": len(languages),
     }
     figures["primary"] = {"arms": plan["primary"], **compare(*plan["primary"])}
-    secondary = {f"{one} - {other}": compare(one, other) for one, other in plan["secondary"]}
+    planned = plan["secondary"]
+    secondary = {f"{one} - {other}": compare(one, other, len(planned)) for one, other in planned}
     for name, p in holm({name: found["p"] for name, found in secondary.items()}).items():
         secondary[name]["p_holm"] = p
     return {**figures, "secondary": secondary}

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+CODE = ("llm_jepa", "eval", "recipes")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
@@ -17,8 +18,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        # Results that are being written do not make the code another one.
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!eval/results")),
+        # Results that are being written do not make the code another one, wherever they are written.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE, ":!eval/results")),
     }
 
 

@@ -5,8 +5,9 @@
     python -m eval.replication analyse                    # the plan's analysis of the committed result files
 
 eval/plans/replication.yaml is the plan. A run whose result file exists is not repeated. With `--start NAME` the runs
-start from a checkpoint (a folder or a Hub id) instead of random weights, and `--out` keeps them apart: the same
-comparison on a pretrained model, for those who have one and a GPU.
+start from a checkpoint (a folder or a Hub id) instead of random weights: the same comparison on a pretrained model, for
+those who have one and a GPU. It needs settings of its own, `--plan` (copy ours, set `settled: null`, `select`), and a
+place of its own, `--out`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "mismatched": {"objective": "info_nce"},
 }
 
+
+# Not planned: what the views cost, spent on plain SFT; and right against wrong targets.
+CONTROLS = (
+    ("cosine", "sft_flops"),
+    ("info_nce", "sft_flops"),
+    ("vicreg", "sft_flops"),
+    ("sigreg", "sft_flops"),
+    ("info_nce", "mismatched"),
+)
+SHOWN = {"sft_flops": "sft, equal tokens"}
 
 # arXiv:2509.14252, NL-RX-SYNTH, mean +- sd over 5 seeds: (metric, regular, LLM-JEPA with cosine); labels on every
 # non-pad token. From random weights (table 2, a Llama-3.2-1B shape) startswith, else (table 12) exact match.
@@ -237,7 +248,7 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
     """Seed by seed, all arms of both protocols: stopped early, there are whole seeds."""
     settled = plan["settled"]
     if settled is None:
-        raise UserError(f"{PLAN.name} has no `settled` settings yet; run select, write them there and commit the plan.")
+        raise UserError("The plan has no `settled` settings yet; run select, write them there and commit the plan.")
     weights = {arm: settled["weights"].get(arm, 0.0) for arm in ARMS} | {"mismatched": settled["weights"]["info_nce"]}
     cells = [
         Cell(protocol, arm, seed, settled["learning_rate"], weights[arm], "test", plan["steps"], start,
@@ -256,7 +267,8 @@ def result_file(protocol: str, arm: str, seed: int, out: Path = RESULTS) -> Path
 
 
 def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
-    """By protocol: mean and sd of every arm, and its difference to sft in points, over the seeds that all arms have.
+    """By protocol: mean and sd of every arm, its difference to sft in points, and the differences CONTROLS, over the
+    seeds that all arms have.
 
     Raises UserError if there are fewer than two such seeds, or runs that do not belong together.
     """
@@ -289,18 +301,17 @@ def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
             values["tokens"] = [runs[arm, seed]["cost"]["tokens"] for seed in seeds]
             arms[arm] = {name: [statistics.mean(v), statistics.stdev(v)] for name, v in values.items()}
             arms[arm]["weight"] = runs[arm, seeds[0]]["weight"]
-        differences = {
-            arm: {
-                w: _minus([runs[arm, s] for s in seeds], [runs["sft", s] for s in seeds], w) for w in ("synth", "turk")
-            }
-            for arm in of["arms"][1:]
+        by_arm = {arm: [runs[arm, seed] for seed in seeds] for arm in of["arms"]}
+        controls = [pair for pair in CONTROLS if set(pair) <= set(by_arm)]
+        one = by_arm["sft"][0]
+        figures[protocol] = {
+            "seeds": seeds,
+            "lines": one["lines"],
+            "start": one["start"],
+            "arms": arms,
+            "minus_sft": _differences(by_arm, [(arm, "sft") for arm in of["arms"][1:]]),
+            "controls": _differences(by_arm, controls),
         }
-        for wording in ("synth", "turk"):
-            for arm, p in holm({arm: found[wording]["p"] for arm, found in differences.items()}).items():
-                differences[arm][wording]["p_holm"] = p
-        one = runs[of["arms"][0], seeds[0]]
-        figures[protocol] = {"seeds": seeds, "lines": one["lines"], "start": one["start"], "arms": arms}
-        figures[protocol]["minus_sft"] = differences
     return figures
 
 
@@ -321,14 +332,21 @@ def table(figures: dict[str, Any]) -> str:
         for arm, values in found["arms"].items():
             cells = [f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in (values[name] for name in shown)]
             figure = f"{beside[arm]} {metric}" if arm in beside else ""
-            lines.append(f"| {protocol} | {arm} | {values['weight']:g} | " + " | ".join(cells) + f" | {figure} |")
+            lines.append(
+                f"| {protocol} | {SHOWN.get(arm, arm)} | {values['weight']:g} | " + " | ".join(cells) + f" | {figure} |"
+            )
     lines += [
         "",
-        "| labels | arm minus sft, startswith | synth | p (Holm) | detectable | turk | p (Holm) | detectable |",
+        "| labels | difference in startswith | synth | p (Holm) | detectable | turk | p (Holm) | detectable |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for protocol, found in figures.items():
-        for arm, gains in found["minus_sft"].items():
+    named = {
+        protocol + note: found[family]
+        for family, note in (("minus_sft", ""), ("controls", ", not planned"))
+        for protocol, found in figures.items()
+    }
+    for labels, differences in named.items():
+        for name, gains in differences.items():
             cells = []
             for gain in (gains["synth"], gains["turk"]):
                 mean, low, high = gain["startswith"].values()
@@ -337,11 +355,27 @@ def table(figures: dict[str, Any]) -> str:
                     show_p(gain["p_holm"]),
                     f"{gain['detectable']:.1f}",
                 ]
-            lines.append(f"| {protocol} | {arm} | " + " | ".join(cells) + " |")
+            title = " - ".join(SHOWN.get(arm, arm) for arm in name.split(" - "))
+            lines.append(f"| {labels} | {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _minus(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], wording: str) -> dict[str, Any]:
+def _differences(
+    by_arm: dict[str, list[dict[str, Any]]], pairs: Sequence[tuple[str, str]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """One family of paired differences: "one - other" -> wording -> figures, Holm within a wording."""
+    found: dict[str, dict[str, dict[str, Any]]] = {f"{one} - {other}": {} for one, other in pairs}
+    for wording in ("synth", "turk"):
+        for one, other in pairs:
+            found[f"{one} - {other}"][wording] = _minus(by_arm[one], by_arm[other], wording, num_tests=len(pairs))
+        for name, p in holm({name: of[wording]["p"] for name, of in found.items()}).items():
+            found[name][wording]["p_holm"] = p
+    return found
+
+
+def _minus(
+    runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], wording: str, *, num_tests: int
+) -> dict[str, Any]:
     """Paired by seed, in points: startswith with its t interval, language equality with its hierarchical one."""
     pairs = list(zip(runs, baseline, strict=True))
     gains = [100 * (a["metrics"][wording]["startswith"] - b["metrics"][wording]["startswith"]) for a, b in pairs]
@@ -351,8 +385,19 @@ def _minus(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], w
         "startswith": t_interval(gains)._asdict(),
         "p": t_test(gains),
         "equivalent": hierarchical(100.0 * np.stack([a - b for a, b in bits]))._asdict(),
-        "detectable": detectable_difference(statistics.stdev(gains), len(gains)),
+        "detectable": detectable_difference(statistics.stdev(gains), len(gains), num_tests=num_tests),
     }
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan: dict[str, Any] = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a plan: {error}") from None
+    wanted = yaml.safe_load(PLAN.read_text()).keys()
+    if not isinstance(plan, dict) or plan.keys() != wanted:
+        raise UserError(f"{path} is not a plan: its keys must be {', '.join(wanted)}.")
+    return plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -367,13 +412,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="result files (default: the committed ones; with --start it is needed)"
     )
-    parser.add_argument("--steps", type=int, help="instead of the plan's, for another model")
+    parser.add_argument("--plan", type=Path, help=f"default: eval/plans/{PLAN.name}; with --start it is needed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; 1 on one GPU")
     options = parser.parse_args(argv)
-    plan = yaml.safe_load(PLAN.read_text())
     try:
-        if options.start and options.out is None:
-            raise UserError("--start needs --out FOLDER: its runs are not those of the committed comparison.")
+        if options.start and (options.out is None or options.plan is None):
+            raise UserError(
+                "--start needs --plan FILE, with settings chosen for that model, and --out FOLDER: its runs are not "
+                "those of the committed comparison."
+            )
+        plan = _read_plan(options.plan or PLAN)
         out = options.out or RESULTS
         if options.step == "analyse":
             figures = analyse(plan, out)
@@ -383,7 +431,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.data is None:
             raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")
         nl_rx.load(options.data)  # says what is missing before anything starts
-        plan["steps"] = options.steps or plan["steps"]
         step = select if options.step == "select" else compare
         step(options.data, plan, options.start, out, options.jobs)
     except UserError as error:

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import info_nce
-from llm_jepa.packing import JEPACollator, embed_pairs, model_inputs
+from llm_jepa.generation import PLAIN, encode, read
+from llm_jepa.packing import JEPACollator, embed_pairs, evaluating, model_inputs
 from llm_jepa.predictor_tokens import known_predictor_ids
 from llm_jepa.views import IGNORE, end_of_turn_ids
 
@@ -38,32 +39,29 @@ def sample(
 ) -> list[list[str]]:
     """`num_samples` answers to each prompt at temperature 1, from the whole vocabulary but for predictor tokens."""
     stop = end_of_turn_ids(tokenizer)
-    model.eval()
+    encoded = encode(tokenizer, prompts)
     torch.manual_seed(seed)
     found: list[list[str]] = []
-    for start in range(0, len(prompts), BATCH):
-        texts = [
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            for prompt in prompts[start : start + BATCH]
-        ]
-        inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        output = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            num_return_sequences=num_samples,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=known_predictor_ids(tokenizer) or None,
-        )
-        answers = []
-        for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
-            end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
-            answers.append(tokenizer.decode(tokens[:end], skip_special_tokens=True).strip())
+    for start in range(0, len(encoded), BATCH):
+        batch = {"input_ids": encoded[start : start + BATCH]}
+        inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        with evaluating(model):
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=num_samples,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop,
+                pad_token_id=tokenizer.pad_token_id,
+                suppress_tokens=known_predictor_ids(tokenizer) or None,
+                **PLAIN,
+            )
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = [read(tokenizer, row, stop).text for row in rows]
         found += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
     return found
 

@@ -140,15 +140,16 @@ def caveats(analysis: Mapping[str, Any]) -> list[str]:
         )
     if low < high:
         found.append(f"Figures by wording across groups: groups have {low} to {high} wordings, so the sets differ.")
+    num_tests = sum(len(pair["over_seeds"]) for pair in analysis["comparisons"].values())
     for name, pair in _in_order(analysis):
         seeds = pair["over_seeds"].get("accuracy")
         if seeds:
             n, sd = len(seeds["by_seed"]), statistics.stdev(seeds["by_seed"])
-            reach = 100 * detectable_difference(sd, n)
+            reach = 100 * detectable_difference(sd, n, num_tests=num_tests)
             found.append(
                 f"No effect of {name}, from a p value above 0.05: with {n} pairs of runs and the spread seen "
                 f"({100 * sd:.1f} points), a true difference in accuracy below {reach:.1f} points would be missed more "
-                "often than one time in five."
+                "often than one time in five (at the level of the first of the adjusted tests)."
             )
         else:
             found.append(

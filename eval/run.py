@@ -22,12 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import UserError
 from llm_jepa.checkpoint import write_json
-from llm_jepa.generation import Generation, encode, generate_batches, read
+from llm_jepa.generation import Generation, choose_batches, encode, generate_batches, read
 from llm_jepa.loading import model_from, tokenizer_from
 from llm_jepa.predictor_tokens import known_predictor_ids
 from llm_jepa.views import end_of_turn_ids
 
-from .graders import choose_batches
 from .provenance import environment, weights_sha256
 from .tasks import TASKS, Data, Group, Task, last_text, task_named
 
@@ -59,7 +58,8 @@ def evaluate_model(
     Args:
         out: the result file, written last and atomically; None writes nothing. A finished run that `out` already holds
             is returned as it is; a run cut short continues from its samples.
-        samples: one line a question, in the order of groups and wordings (default: FILE.samples.jsonl beside `out`).
+        samples: one line a question, in the order of groups and wordings (default: FILE.samples.jsonl beside `out`);
+            not without `out`.
         limit: the first groups only.
         seed: of the model's training, for the record: decoding draws nothing. Default: what the model's run says.
 
@@ -74,9 +74,9 @@ def evaluate_model(
         raise UserError(f"There is no backend {backend!r}; use {' or '.join(BACKENDS)}.")
     if backend == "vllm" and any("choices" in group.extra for group in groups):
         raise UserError(f"{task.name} compares log-likelihoods, which the vllm backend does not; use transformers.")
-    if out is not None:
-        samples = samples or out.with_suffix(".samples.jsonl")
-        for path in (out, samples):
+    samples = None if out is None else samples or out.with_suffix(".samples.jsonl")
+    for path in (out, samples):
+        if path is not None:
             _check_writable(path)
     tokenizer = tokenizer_from(model)
     encoded = encode(tokenizer, [group.prompts[at] for group, at in questions])
@@ -112,20 +112,23 @@ def evaluate_model(
         answers = _answers(
             lm, model, tokenizer, [questions[i] for i in todo], [encoded[i] for i in todo], batch_size, new_tokens
         )
-        try:
-            for batch in answers:
-                fresh = [_sample(task, questions[todo[i]], answer) for i, answer in sorted(batch.items())]
-                rows.update({(row["group"], row["wording"]): row for row in fresh})
-                if partial is not None:
-                    _append(partial, fresh)
-                bar.update(len(fresh))
-        except IndexError:
-            if not too_long:
-                raise
-            raise UserError(
-                f"The model has no positions for {too_long} of {len(questions)} prompts and {new_tokens} new tokens; "
-                "lower max_new_tokens, or leave these prompts out."
-            ) from None
+        while True:
+            try:
+                batch = next(answers, None)
+            except IndexError as error:
+                if not too_long:
+                    raise
+                raise UserError(
+                    f"The model has no positions for {too_long} of {len(questions)} prompts and {new_tokens} new "
+                    "tokens; lower max_new_tokens, or leave these prompts out."
+                ) from error
+            if batch is None:
+                break
+            fresh = [_sample(task, questions[todo[i]], answer) for i, answer in sorted(batch.items())]
+            rows.update({(row["group"], row["wording"]): row for row in fresh})
+            if partial is not None:
+                _append(partial, fresh)
+            bar.update(len(fresh))
     lines = [rows[group.id, group.wordings[at]] for group, at in questions]
     undecided = sum(bool(row["scores"].get("undecided")) for row in lines)
     if undecided:
@@ -145,7 +148,7 @@ def evaluate_model(
         "trap": task.trap,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if out is not None and samples is not None and partial is not None:
+    if out is not None and samples is not None and partial is not None:  # all three or none
         _write_lines(samples, lines)
         write_json(out, result)
         partial.unlink(missing_ok=True)

@@ -102,8 +102,9 @@ def derangement(items: Sequence[int], rng: random.Random) -> dict[int, int]:
 
 
 class Judged(NamedTuple):
-    """`metrics`: by wording, then by metric of `graders.regex`, and under "both" the share of requests with the same
-    answer, and with the right one, in all wordings. `correct`: "0" or "1" a request by wording (equal language)."""
+    """`metrics`: by wording, then by metric of `graders.regex`; where there are several, under "both" the share
+    of requests with the same answer, and with the right one, in all of them. `correct`: "0" or "1" a request by wording
+    (equal language)."""
 
     metrics: dict[str, dict[str, float]]
     correct: dict[str, str]
@@ -124,10 +125,12 @@ def judge(
         metrics[wording] = {name: sum(grade.scores[name] for grade in grades) / len(golds) for name in names}
         correct[wording] = "".join("01"[int(grade.scores["equivalent"])] for grade in grades)
         keys.append([grade.answer_key for grade in grades])
-    metrics["both"] = {
-        "consistent": sum(len(set(answers)) == 1 for answers in zip(*keys, strict=True)) / len(golds),
-        "consistent_and_correct": sum(set(bits) == {"1"} for bits in zip(*correct.values(), strict=True)) / len(golds),
-    }
+    if len(prompts) > 1:
+        same = [len(set(answers)) == 1 for answers in zip(*keys, strict=True)]
+        right = [set(bits) == {"1"} for bits in zip(*correct.values(), strict=True)]
+        metrics["both"] = {
+            "consistent": sum(same) / len(golds), "consistent_and_correct": sum(right) / len(golds),
+        }  # fmt: skip
     return Judged(metrics, correct)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import LLAMA
 
-from eval import graders, nl_rx, report, run
+from eval import graders, nl_rx, provenance, report, run
 from llm_jepa import UserError
 from llm_jepa.cli import main as cli
 from llm_jepa.data import nl_rx as generator
@@ -172,6 +176,34 @@ def test_committed_results_are_complete_and_name_no_machine():
     assert all(value == [0, 1, 2] for value in seeds.values()), seeds
     for results in runs.values():
         for result in results:
-            assert result["environment"]["uncommitted_changes"] is False and result["items"] == 1771
-    for path in report.RESULTS.glob("*.json"):
-        assert not any(word in path.read_text() for word in ("/home/", "/tmp/", "/root/", "/work/"))
+            assert result["items"] == 1771
+    files = list(report.RESULTS.parent.rglob("*.json"))
+    assert len(files) > 150
+    for path in files:
+        text = path.read_text()
+        assert not re.search(r'"uncommitted_changes": (?!false)', text), path
+        assert not any(word in text for word in ("/home/", "/tmp/", "/root/", "/work/")), path
+
+
+def test_what_lies_outside_the_code_does_not_make_it_another(tmp_path):
+    """Or a result file in the tree would make the run that wrote it somebody else's."""
+    (tmp_path / "eval").mkdir()
+    shutil.copy(provenance.__file__, tmp_path / "eval" / "provenance.py")
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "code")
+    spec = importlib.util.spec_from_file_location("copied_provenance", tmp_path / "eval" / "provenance.py")
+    assert spec is not None and spec.loader is not None
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    for written in ("result.json", "eval/results/result.json"):
+        (tmp_path / written).parent.mkdir(exist_ok=True)
+        (tmp_path / written).write_text("{}")
+        assert copied.environment()["uncommitted_changes"] is False
+    with (tmp_path / "eval" / "provenance.py").open("a") as file:
+        file.write("# changed\n")
+    assert copied.environment()["uncommitted_changes"] is True

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import graders
-from eval.graders import Choice, choose_batches, gsm8k, marked_number, normalized, number, open_answer
+from eval.graders import gsm8k, marked_number, normalized, number, open_answer
 from eval.sql import Databases
 from llm_jepa import UserError
-from llm_jepa.generation import encode
+from llm_jepa.generation import Choice, choose_batches, encode
 from llm_jepa.predictor_tokens import add_predictor_tokens
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

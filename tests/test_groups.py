@@ -188,6 +188,13 @@ def test_interval_of_the_accuracy_is_that_of_group_means():
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.06)
 
 
+def test_the_drop_is_from_a_group_s_own_first_wording():
+    """Each group is right in its first wording alone; the second one has them the other way round."""
+    rows = samples([[(1, "r"), (0, "x")], [(0, "x"), (1, "r")]])
+    one = read_answers([*rows[:2], *rows[:1:-1]], "exact")
+    assert one.first.tolist() == [0, 1] and estimates(one)["drop_rate"] == pytest.approx(1.0)
+
+
 def test_a_drop_rate_that_resamples_leave_undefined_has_no_interval():
     interval = robustness([answers([[(1, "r"), (0, "x")], [(0, "x"), (0, "y")], [(0, "x"), (1, "r")]])])
     drop = interval.metrics["drop_rate"]

@@ -77,6 +77,17 @@ def test_a_language_is_in_one_part_only_and_a_known_text_is_not_judged(tmp_path)
     assert len(paraphrases.split_lines(tmp_path / "data")) == len(lines) - 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(["{}"], "line 1"), (["{"], "turk_train.jsonl, line 1 is not JSON"), ([], "150 lines, turk_train.jsonl 0")],
+)
+def test_files_that_do_not_line_up_are_named(rows, said, tmp_path):
+    rows_in(tmp_path / "data", 200)
+    (tmp_path / "data" / "turk_train.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=said):
+        paraphrases.split_lines(tmp_path / "data")
+
+
 @pytest.mark.parametrize("regex", ["(dog)&(truck)", "~(.*)", ".*", "(.*)|(dog)"])
 def test_languages_that_match_nothing_or_everything_are_never_judged(regex):
     assert paraphrases._part(regex) == "train"

@@ -10,6 +10,7 @@ import yaml
 
 from eval import replication, small_runs
 from eval.replication import ARMS, Cell
+from eval.statistics import detectable_difference
 from llm_jepa import UserError
 from llm_jepa.data import nl_rx
 
@@ -146,15 +147,17 @@ def test_analysis_worked_by_hand(tmp_path):
     write_runs(tmp_path, PLAN)
     found = replication.analyse(PLAN, tmp_path)["completion"]
     assert found["arms"]["cosine"]["synth startswith"] == [pytest.approx(0.555), pytest.approx(0.00707, abs=1e-5)]
-    cosine = found["minus_sft"]["cosine"]["synth"]
+    cosine = found["minus_sft"]["cosine - sft"]["synth"]
     assert cosine["startswith_by_seed"] == pytest.approx([6.0, 5.0])
     assert cosine["equivalent"]["estimate"] == pytest.approx(5.5)
     # one degree of freedom: mean 5.5, standard error 0.5, t = 11, p = 2 / pi * atan(1 / 11); Holm doubles it
     assert cosine["p"] == pytest.approx(0.05772, abs=1e-4) and cosine["p_holm"] == pytest.approx(0.11543, abs=1e-4)
-    assert found["minus_sft"]["sft_flops"]["synth"]["startswith_by_seed"] == pytest.approx([0.0, 1.0])
+    assert found["minus_sft"]["sft_flops - sft"]["synth"]["startswith_by_seed"] == pytest.approx([0.0, 1.0])
+    assert found["controls"]["cosine - sft_flops"]["turk"]["startswith_by_seed"] == pytest.approx([6.0, 4.0])
+    assert cosine["detectable"] == pytest.approx(detectable_difference(0.5**0.5, 2, num_tests=2))
     rows = replication.table({"paper": found}).splitlines()
     assert any(row.startswith("| paper | cosine | 0.3 | 55.5 ± 0.7") and "60.59" in row for row in rows)
-    assert any(row.startswith("| paper | cosine | +5.5 (") for row in rows)
+    assert any(row.startswith("| paper | cosine - sft | +5.5 (") for row in rows)
 
 
 def test_analysis_refuses_half_a_comparison_and_mixed_settings(tmp_path):
@@ -180,6 +183,11 @@ def test_the_plan_names_arms_that_exist_and_keeps_selection_apart():
 def test_command_line_says_what_is_missing(tmp_path, capsys):
     assert replication.main(["compare"]) == 2
     assert replication.main(["compare", "--start", "x"]) == 2
+    assert replication.main(["compare", "--start", "x", "--out", str(tmp_path)]) == 2
     assert replication.main(["select", "--data", str(tmp_path)]) == 2
+    (tmp_path / "p.yaml").write_text("steps: 3")
+    assert replication.main(["analyse", "--plan", str(tmp_path / "p.yaml")]) == 2
+    assert replication.main(["analyse", "--plan", str(tmp_path / "q.yaml")]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3 and "--data FOLDER" in said[0] and "--out FOLDER" in said[1] and "NL-RX folder" in said[2]
+    wanted = ["--data FOLDER", "--out FOLDER", "--plan FILE", "NL-RX folder", "keys must be steps", "cannot be read"]
+    assert len(said) == len(wanted) and all(word in line for word, line in zip(wanted, said, strict=True)), said

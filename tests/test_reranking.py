@@ -75,6 +75,20 @@ def test_samples_repeat_with_the_seed_vary_without_it_and_follow_the_model(model
     assert sure == [[g.text] * 4 for g in greedy]
 
 
+def test_what_a_checkpoint_asks_of_decoding_is_not_done_and_its_mode_is_put_back(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    prompts = [row["messages"][:-1] for row in nl_rx.generate(2)]
+    plain = sample(model, tokenizer, prompts, num_samples=2, max_new_tokens=6, seed=0)
+    model.generation_config.repetition_penalty = 50.0
+    model.train()
+    try:
+        assert sample(model, tokenizer, prompts, num_samples=2, max_new_tokens=6, seed=0) == plain
+        assert model.training
+    finally:
+        model.generation_config.repetition_penalty = 1.0
+        model.eval()
+
+
 def test_samples_are_drawn_at_temperature_one_from_all_tokens(model_and_tokenizer):
     """First tokens of 3,000 samples against the softmax: in total variation, where temperature 0.5 is far off."""
     model, tokenizer = model_and_tokenizer

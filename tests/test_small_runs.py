@@ -28,6 +28,9 @@ def test_answers_are_judged_by_language_wording_by_wording(monkeypatch):
     assert found.metrics["synth"]["equivalent"] == pytest.approx(1 / 3) and found.metrics["synth"]["exact"] == 0
     assert found.metrics["synth"]["startswith"] == pytest.approx(1 / 3) and found.metrics["turk"]["exact"] == 1 / 3
     assert found.metrics["turk"]["stop_rate"] == pytest.approx(2 / 3)
+    # Of one wording there is nothing to be consistent with.
+    given = iter(answers.values())
+    assert "both" not in small_runs.judge(None, None, {"synth": ASK}, ["a|b", "x", "q"]).metrics  # type: ignore[arg-type]
     # The same language to both: the first, and the third, which is wrong both times.
     assert found.metrics["both"] == {"consistent": pytest.approx(2 / 3), "consistent_and_correct": pytest.approx(1 / 3)}
 

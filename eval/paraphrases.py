@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import LLMJEPATrainer, UserError, cli, generate
-from llm_jepa.checkpoint import write_json
+from llm_jepa.checkpoint import file_sha256, write_json
 from llm_jepa.data import nl_rx as generator
 from llm_jepa.from_scratch import train_tokenizer
 from llm_jepa.loading import model_from, tokenizer_from
@@ -45,7 +45,7 @@ from llm_jepa.predictor_tokens import known_predictor_ids
 from llm_jepa.views import add_view_columns
 
 from . import graders, nl_rx, small_runs
-from .provenance import environment, sha256, weights_sha256
+from .provenance import environment, weights_sha256
 from .regexes import language
 from .reranking import Similarity, contrastive_head, embedded, log_probabilities, rerank, risk_coverage, sample
 from .small_runs import BATCH, MAX_NEW_TOKENS, derangement, side_by_side, with_targets_of
@@ -202,7 +202,7 @@ def save_prepared(work: Path, data: Path, lines: Sequence[Line]) -> None:
     views = Dataset.from_list([add_view_columns(row, i, tokenizer=tokenizer) for i, row in enumerate(train)])
     shutil.rmtree(work / "views", ignore_errors=True)
     views.save_to_disk(work / "views")
-    hashes = {name: sha256(data / name) for name in FILES}
+    hashes = {name: file_sha256(data / name) for name in FILES}
     write_json(work / "split.json", {"data_sha256": hashes, "lines": [asdict(line) for line in lines]})
 
 

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llm_jepa.checkpoint import file_sha256
+
 CODE = ("llm_jepa", "eval", "recipes")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -23,15 +25,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_sha256(folder: Path) -> str | None:
     """One hash over all weight files of a saved model, or None for a Hub id."""
     files = sorted(folder.glob("*.safetensors"))
-    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest() if files else None
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest() if files else None
 
 
 def _git(*arguments: str) -> str | None:

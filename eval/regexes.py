@@ -74,18 +74,17 @@ class Language:
     is_everything: bool
 
 
-def equivalent(gold: str, answer: str, *, limit_s: float = 2.0, word_boundary: bool = True) -> Verdict:
+def equivalent(gold: str, answer: str, *, limit_s: float = 2.0) -> Verdict:
     r"""Whether two regexes match the same lines. Never raises: where one has no verdict, `detail` says which and why.
 
     Args:
         limit_s: CPU seconds of this thread.
-        word_boundary: False reads `\b` as the letter b, as dk.brics and so the published DFA-equal figures do.
     """
     build = _Expressions(_Alphabet(gold, answer), limit_s)
     roots: list[int] = []
     try:
         for regex in (gold, answer):
-            roots.append(_parsed(regex, build, word_boundary))
+            roots.append(_parsed(regex, build))
         line = _shortest_difference(build, *roots)
     except RegexError as error:
         return Verdict(error.status, detail=("gold: ", "answer: ", "")[len(roots)] + str(error))
@@ -96,10 +95,10 @@ def equivalent(gold: str, answer: str, *, limit_s: float = 2.0, word_boundary: b
 
 
 @lru_cache(maxsize=8192)  # the same golds and the same popular answers come again and again; errors are not kept
-def language(regex: str, *, limit_s: float = 2.0, word_boundary: bool = True) -> Language:
+def language(regex: str, *, limit_s: float = 2.0) -> Language:
     """What a regex denotes, in canonical form. Raises RegexError if it is not of the dialect or meets a bound."""
     build = _Expressions(_Alphabet(regex), limit_s)
-    automaton = _minimal_automaton(build, _parsed(regex, build, word_boundary))
+    automaton = _minimal_automaton(build, _parsed(regex, build))
     verdicts = {accepts for accepts, _ in automaton}
     return Language(
         key=hashlib.sha256(repr(automaton).encode()).hexdigest(),
@@ -109,10 +108,10 @@ def language(regex: str, *, limit_s: float = 2.0, word_boundary: bool = True) ->
     )
 
 
-def matches(regex: str, text: str, *, limit_s: float = 2.0, word_boundary: bool = True) -> bool:
+def matches(regex: str, text: str, *, limit_s: float = 2.0) -> bool:
     """Whether `regex` matches all of `text`. Raises RegexError as `language` does."""
     build = _Expressions(_Alphabet(regex), limit_s)
-    return build.matches(_parsed(regex, build, word_boundary), text)
+    return build.matches(_parsed(regex, build), text)
 
 
 # --- letters --------------------------------------------------------------------------------------------------------
@@ -374,8 +373,8 @@ class _Group:
 class _Parser:
     """One pass with a stack of its own: parentheses cost no recursion."""
 
-    def __init__(self, regex: str, build: _Expressions, word_boundary: bool):
-        self.regex, self.build, self.word_boundary = regex, build, word_boundary
+    def __init__(self, regex: str, build: _Expressions):
+        self.regex, self.build = regex, build
         self.position = 0
 
     def parse(self) -> int:
@@ -452,7 +451,7 @@ class _Parser:
             raise self._invalid(f"{character!r} without its opening bracket")
         if character != "\\":
             return self.build.letters(1 << self.build.alphabet.letter(character))
-        if self._peek() not in ("b", "B") or not self.word_boundary:
+        if self._peek() not in ("b", "B"):
             return self.build.letters(self._escaped()[1])
         boundary = self.build.boundary()
         if self._next() == "b":
@@ -490,7 +489,7 @@ class _Parser:
         if character in "dwsDWS":
             letters = _CLASSES[character.lower()]
             return "", letters if character.islower() else self.build.alphabet.full & ~letters
-        if character.isascii() and character.isalnum() and (self.word_boundary or character not in "bB"):
+        if character.isascii() and character.isalnum():
             raise self._invalid(f"no \\{character} in this dialect, or not here")
         return character, 1 << self.build.alphabet.letter(character)
 
@@ -507,14 +506,14 @@ class _Parser:
         return RegexError("invalid", f"{what} at character {position} of {ascii(self.regex[:100])}")
 
 
-def _parsed(regex: str, build: _Expressions, word_boundary: bool) -> int:
+def _parsed(regex: str, build: _Expressions) -> int:
     if not regex:
         raise RegexError("invalid", "an empty text is no regex; () matches the empty line")  # a missing answer
     if len(regex) > MAX_LENGTH:
         raise RegexError("limit", f"{len(regex):,} characters, more than {MAX_LENGTH:,}")
     if any("\ud800" <= character <= "\udfff" for character in regex):
         raise RegexError("invalid", "a lone surrogate is no character")
-    return _Parser(regex, build, word_boundary).parse()
+    return _Parser(regex, build).parse()
 
 
 # --- automata -------------------------------------------------------------------------------------------------------

@@ -34,20 +34,19 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_jepa import LLMJEPATrainer, UserError
-from llm_jepa.checkpoint import write_json
+from llm_jepa.checkpoint import file_sha256, write_json
 from llm_jepa.from_scratch import random_model, train_tokenizer
 from llm_jepa.loading import model_from, read_rows, tokenizer_from
 from llm_jepa.views import add_view_columns
 
 from . import nl_rx, small_runs
-from .provenance import environment, sha256
+from .provenance import environment
 from .small_runs import derangement, side_by_side, with_targets_of
 from .statistics import detectable_difference, hierarchical, holm, show_p, t_interval, t_test
 
 PLAN = Path(__file__).parent / "plans" / "replication.yaml"
 RESULTS = Path(__file__).parent / "results" / "replication"
 TRAIN = "synth_train.jsonl"
-SHARED = Path(__file__).parent.parent / "recipes" / "tiny-llama" / "_shared.yaml"
 
 # What an arm adds to plain SFT; the weight comes from the plan.
 ARMS: dict[str, dict[str, Any]] = {
@@ -125,8 +124,7 @@ def _tokenizer(folder: Path, held_out: int, start: str) -> PreTrainedTokenizerBa
         tokenizer = tokenizer_from(start)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as the published script, and the trainer
         return tokenizer
-    size = yaml.safe_load(SHARED.read_text())["tokenizer_vocab_size"]
-    return train_tokenizer(_data(folder, held_out)[0], size)
+    return train_tokenizer(_data(folder, held_out)[0], small_runs.SHARED["tokenizer_vocab_size"])
 
 
 @functools.cache
@@ -144,8 +142,7 @@ def _model(start: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrai
     if start:
         set_seed(seed)
         return model_from(start, dtype=torch.float32)
-    shape = yaml.safe_load(SHARED.read_text())["model_config"]
-    return random_model(shape, tokenizer, seed=seed)
+    return random_model(small_runs.SHARED["model_config"], tokenizer, seed=seed)
 
 
 def run_cell(cell: Cell, data: Path, held_out: int) -> str:
@@ -196,7 +193,7 @@ def _train_and_judge(cell: Cell, data: Path, held_out: int, output_dir: Path) ->
         "metrics": judged.metrics,
         "correct": judged.correct,
         "cost": cost,
-        "data_sha256": {path.name: sha256(path) for path in nl_rx.load(data)[2]},
+        "data_sha256": {path.name: file_sha256(path) for path in nl_rx.load(data)[2]},
         "environment": environment(),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -315,6 +312,13 @@ def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
     return figures
 
 
+def seeds_of(figures: dict[str, Any], plan: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{len(found['seeds'])} of {len(plan['protocols'][protocol]['seeds'])} seeds under {protocol}"
+        for protocol, found in figures.items()
+    )
+
+
 def table(figures: dict[str, Any]) -> str:
     """Markdown: an arm a row, the published figure beside it where there is one, then what each arm adds to sft."""
     shown = (
@@ -323,9 +327,10 @@ def table(figures: dict[str, Any]) -> str:
         "synth contains",
         "synth stop_rate",
         "synth equivalent",
+        "turk startswith",
         "turk equivalent",
     )
-    lines = ["| labels | arm | weight | " + " | ".join(shown) + " | published |", "|---|---|---:|" + "---:|" * 7]
+    lines = ["| labels | arm | weight | " + " | ".join(shown) + " | published |", "|---|---|---:|" + "---:|" * 8]
     for protocol, found in figures.items():
         metric, *published = PUBLISHED.get(found["start"], ("", "", ""))
         beside = dict(zip(("sft", "cosine"), published, strict=True)) if protocol == "paper" and metric else {}
@@ -426,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.step == "analyse":
             figures = analyse(plan, out)
             write_json(out / "summary.json", figures)
-            print(table(figures))
+            print(f"{table(figures)}\n\nOver {seeds_of(figures, plan)}.")
             return 0
         if options.data is None:
             raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")

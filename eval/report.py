@@ -254,14 +254,10 @@ def replication_tables() -> str:
     """Markdown: the plan's analysis over the whole seeds there are."""
     plan = yaml.safe_load(replication.PLAN.read_text())
     figures = replication.analyse(plan, replication.RESULTS)
-    seeds = ", ".join(
-        f"{len(found['seeds'])} of {len(plan['protocols'][protocol]['seeds'])} seeds under {protocol}"
-        for protocol, found in figures.items()
-    )
     return (
-        f"{replication.table(figures)}\n\nMean ± sd over {seeds}. In brackets the 95 % t interval over seeds; "
-        "*detectable*: found with 80 % power at the level that the first of the adjusted tests must pass. "
-        "Plan: `eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
+        f"{replication.table(figures)}\n\nMean ± sd over {replication.seeds_of(figures, plan)}. In brackets the 95 % t "
+        "interval over seeds; *detectable*: found with 80 % power at the level that the first of the adjusted tests "
+        "must pass. Plan: `eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
     )
 
 

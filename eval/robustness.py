@@ -22,7 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.checkpoint import write_json
@@ -33,9 +33,6 @@ from .robustness_report import PHRASING, SCATTER, TITLES, differences, plot_phra
 from .run import BACKENDS, evaluate_model
 from .statistics import Interval, holm
 from .tasks import TASKS, Group, task_named
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 RESULTS, SAMPLES, REPORT = "results.json", "samples.jsonl", "report.md"
@@ -368,6 +365,8 @@ def _run(options: argparse.Namespace) -> int:
         data = task.load(options.data)
         groups = data.groups[: options.limit]
         refuse_single([len(group.prompts) for group in groups])
+        if len(groups) < 2:
+            raise UserError(f"{len(groups)} group(s) to ask: an interval over groups needs two or more.")
         settings = {"task": task.name, "data_sha256": data.sha256, "limit": options.limit}
     else:
         settings = {key: next(iter(arms.values()))[0].result.get(key) for key in ("task", "data_sha256", "limit")}

@@ -79,6 +79,13 @@ def evaluate_model(
         if path is not None:
             _check_writable(path)
     tokenizer = tokenizer_from(model)
+    bare = sum(isinstance(group.prompts[at], str) for group, at in questions)
+    if bare and tokenizer.chat_template is not None:
+        warnings.warn(
+            f"{bare} of {len(questions)} prompts are plain strings: continued as they stand, without the model's chat "
+            "template. Give lists of messages to use it.",
+            stacklevel=2,
+        )
     encoded = encode(tokenizer, [group.prompts[at] for group, at in questions])
     new_tokens = max_new_tokens or task.max_new_tokens
     lm = None

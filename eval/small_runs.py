@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a 0.7M-parameter model runs slower on several threads
 
 import torch
+import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,17 +25,15 @@ from llm_jepa.rows import pair_collator, training_collator
 
 from . import graders
 
-BATCH = 32
+SHARED = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "tiny-llama" / "_shared.yaml").read_text())
+BATCH = SHARED["per_device_train_batch_size"]
 MAX_NEW_TOKENS = 48
-# As recipes/tiny-llama/_shared.yaml has it. Every step of a run costs the same, and its last checkpoint is judged.
+OPTIMISER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "activation_checkpointing")
+# Every step of a run costs the same, and its last checkpoint is judged.
 RUN = {
+    **{name: SHARED[name] for name in OPTIMISER},
     "per_device_train_batch_size": BATCH,
     "dataloader_drop_last": True,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "weight_decay": 0.01,
-    "adam_beta2": 0.95,
-    "activation_checkpointing": False,
     "save_strategy": "no",
     "diagnostics_pairs": 0,
     "disable_tqdm": True,

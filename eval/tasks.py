@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
+from llm_jepa.checkpoint import file_sha256
 from llm_jepa.generation import Prompt
 from llm_jepa.loading import FILE_READERS, data_sha256, read_rows
 from llm_jepa.views import as_example
 
 from . import graders, nl_rx
 from .graders import Grade
-from .provenance import sha256
 from .regexes import RegexError, language
 from .sql import Databases
 
@@ -93,7 +93,7 @@ def _read(source: str, name: str, split: str, config: str | None = None) -> tupl
     elif path.suffix not in FILE_READERS and (path.is_absolute() or source.startswith(".") or source.count("/") != 1):
         raise UserError(f"There is no data at {source}; give a file, a folder, or a Hub id such as owner/name.")
     rows = read_rows(str(path), split=split, config=config)
-    return list(rows), {path.name: sha256(path)} if path.is_file() else {source: str(data_sha256(rows))}
+    return list(rows), {path.name: file_sha256(path)} if path.is_file() else {source: str(data_sha256(rows))}
 
 
 def _questions(
@@ -172,7 +172,7 @@ def load_nl_rx(source: str) -> Data:
         prompts = (list(item.original), list(item.paraphrase))
         extra = {"line": item.line, "degenerate": degenerate}
         groups.append(Group(str(item.line), prompts, nl_rx.WORDINGS, item.answer, extra))
-    return Data(tuple(groups), {path.name: sha256(path) for path in files}, dropped)
+    return Data(tuple(groups), {path.name: file_sha256(path) for path in files}, dropped)
 
 
 def _grade_nl_rx(group: Group, text: str, stopped: bool) -> Grade:

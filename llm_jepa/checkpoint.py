@@ -77,7 +77,7 @@ def find_resume(output_dir: str | Path, run: dict[str, Any], *, resume: str | No
         raise UserError(f"output_dir {folder} is a file; choose another output_dir.")
     if resume is None:
         if folder.is_dir() and any(folder.iterdir()):
-            what = "holds another run" if file.exists() else "is not empty and holds no run of ours"
+            what = "holds a run already" if file.exists() else "is not empty and holds no run of ours"
             again = "continue it with --resume_from_checkpoint true, or " if file.exists() else ""
             raise UserError(f"output_dir {folder} {what}; {again}choose another output_dir.")
         return None

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # `| head` has what it wanted; nor must Python's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
             raise

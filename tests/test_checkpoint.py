@@ -65,7 +65,7 @@ def test_nothing_whole_to_resume_from_is_an_error_that_names_the_fault(run_dir):
 def test_another_run_is_refused_and_the_difference_named(run_dir):
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         find_resume(run_dir, {"seed": 1}, resume="true")
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds a run already"):
         find_resume(run_dir, {"seed": 0}, resume=None)
 
 

@@ -186,6 +186,13 @@ def test_help_names_every_key_of_ours(capsys):
         assert key in out
 
 
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    help_to_head = f"{sys.executable} -m llm_jepa.cli train --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", help_to_head], capture_output=True, text=True, timeout=120, env=env)
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+
+
 def test_launch_with_a_file_that_asks_for_one_process_runs_once(recipe, tmp_path):
     """Such a file sets no LOCAL_RANK, so a child that saw --launch again would launch for ever."""
     config = tmp_path / "one.yaml"
@@ -349,7 +356,7 @@ def test_wrong_commands(argv, said, capsys, tmp_path, monkeypatch):
 def test_output_dir_of_another_run_is_left_alone(recipe, trained, tmp_path, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     expect_refusal(
-        capsys, ["train", recipe(output_dir=str(trained))], "holds another run", "--resume_from_checkpoint true"
+        capsys, ["train", recipe(output_dir=str(trained))], "holds a run already", "--resume_from_checkpoint true"
     )
     expect_refusal(
         capsys, ["train", recipe(output_dir=str(trained)), "--resume_from_checkpoint", "true"], "the run has changed"

@@ -215,6 +215,7 @@ def test_runs_that_are_not_alike_are_refused(changes, said, command, tmp_path):
     ("options", "said"),
     [
         (("--models", "@a", "--limit", "0"), "--limit must be 1 or more"),
+        (("--models", "@a", "--limit", "1"), "1 group(s) to ask"),
         (("--models", "@a", "@a"), "Two models are named 'a'"),
         (("--models", "x=@a,@a"), "names a run twice"),
         (("--models", "@a", "--baseline", "sft"), "none of a"),

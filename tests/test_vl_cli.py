@@ -282,7 +282,7 @@ def test_a_run_goes_on_only_with_its_own_data(recipe, data, tmp_path, capsys):
     (moved / "3.png").write_bytes((data / "4.png").read_bytes())
     expect_refusal(capsys, ["train", path, "--train_data", str(moved / "clips.jsonl"), *resume], "train_sha256")
     expect_refusal(capsys, ["train", path, *resume, "--objective", "cosine"], "objective")
-    expect_refusal(capsys, ["train", path], "holds another run")
+    expect_refusal(capsys, ["train", path], "holds a run already")
 
 
 # -- going on, and features -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Render README.md's result tables from the committed result files:  python -m eval.report [--check]
+"""Render README.md's result tables and model_cards/ from the committed result files:  python -m eval.report [--check]
 
---check changes nothing and exits 1 if the README is stale, so that no number in it can be typed by hand.
+--check changes nothing and exits 1 if one of them is stale, so that no number in them can be typed by hand.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from . import paraphrases, replication, step_cost
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, CARDS = ROOT / "README.md", ROOT / "model_cards"
 RESULTS = Path(__file__).parent / "results" / "tiny_nl_rx"
 STEP_COST = Path(__file__).parent / "results" / "step_cost" / "cpu.json"
 VL = Path(__file__).parent / "results" / "vl"
@@ -158,11 +159,16 @@ SHAPESTREAM: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
 )
 
 
-def vl_tables(folder: Path = VL) -> str:
-    """Markdown: ShapeStream by text encoder, then one line for each of the other benchmarks."""
+def shapestream_runs(folder: Path = VL) -> dict[str, list[dict[str, Any]]]:
+    """Text encoder -> results, by seed."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("shapestream-*-seed*.json")):
         runs.setdefault(path.stem.split("-")[1], []).append(json.loads(path.read_text()))
+    return runs
+
+
+def shapestream_table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a text encoder a column, and where the figures come from."""
     titles = {"scratch": "all from scratch, trained wordings", "minilm": "frozen MiniLM, wordings never trained"}
     shown = [name for name in titles if name in runs]
     lines = ["| ShapeStream, test split | " + " | ".join(titles[name] for name in shown) + " |"]
@@ -170,6 +176,20 @@ def vl_tables(folder: Path = VL) -> str:
     for name, form, value in SHAPESTREAM:
         lines.append(f"| {name} | " + " | ".join(_mean_and_spread(runs[arm], value, form) for arm in shown) + " |")
     one = runs[shown[0]][0]
+    commits = sorted({r["environment"]["commit"][:7] for arm in shown for r in runs[arm]})
+    lines += [
+        "",
+        f"{_seeds(runs[shown[0]])}, {one['test']['num_clips']} clips a split, "
+        f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
+        f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. The clips measured "
+        "were never looked at; the wordings never trained were, in development. Every question type and kind: "
+        "`eval/results/vl/`.",
+    ]
+    return "\n".join(lines)
+
+
+def vl_tables(folder: Path = VL) -> str:
+    """Markdown: ShapeStream by text encoder, then one line for each of the other benchmarks."""
     decoding, photos, cost, clips = (
         json.loads((folder / f"{name}.json").read_text())
         for name in ("selective_decoding", "coco_photos", "vl_cost", "real_clips")
@@ -182,14 +202,8 @@ def vl_tables(folder: Path = VL) -> str:
     c = photos["cider"]
     small, *large = cost["training"]
     stream = cost["streaming"]
-    commits = sorted({r["environment"]["commit"][:7] for arm in shown for r in runs[arm]})
-    lines += [
-        "",
-        f"{_seeds(runs[shown[0]])}, {one['test']['num_clips']} clips a split, "
-        f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
-        f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. The clips measured "
-        "were never looked at; the wordings never trained were, in development. Every question type and kind: "
-        "`eval/results/vl/`.",
+    lines = [
+        shapestream_table(shapestream_runs(folder)),
         "",
         f"- **Selective decoding**, {decoding['settings']['streams']} sparse streams of {sparse['seconds']:.0f} s: "
         f"online {chosen['decodes']:.1f} decodes for a slot accuracy of {chosen['slot_accuracy']:.3f}; uniform needs "
@@ -273,6 +287,98 @@ def throughput_line(path: Path = THROUGHPUT) -> str:
     )
 
 
+# -- cards ------------------------------------------------------------------------------------------------------------
+
+LLM_CARD = """# {name}
+
+A Llama of {layers} layers of {width} from random weights, trained on NL-RX-SYNTH (a regular expression from English)
+with [LLM-JEPA](https://arxiv.org/abs/2509.14252): the causal-LM loss plus {weight:g} times InfoNCE between the
+embeddings of request and answer. It is a plain `transformers` causal LM, and its states at the end of a request
+embed it:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+Made by `make results NL_RX=FOLDER` (`recipes/tiny-llama/nl-rx-synth.yaml`, labels on the answer and its end of turn).
+Beside it plain SFT of the same seeds, and the arm that collapses:
+
+{table}
+
+What it is not: more accurate than plain SFT. Nor has it read anything but requests for regexes; it is here to show
+plumbing and geometry. Do not run a regex that a model wrote without limits.
+"""
+
+VL_CARD = """# {name}
+
+A VL-JEPA ([arXiv:2512.10942](https://arxiv.org/abs/2512.10942)) of {parameters:.2f}M weights, all from random: it
+predicts the embedding of a text from a clip and a query. Trained in {minutes:.0f} minutes of one CPU core on
+ShapeStream, a generated world of plain shapes.
+
+```python
+from llm_jepa.vl import VLJEPA
+model = VLJEPA.from_pretrained("{name}")
+model.classify(frames, ["the red star moves left", "the red star spins"])       # frames: [T, H, W, 3] uint8
+```
+
+Made by `python -m eval.shapestream --out {name}`. Beside it the same with a frozen MiniLM as y_encoder:
+
+{table}
+
+What it is not: a model of anything but this world. A thing's place is its weakest answer; a move beside another thing
+is now and then taken for one past it.
+"""
+
+
+def cards() -> dict[str, str]:
+    """File name -> the whole card of a checkpoint that committed results are of; its figures also as model-index."""
+    runs = {key: results for key, results in load().items() if key[0] == "completion"}
+    llm, name = runs["completion", "info_nce"], "tiny-llama-nl-rx-info-nce"
+    recipe = llm[0]["model"]["run"]
+    shape = recipe["model_config"]
+    figures = [
+        ("exact_match", f"exact match, {wording}, mean of {len(llm)} seeds",
+         statistics.mean(run["metrics"][key]["exact"] for run in llm))
+        for wording, key in (("synth", "original"), ("turk", "paraphrase"))
+    ]  # fmt: skip
+    found = {f"{name}.md": _card(
+        LLM_CARD.format(
+            name=name, layers=shape["num_hidden_layers"], width=shape["hidden_size"], weight=recipe["jepa_weight"],
+            table=table(runs),
+        ),
+        "text-generation", name, "NL-RX-SYNTH, lines not known from training", figures,
+    )}  # fmt: skip
+    vl, name = shapestream_runs(), "vl-jepa-shapestream"
+    one = vl["scratch"][0]
+    figures = [
+        ("accuracy", "kind of event, 13-way", one["test"]["kind_accuracy"]),
+        ("recall_at_1", "text to video, same event", one["test"]["same_event_recall_at_1"]),
+        ("accuracy", "questions, mean of all types", one["test"]["questions_mean"]),
+    ]
+    parameters, minutes = sum(one["weights"].values()) / 1e6, one["summary"]["process_seconds"] / 60
+    found[f"{name}.md"] = _card(
+        VL_CARD.format(name=name, parameters=parameters, minutes=minutes, table=shapestream_table(vl)),
+        "video-text-to-text", name, f"ShapeStream {one['world_version']}", figures,
+    )  # fmt: skip
+    return found
+
+
+def _card(text: str, task: str, name: str, data: str, figures: Sequence[tuple[str, str, float]]) -> str:
+    results = [
+        EvalResult(
+            task_type=task, dataset_type="generated" if "Shape" in data else "nl_rx", dataset_name=data,
+            metric_type=kind, metric_name=title, metric_value=round(value, 4),
+        )
+        for kind, title, value in figures
+    ]  # fmt: skip
+    about = ModelCardData(
+        library_name="transformers", pipeline_tag=task, license="apache-2.0", tags=["llm-jepa", "jepa"],
+        model_name=name, eval_results=results,
+    )  # fmt: skip
+    return f"---\n{about.to_yaml()}\n---\n{text}"
+
+
 def _seeds(runs: Sequence[dict[str, Any]]) -> str:
     return f"Mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "One seed, so no spread"
 
@@ -285,9 +391,9 @@ def _mean_and_spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
     options = parser.parse_args(argv)
-    text = fresh = README.read_text()
+    fresh = README.read_text()
     for name, rendered in (
         ("tiny_nl_rx", table(load())),
         ("paraphrases", paraphrase_tables()),
@@ -298,14 +404,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         before, rest = fresh.split(BEGIN.format(name))
         fresh = f"{before}{BEGIN.format(name)}\n{rendered}\n{END}{rest.split(END, 1)[1]}"
-    if fresh == text:
-        print("README.md is up to date.")
-        return 0
-    if options.check:
-        print("README.md does not match eval/results; run python -m eval.report.", file=sys.stderr)
+    rendered_files = {README: fresh, **{CARDS / name: card for name, card in cards().items()}}
+    stale = [path for path, text in rendered_files.items() if not path.is_file() or path.read_text() != text]
+    names = ", ".join(path.name for path in stale)
+    if not stale:
+        print("README.md and model_cards/ are up to date.")
+    elif options.check:
+        print(f"Not what eval/results says: {names}; run python -m eval.report.", file=sys.stderr)
         return 1
-    README.write_text(fresh)
-    print("README.md rewritten.")
+    else:
+        for path in stale:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(rendered_files[path])
+        print(f"Rewritten: {names}.")
     return 0
 
 

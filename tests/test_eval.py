@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import LLAMA
+from huggingface_hub import ModelCard
 
 from eval import graders, nl_rx, provenance, report, run
 from llm_jepa import UserError
@@ -166,6 +167,19 @@ def test_report_means_and_spreads(tmp_path):
     assert "| completion | plain SFT | 20.0 ± 14.1 | 50.0 ± 0.0 |" in text
     assert statistics.stdev([10, 30]) == pytest.approx(14.142, abs=1e-3)
     assert "seeds 0, 1 on 10 test lines (2 of 12" in text and "abcdef1" in text
+
+
+def test_a_card_that_is_stale_or_missing_is_found_and_rendered(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "CARDS", tmp_path / "cards")
+    assert report.main(["--check"]) == 1 and not (tmp_path / "cards").exists()
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    path = tmp_path / "cards" / "tiny-llama-nl-rx-info-nce.md"
+    exact = [run["metrics"]["original"]["exact"] for run in report.load()["completion", "info_nce"]]
+    found = ModelCard.load(path).data.eval_results
+    assert found[0].metric_value == pytest.approx(statistics.mean(exact), abs=1e-4)
+    path.write_text(path.read_text().replace("74.5", "75.5"))
+    capsys.readouterr()
+    assert report.main(["--check"]) == 1 and path.name in capsys.readouterr().err
 
 
 def test_committed_results_are_complete_and_name_no_machine():

@@ -20,9 +20,9 @@ LEVELS = (
     | {"vl.selective_decoding"},
     {"checkpoint", "comparison", "semantic_tube", "views", "data.shapestream"}
     | {"vl.config", "vl.modeling", "vl.processing", "vl.video"},
-    {"from_scratch", "generation", "packing", "predictor_tokens", "safe_trainer"}
+    {"from_scratch", "packing", "predictor_tokens", "safe_trainer"}
     | {"vl.features", "vl.open_vljepa", "vl.report", "vl.y_decoder"},
-    {"config", "probe", "target_encoder", "vl.data", "vl.inference"},
+    {"config", "generation", "probe", "target_encoder", "vl.data", "vl.inference"},
     {"loading", "model_card", "objective", "recipe", "rows", "vl.decoder_stage", "vl.loading", "vl.watch"},
     {"dry_run", "trainer", "vl.model_card"},
     {"vl.trainer"},

@@ -298,6 +298,7 @@ embed it:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
@@ -318,8 +319,9 @@ ShapeStream, a generated world of plain shapes.
 
 ```python
 from llm_jepa.vl import VLJEPA
+
 model = VLJEPA.from_pretrained("{name}")
-model.classify(frames, ["the red star moves left", "the red star spins"])       # frames: [T, H, W, 3] uint8
+model.classify(frames, ["the red star moves left", "the red star spins"])  # frames: [T, H, W, 3] uint8
 ```
 
 Made by `python -m eval.shapestream --out {name}`. Beside it the same with a frozen MiniLM as y_encoder:

@@ -1,7 +1,7 @@
 """llm-jepa train | train-decoder | generate | embed | watch.
 
 Errors a user can cause are one line on stderr and exit code 2 (LLM_JEPA_TRACEBACK=1 shows where they come from); a
-non-finite loss is 3; Ctrl-C is 130.
+non-finite loss is 3; Ctrl-C is 130; a reader of our output that left (`| head`) is 141, without a word.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # `| head` has what it wanted; nor must Python's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as the shell says of SIGPIPE: a training that wrote to it did not end
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
             raise

@@ -5,9 +5,9 @@
     python -m eval.paraphrases confirm                 # arms x seeds on test, with what the plan has settled
     python -m eval.paraphrases analyse                 # the plan's analysis of the committed result files
 
-eval/plans/paraphrases.yaml is the plan: question, arms, primary metric, analysis and stopping rule in words, and every
-setting that was chosen as a value. It was committed before the first test run. A run whose result file exists
-is not repeated, so that each step can be stopped and started again.
+eval/plans/paraphrases.yaml is the plan: question, arms, primary metric, analysis and stopping rule in words, and, as
+values, every setting that was chosen. It was committed before the first test run. A run whose result file exists is not
+repeated, so that each step can be stopped and started again.
 """
 
 from __future__ import annotations

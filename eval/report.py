@@ -251,7 +251,7 @@ def paraphrase_tables() -> str:
             f"{same['interval_90']['low']:+.1f} to {same['interval_90']['high']:+.1f}, {inside} within the ± "
             f"{plan['margin_points']:g} points named beforehand. *Detectable*: found with 80 % power, a secondary "
             "one at the level that the first of them must pass. Not planned: the primary difference is "
-            f" {clean['estimate']:+.1f} ({clean['low']:+.1f} to {clean['high']:+.1f}) on the "
+            f"{clean['estimate']:+.1f} ({clean['low']:+.1f} to {clean['high']:+.1f}) on the "
             f"{extra['lines of a language not in base']} lines whose language the base has not seen, "
             f"{once['estimate']:+.1f} ({once['low']:+.1f} to {once['high']:+.1f}) if each language counts once. Commit "
             f"{', '.join(commits)}; plan: `eval/plans/paraphrases.yaml`; a file a run: `eval/results/paraphrases/`.",
@@ -349,7 +349,7 @@ def cards() -> dict[str, str]:
             name=name, layers=shape["num_hidden_layers"], width=shape["hidden_size"], weight=recipe["jepa_weight"],
             table=table(runs),
         ),
-        "text-generation", name, "NL-RX-SYNTH, lines not known from training", figures,
+        "text-generation", name, ("nl_rx", "NL-RX-SYNTH, lines not known from training"), figures,
     )}  # fmt: skip
     vl, name = shapestream_runs(), "vl-jepa-shapestream"
     one = vl["scratch"][0]
@@ -365,15 +365,16 @@ def cards() -> dict[str, str]:
     minutes = statistics.mean(run["summary"]["process_seconds"] for run in vl["scratch"]) / 60
     found[f"{name}.md"] = _card(
         VL_CARD.format(name=name, parameters=parameters, minutes=minutes, table=shapestream_table(vl)),
-        "video-text-to-text", name, f"ShapeStream {one['world_version']}", figures,
+        "video-text-to-text", name, ("generated", f"ShapeStream {one['world_version']}"), figures,
     )  # fmt: skip
     return found
 
 
-def _card(text: str, task: str, name: str, data: str, figures: Sequence[tuple[str, str, float]]) -> str:
+def _card(text: str, task: str, name: str, data: tuple[str, str], figures: Sequence[tuple[str, str, float]]) -> str:
+    """data: (type, name) as the Hub has them; figures: (metric type, title, value)."""
     results = [
         EvalResult(
-            task_type=task, dataset_type="generated" if "Shape" in data else "nl_rx", dataset_name=data,
+            task_type=task, dataset_type=data[0], dataset_name=data[1],
             metric_type=kind, metric_name=title, metric_value=round(value, 4),
         )
         for kind, title, value in figures

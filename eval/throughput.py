@@ -2,8 +2,8 @@
 
 A 0.7M-parameter Llama is trained for a few seconds, so that its answers end. It decodes NL-RX requests as eval.run does
 (`llm_jepa.generate`, batches of 64), and every eighth of them as the published evaluator does (`model.generate`, one
-prompt after the other), in turns. Slow rows are put aside as in a run. With --data it also decides
-all distinct gold regexes there. Processor time of one thread (on CUDA: wall time), so that a busy machine matters less.
+prompt after the other), in turns. Slow rows are put aside as in a run. With --data it also decides all distinct gold
+regexes there. Processor time of one thread (on CUDA: wall time), so that a busy machine matters less.
 """
 
 from __future__ import annotations

@@ -390,7 +390,7 @@ def _dry_run_vl(recipe: Recipe) -> int:
 
     from .vl.data import ClipCollator, ClipDataset
     from .vl.loading import load_clips, load_vl_model
-    from .vl.trainer import choose_trained_parts
+    from .vl.trainer import check_clips, choose_trained_parts
 
     train, validation = load_clips(recipe.data, seed=_data_seed(recipe))
     model, processor = load_vl_model(recipe.model, train, seed=recipe.training.seed)
@@ -399,6 +399,7 @@ def _dry_run_vl(recipe: Recipe) -> int:
         train, num_frames=model.config.num_frames, pairs_per_clip=recipe.training.pairs_per_clip,
         seed=recipe.training.seed,
     )  # fmt: skip
+    check_clips(dataset, recipe.training)
     batch = ClipCollator(processor)([dataset[i] for i in range(min(2, len(dataset)))])
     print("# Resolved recipe\n" + yaml.safe_dump(json.loads(json.dumps(recipe.given)), sort_keys=False))
     print(f"# Clips\n{len(train)} to train on, {len(validation)} for validation; the first one:")

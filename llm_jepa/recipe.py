@@ -110,6 +110,10 @@ def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     except Exception as error:  # transformers' and TRL's own checks of their fields
         raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+    if groups is VL_GROUPS and training.objective != "info_nce" and model.temperature != VLModelArguments.temperature:
+        raise UserError(
+            f"temperature: {model.temperature} would be ignored: it belongs to objective: info_nce; remove it."
+        )
     return Recipe(model, data, training, resolved)
 
 

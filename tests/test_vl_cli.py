@@ -464,6 +464,7 @@ def expect_refusal(capsys, argv, *said):
         ({"regularizer": "sigreg", "per_device_train_batch_size": 2}, "sigreg"),
         ({"regularizer_weight": 0.1}, "belongs to a regularizer"),
         ({"objective": "cosine", "learn_temperature": False}, "objective: info_nce"),
+        ({"objective": "cosine", "temperature": 0.1}, "temperature: 0.1 would be ignored"),
         ({"eval_strategy": "steps", "eval_steps": 2}, "nothing to evaluate on"),
         ({"validation_rows": 16}, "leaves nothing of the 16 clips"),
         ({"validation_rows": -1}, "validation_rows=-1"),
@@ -479,6 +480,18 @@ def test_recipe_mistakes(changes, said, recipe, tmp_path, capsys, monkeypatch):
     expect_refusal(capsys, ["train", recipe(**changes)], said)
     left = [path for path in (tmp_path / "run").rglob("*") if path.name != "run.json"]
     assert not left, "a run that cannot start must leave the folder free"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"per_device_train_batch_size": 1, "pairs_per_clip": 1}, "needs other pairs as negatives"),
+        ({"regularizer": "sigreg", "per_device_train_batch_size": 2}, "cannot judge a distribution by"),
+        ({"x_encoder_trainable_layers": 3}, "the x_encoder has 2 blocks"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(changes, said, recipe, capsys):
+    expect_refusal(capsys, ["train", recipe(**changes), "--dry-run"], said)
 
 
 @pytest.mark.parametrize(

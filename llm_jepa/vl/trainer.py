@@ -76,19 +76,8 @@ class VLJEPATrainer(SafeTrainer):
         # Ours: features set below belong to this model, and another trainer may be given the same clips.
         train_dataset, eval_dataset = copy.copy(train_dataset), copy.copy(eval_dataset)
         train_dataset.pairs_per_clip, train_dataset.seed = args.pairs_per_clip, args.seed
-        if args.x_encoder_trainable_layers and train_dataset.features is not None:
-            raise UserError("The clips bring their features, so x_encoder_trainable_layers would train nothing; set 0.")
+        check_clips(train_dataset, args)
         choose_trained_parts(model, args)
-        each = min(args.pairs_per_clip, max(len(clip.pairs) for clip in train_dataset.clips))
-        pairs = args.per_device_train_batch_size * each * args.world_size
-        if args.objective == "info_nce" and min(pairs, len(train_dataset) * each) < 2:
-            raise UserError(
-                "objective: info_nce needs other pairs as negatives; raise per_device_train_batch_size to 2."
-            )
-        if args.regularizer is not None and pairs < (least := 8 if args.regularizer == "sigreg" else 2):
-            raise UserError(
-                f"regularizer: {args.regularizer} cannot judge a distribution by {pairs} pair(s), but by {least}."
-            )
         self._vl_model = model
         super().__init__(
             model=model,
@@ -311,6 +300,20 @@ class VLJEPATrainer(SafeTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
             write_vl_model_card(self.args.output_dir, self._vl_model, self.args, self.history_of_saved_weights())
+
+
+def check_clips(clips: ClipDataset, args: VLJEPATrainingArguments) -> None:
+    """Raises UserError for options that these clips cannot be trained with."""
+    if args.x_encoder_trainable_layers and clips.features is not None:
+        raise UserError("The clips bring their features, so x_encoder_trainable_layers would train nothing; set 0.")
+    each = min(args.pairs_per_clip, max(len(clip.pairs) for clip in clips.clips))
+    pairs = args.per_device_train_batch_size * each * args.world_size
+    if args.objective == "info_nce" and min(pairs, len(clips) * each) < 2:
+        raise UserError("objective: info_nce needs other pairs as negatives; raise per_device_train_batch_size to 2.")
+    if args.regularizer is not None and pairs < (least := 8 if args.regularizer == "sigreg" else 2):
+        raise UserError(
+            f"regularizer: {args.regularizer} cannot judge a distribution by {pairs} pair(s), but by {least}."
+        )
 
 
 def choose_trained_parts(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:

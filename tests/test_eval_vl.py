@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from eval import shapestream
 from eval.selective_decoding import Embedded, decodes_for, quality
-from eval.shapestream import QUERY, build, kind_prompts, nearest, separate_events, still_images, training_clips
+from eval.shapestream import (
+    QUERY,
+    FewActorsAtATime,
+    RowsInRuns,
+    build,
+    kind_prompts,
+    nearest,
+    separate_events,
+    still_images,
+    training_clips,
+)
 from eval.vl_cost import ideal_windows, share_right
 from llm_jepa.data import shapestream as world
 from llm_jepa.from_scratch import train_tokenizer
+from llm_jepa.vl.config import VLJEPATrainingArguments
+from llm_jepa.vl.data import ClipDataset
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.selective_decoding import segment_at, segment_uniform
 from llm_jepa.vl.y_decoder import MemoryProjection
@@ -132,6 +146,32 @@ def test_the_video_stage_starts_from_what_the_image_stages_learnt():
 
 
 @torch.no_grad()
+def test_rows_in_runs_are_every_row_once_and_neighbours_of_one_group():
+    groups = ["a"] * 12 + ["b"] * 6 + [None] * 7 + ["c"] * 2
+    sampler = RowsInRuns(groups, 3, seed=0)
+    orders = [list(sampler), list(sampler)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(27)) and len(sampler) == 27
+        runs = [len(list(run)) for group, run in itertools.groupby(groups[row] for row in order) if group in ("a", "b")]
+        assert all(length % 3 == 0 for length in runs)
+        resting = [len(list(run)) for group, run in itertools.groupby(groups[row] for row in order) if group is None]
+        assert max(resting) < 7, "rest is spread over the batches"
+    assert list(RowsInRuns(groups, 3, seed=0)) == orders[0]
+
+
+def test_clips_come_in_runs_of_one_actor(tmp_path):
+    drawn = [world.clip(index, kind=kind, size=32) for index, kind in enumerate(("left", "up", "idle") * 8)]
+    clips = training_clips(drawn, 0, wordings_per_event=2, seed=0)
+    tokenizer = train_tokenizer(
+        [{"prompt": p.query or "", "completion": p.target} for c in clips for p in c.pairs], 400
+    )
+    model, processor = build(tokenizer, None, seed=0)
+    args = VLJEPATrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer = FewActorsAtATime(model, args, ClipDataset(clips, num_frames=16), processor=processor)
+    assert trainer._get_train_sampler().groups == [clip.event.actor for clip in drawn]
+
+
 def test_wordings_of_an_event_come_together_and_events_apart(monkeypatch):
     """Of a text encoder of random weights: each sentence is nearer to its own wordings than to any other event."""
     monkeypatch.setattr(shapestream, "TEXT_STEPS", 300)

@@ -180,9 +180,9 @@ def shapestream_table(runs: dict[str, list[dict[str, Any]]]) -> str:
     lines += [
         "",
         f"{_seeds(runs[shown[0]])} (without ±: one seed), {one['test']['num_clips']} clips a split, "
-        f"{sum(one['weights'].values()) / 1e6:.2f}M weights, one CPU thread; chance is 0.077 for kinds; commit "
-        f"{', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. The clips measured "
-        "were never looked at; the wordings never trained were, in development. Every question type and kind: "
+        f"{sum(one['weights'].values()) / 1e6:.2f}M weights, trained in bfloat16 by one CPU thread; chance is 0.077 "
+        f"for kinds; commit {', '.join(commits)}. A kind is the mean of its wordings, as in CLIP's protocol. The clips "
+        "measured were never looked at; the wordings never trained were, in development. Every question type and kind: "
         "`eval/results/vl/`.",
     ]
     return "\n".join(lines)
@@ -328,8 +328,7 @@ Made by `python -m eval.shapestream --out {name}`. Beside it the same with a fro
 
 {table}
 
-What it is not: a model of anything but this world. A thing's place is its weakest answer; a move beside another thing
-is now and then taken for one past it.
+What it is not: a model of anything but this world. A move beside another thing is now and then taken for one past it.
 """
 
 

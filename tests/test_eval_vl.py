@@ -17,6 +17,7 @@ from eval.shapestream import (
     build,
     kind_prompts,
     nearest,
+    num_answers,
     separate_events,
     still_images,
     training_clips,
@@ -121,6 +122,8 @@ def test_stills_say_what_is_there_and_where_it_is():
                 assert not place or (where, f"at the {place[0]}") in asked
                 num_placed += len(place)
     assert num_placed > 10
+    for row, original in zip(still_images(originals, ("where",), seed=0), originals, strict=True):
+        assert num_answers(row) == len({q.answer for q in original.questions if q.kind == "where"})
     few = still_images(originals, (), seed=0, few_texts=True)
     assert [len(clip.pairs) for clip in few] == [1] * 5
     assert [" at the " in clip.pairs[0].target for clip in few] == [True] + [False] * 4

@@ -8,7 +8,7 @@ reads such a sentence back. Everything follows from (VERSION, split, seed): no f
     kinds    left right up down grow shrink appear vanish spin flash   (an actor)
              hit pass                                                  (an actor and a patient)
              idle                                                      (nothing)
-    texts    6 phrases of each kind; one with an actor or two also in 4 forms of its subject
+    texts    10 phrases of each kind; one with an actor or two also in 4 forms of its subject
 
 What is kept from training, so that two kinds of generalisation can be told apart:
 

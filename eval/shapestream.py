@@ -60,31 +60,31 @@ class Stage(NamedTuple):
 
 
 # In this order each is learnt in a minute or two; all at once, the questions that need a thing to be found by its name
-# (presence, where, ...) stay at chance for ten. Places are asked all at once of images that have two or more: asked for
-# one, the model learns to name a place where there is something, and never whose it is.
+# (presence, where, ...) stay at chance for ten. Asked for one place of an image at a time, among all that can be asked,
+# it learns to name a place where there is something, and never whose it is; asked for all at once, some seeds learn that.
+# Asked so of images with two or more alone, nearly all do (0.94 to 0.99), but what it knew of shapes and kinds suffers.
 STAGES = {
     "images": Stage(300, 96, 1),  # what is there
     "attributes": Stage(300, 96, 2),  # that, and the shape of the red one or the colour of the star
-    "places": Stage(200, 48, 4),  # that, and where each thing is
+    "places": Stage(150, 48, 4),  # that, and where each thing is
     "scenes": Stage(170, 96, 2),  # that, and anything that can be asked about an image
-    "clips": Stage(1200, 96, 2),  # captions, and a question; vision is frozen and its features are cached
+    "clips": Stage(1000, 96, 2),  # captions, and a question; vision is frozen and its features are cached
 }
 # Of `separate_events`. Steps and temperature were chosen on trained phrases, of which one a kind was held out in turn;
 # the whitening, and that there are eight trained phrases, while looking at the wordings that are never trained.
 WHITENED, SHRINKAGE = 64, 0.03
 TEXT_STEPS, TEXT_BATCH, TEXT_TEMPERATURE = 1000, 256, 0.1
 SEED_STRIDE = 1_000_000  # each seed trains on clips of its own
-FIRST_MEASURED = 3_000_000  # of a split: the stages were chosen while looking at earlier ones
+FIRST_MEASURED = 4_000_000  # of a split: the stages were chosen while looking at earlier ones
 # Two things that meet are one of 552 pairs, the moves look alike, and rest must be told from a spin: drawn more often.
-KINDS_DRAWN = (*world.KINDS, "left", "right", "up", "down", "spin", "hit", "pass", "pass", "pass", "idle")
+KINDS_DRAWN = (*world.KINDS, "left", "right", "up", "down", "spin", "hit", "pass", "pass", "idle")
 SAME_ACTOR = 6  # clips in a row; a batch of 96 has 16 such runs
 
 
 def training_clips(
     clips: Sequence[world.Clip], num_streams: int, *, wordings_per_event: int | None, seed: int
-) -> tuple[list[Clip], list[world.Thing | None]]:
-    """Clips with captions and questions, and windows of training streams with captions alone. And what each is about:
-    the actor, or one of the things at rest (None in windows)."""
+) -> list[Clip]:
+    """Clips with captions and questions; and windows of training streams, with captions alone."""
     rng = random.Random(seed)
 
     @functools.cache
@@ -96,14 +96,13 @@ def training_clips(
     def captions(event: world.Event) -> tuple[Pair, ...]:
         return wordings(event.kind, event.actor, event.patient)
 
-    windows, actors = [], []
+    windows = []
     for index in range(num_streams):
         stream = world.stream(index, split="train", size=SIZE)
         shown = [(start, event) for start, event in world.stream_windows(stream, stride=4) if event is not None]
         moving = [row for row in shown if row[1].kind != "idle"]
         still = rng.sample([row for row in shown if row[1].kind == "idle"], len(moving) // 2)
         windows += [Clip(stream.frames[at : at + world.NUM_FRAMES], captions(event)) for at, event in moving + still]
-        actors += [event.actor for _, event in moving + still]
 
     found = []
     for clip in clips:
@@ -111,7 +110,7 @@ def training_clips(
         asked = [question for question in clip.questions if question.kind not in OF_THE_END]
         asked += rng.sample(of_the_end, min(STILL_QUESTIONS, len(of_the_end)))
         found.append(Clip(clip.frames, (*captions(clip.event), *(Pair(q.question, q.answer) for q in asked))))
-    return found + windows, [clip.event.actor or rng.choice(clip.objects) for clip in clips] + actors
+    return found + windows
 
 
 def still_images(
@@ -133,11 +132,6 @@ def still_images(
         questions = [Pair(q.question, q.answer) for q in clip.questions if q.kind in kinds]
         found.append(Clip(clip.frames[-1:], (*(Pair(STILL_QUERY, text) for text in texts), *questions)))
     return found
-
-
-def num_answers(row: Clip) -> int:
-    """Different answers to the questions of an image."""
-    return len({pair.target for pair in row.pairs if pair.query != STILL_QUERY})
 
 
 def build(
@@ -231,22 +225,21 @@ class RowsInRuns(torch.utils.data.Sampler[int]):
 
 
 class FewActorsAtATime(VLJEPATrainer):
-    """Its negatives are what else a thing might have done, more than what other things did."""
-
-    def __init__(self, *args: Any, actors: Sequence[world.Thing | None], **kwargs: Any) -> None:
-        self.actors = actors
-        super().__init__(*args, **kwargs)
+    """For captions: its negatives are what else a thing might have done, more than what other things did."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        return RowsInRuns(self.actors, SAME_ACTOR, seed=self.args.seed)
+        events = [
+            next(world.slots(pair.target) for pair in clip.pairs if pair.query == QUERY)
+            for clip in self.train_dataset.clips
+        ]
+        return RowsInRuns([event and event[1] for event in events], SAME_ACTOR, seed=self.args.seed)
 
 
 def train(
     model: VLJEPAModel, processor: VLJEPAProcessor, clips: Sequence[Clip], stage: Stage, options: argparse.Namespace, *,
-    actors: Sequence[world.Thing | None] | None = None,
+    cache: Path | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """actors: of clips, for which vision is frozen and its features are cached."""
-    cache = options.out / "features" if actors else None
+    """cache: of clips, whose vision is frozen; its features are kept there."""
     args = VLJEPATrainingArguments(
         output_dir=str(options.out), max_steps=max(1, round(options.effort * stage.steps)),
         per_device_train_batch_size=stage.batch, pairs_per_clip=stage.pairs,
@@ -255,11 +248,8 @@ def train(
         y_encoder_lr_factor=0.0 if options.text_encoder else 1.0, logging_steps=100, save_strategy="no",
         seed=options.seed, use_cpu=True, bf16=not options.float32,
     )  # fmt: skip
-    data = ClipDataset(clips, num_frames=model.config.num_frames)
-    if actors:
-        trainer: VLJEPATrainer = FewActorsAtATime(model, args, data, processor=processor, actors=actors)
-    else:
-        trainer = VLJEPATrainer(model, args, data, processor=processor)
+    trainer_class = FewActorsAtATime if cache else VLJEPATrainer
+    trainer = trainer_class(model, args, ClipDataset(clips, num_frames=model.config.num_frames), processor=processor)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -375,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--result", type=Path, help="JSON file for the figures (default: OUT/result.json)")
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, frozen; default: one from scratch")
-    parser.add_argument("--clips", type=int, default=11_000)
+    parser.add_argument("--clips", type=int, default=9500)
     parser.add_argument("--streams", type=int, default=6)
     parser.add_argument("--effort", type=float, default=1.0, help="times the steps of each stage")
     parser.add_argument("--test-clips", type=int, default=1000)
@@ -394,12 +384,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = SEED_STRIDE * options.seed
     kinds = [KINDS_DRAWN[index % len(KINDS_DRAWN)] for index in range(options.clips)]
     drawn = [world.clip(first + index, kind=kind, size=SIZE) for index, kind in enumerate(kinds)]
-    clips, actors = training_clips(drawn, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
+    clips = training_clips(drawn, options.streams, wordings_per_event=wordings_per_event, seed=options.seed)
     asked_of = {"images": (), "attributes": ("shape_of", "colour_of"), "places": ("where",), "scenes": OF_THE_END}
     few = bool(options.text_encoder)
-    rows = {name: still_images(drawn, kinds, seed=options.seed, few_texts=few) for name, kinds in asked_of.items()}
-    rows["places"] = [row for row in rows["places"] if num_answers(row) > 1]
-    rows["clips"] = clips
+    rows = {
+        **{name: still_images(drawn, kinds, seed=options.seed, few_texts=few) for name, kinds in asked_of.items()},
+        "clips": clips,
+    }
     pairs = [pair for stage in rows.values() for clip in stage for pair in clip.pairs]
     tokenizer = train_tokenizer([{"prompt": pair.query or "", "completion": pair.target} for pair in pairs], 700)
     seconds, log = {"making clips": time.process_time() - start}, {}
@@ -414,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
         elif options.text_encoder:  # images need no verbs: their targets would turn away from what tells these apart
             model.target_projection.requires_grad_(False)
-        log[name] = train(model, processor, rows[name], stage, options, actors=actors if name == "clips" else None)
+        cache = options.out / "features" if name == "clips" else None
+        log[name] = train(model, processor, rows[name], stage, options, cache=cache)
         seconds[name] = time.process_time() - before
     trained = time.process_time()
     used = VLJEPA(model, processor)

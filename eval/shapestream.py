@@ -61,8 +61,7 @@ class Stage(NamedTuple):
 
 # In this order each is learnt in a minute or two; all at once, the questions that need a thing to be found by its name
 # (presence, where, ...) stay at chance for ten. Asked for one place of an image at a time, among all that can be asked,
-# it learns to name a place where there is something, and never whose it is; asked for all at once, some seeds learn that.
-# Asked so of images with two or more alone, nearly all do (0.94 to 0.99), but what it knew of shapes and kinds suffers.
+# it learns to name a place where there is something, and never whose it is; asked for all at once, some seeds learn it.
 STAGES = {
     "images": Stage(300, 96, 1),  # what is there
     "attributes": Stage(300, 96, 2),  # that, and the shape of the red one or the colour of the star

@@ -333,7 +333,8 @@ Made by `python -m eval.shapestream --out {name}`. Beside it the same with a fro
 
 {table}
 
-What it is not: a model of anything but this world. A move beside another thing is now and then taken for one past it.
+What it is not: a model of anything but this world. A thing's place is its weakest answer, and depends on the seed; a
+move beside another thing is now and then taken for one past it, and rest for a spin.
 """
 
 

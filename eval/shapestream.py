@@ -1,11 +1,11 @@
-"""A VL-JEPA from scratch on ShapeStream, in ten minutes of one CPU core: what it learns, measured.
+"""A VL-JEPA from scratch on ShapeStream, in about ten minutes of one CPU core: what it learns, measured.
 
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder
 
 In stages, as the paper has them, see `STAGES`: images, then clips. Vision is learnt from images alone, and the clips'
 features are computed once and cached. Vision and predictor always start from random weights. They train in bfloat16
-autocast: two thirds of the time on a CPU with instructions for it (AVX512-BF16, AMX), but longer on one without. With a
+autocast: two thirds of the time on a CPU with AVX512-BF16; one without such instructions may prefer --float32. With a
 pretrained text encoder a stage of text alone comes first (`separate_events`), and the captions asked at test time are
 wordings that training never had; from scratch they cannot be known, and trained wordings are asked.
 """
@@ -369,9 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--effort", type=float, default=1.0, help="times the steps of each stage")
     parser.add_argument("--test-clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--float32", action="store_true", help="no bfloat16: faster on a CPU without AVX512-BF16 or AMX"
-    )
+    parser.add_argument("--float32", action="store_true", help="no bfloat16, for a CPU without AVX512-BF16 or AMX")
     parser.add_argument("--quick", action="store_true", help="under 45 s, to see that it runs: its figures say nothing")
     options = parser.parse_args(argv)
     if options.quick:

@@ -138,7 +138,7 @@ def build(
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
     """A CNN for each frame, and two layers of predictor. `stills` is the model of the image stage to go on from: its
     cells are single tokens; in a clip the 16 frames of a cell lie side by side in one, and at first the last one alone
-    counts, so that the clip is answered as its last image was."""
+    counts, so that the clip is answered as its last image was. How they change has a projection of its own."""
     set_seed(seed)
     small: dict[str, Any] = {
         "hidden_size": DIM, "num_attention_heads": 4, "intermediate_size": 2 * DIM, "vocab_size": len(tokenizer),
@@ -156,6 +156,7 @@ def build(
         frame_size=SIZE,
         token_merge=[num_frames, 1, 1],
         grid_positions=True,
+        motion_dim=DIM if stills else 0,
         num_frames=num_frames,
         default_query=QUERY if stills else STILL_QUERY,
         y_pooling="mean",
@@ -163,7 +164,7 @@ def build(
     if stills is not None:
         inflated = torch.zeros_like(model.vision_projection.weight)
         inflated[:, -stills.vision_projection.in_features :] = stills.vision_projection.weight.detach()
-        model.load_state_dict({**stills.state_dict(), "vision_projection.weight": inflated})
+        model.load_state_dict({**model.state_dict(), **stills.state_dict(), "vision_projection.weight": inflated})
     targets = AutoTokenizer.from_pretrained(text_encoder) if text_encoder else tokenizer
     return model, VLJEPAProcessor.from_parts(
         model.config, image_processor=plain_frames(SIZE), tokenizer=tokenizer, target_tokenizer=targets

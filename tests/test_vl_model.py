@@ -444,6 +444,61 @@ def test_each_place_of_the_grid_has_its_own_embedding_in_every_frame() -> None:
         build(visual_grid=[2, 2], grid_positions=True).predict(random(1, 6, VISUAL))
 
 
+# --- motion_dim
+
+
+def with_motion() -> tuple[VLJEPAModel, list[Tensor]]:
+    """A model that merges two tubelets, and the visual tokens that its predictor is given from now on."""
+    model, given = build(token_merge=[2, 1, 1], motion_dim=7), []
+    model.predictor.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    return model, given
+
+
+@torch.no_grad()
+def test_motion_adds_nothing_at_first() -> None:
+    model, given = with_motion()
+    features = random(1, 8, VISUAL)
+    model.predict(features)
+    assert_close(given[0], model.vision_projection(model._merge(features)))
+
+
+@torch.no_grad()
+def test_motion_is_seen_apart_by_hand() -> None:
+    """Each cell's tokens of two tubelets, less their mean, through a layer, GELU and a layer; added to the linear map.
+
+    The tokens of a clip of (y, x) cells are [tubelet, y, x]."""
+    model, given = with_motion()
+    first, _, last = model.motion_projection
+    last.weight.copy_(random(*last.weight.shape, seed=2))
+    last.bias.copy_(random(*last.bias.shape, seed=3))
+    features = random(1, 8, VISUAL)
+    model.predict(features)
+    for cell in range(4):
+        one, two = features[0, cell], features[0, 4 + cell]
+        change = torch.cat([one - (one + two) / 2, two - (one + two) / 2])
+        hidden = F.gelu(first.weight @ change + first.bias)
+        linear = model.vision_projection(torch.cat([one, two]))
+        assert_close(given[0][0, cell], linear + last.weight @ hidden + last.bias)
+
+
+@torch.no_grad()
+def test_all_that_stands_still_looks_alike_to_the_motion_projection() -> None:
+    """Whatever it shows; and of a change, the two directions do not cancel, as they do in a linear map."""
+    model, given = with_motion()
+    model.motion_projection[2].weight.copy_(random(HIDDEN, 7, seed=2))
+    frame, change = random(1, 4, VISUAL), 0.1 * random(1, 4, VISUAL, seed=5)
+    clips = torch.cat([torch.cat(pair, dim=1) for pair in (
+        (frame, frame), (-3 * frame, -3 * frame), (frame - change, frame + change), (frame + change, frame - change)
+    )])  # fmt: skip
+    model.predict(clips)
+    seen = given[0] - model.vision_projection(model._merge(clips))
+    assert_close(seen[0], seen[1])
+    there_and_back = seen[2] + seen[3] - 2 * seen[0]
+    assert there_and_back.abs().max() > 0.1 * (seen[2] - seen[0]).abs().max()
+
+
 # --- pairs and caches
 
 
@@ -608,8 +663,9 @@ def assert_same(first: PreTrainedModel, second: PreTrainedModel) -> None:
 def test_a_saved_model_loads_bit_equal(tmp_path: Path, y_encoder: PreTrainedConfig, shard: str) -> None:
     options = {
         "num_predictor_layers": 1,
-        "token_merge": [1, 2, 2],
+        "token_merge": [2, 1, 2],
         "grid_positions": True,
+        "motion_dim": 6,
         "default_query": "Why?",
         "y_pooling": "last",
     }
@@ -624,7 +680,7 @@ def test_a_saved_model_loads_bit_equal(tmp_path: Path, y_encoder: PreTrainedConf
     assert loaded.temperature.item() == pytest.approx(0.3)
     assert loaded.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
     assert loaded.config.default_query == "Why?" and loaded.config.y_pooling == "last"
-    clips, (ids, mask) = random(2, 2, 3, 32, 32).float(), texts(9, 14)
+    clips, (ids, mask) = random(2, 4, 3, 32, 32).float(), texts(9, 14)
     batch = {"query_ids": ids, "query_mask": mask, "target_ids": ids, "target_mask": mask}
     first, second = (each(pixel_values_videos=clips, **batch) for each in (model, loaded))
     # Where the weights lie in memory may decide the order of a sum.
@@ -750,6 +806,8 @@ def test_a_part_that_cannot_be_loaded_is_named(part: str, tmp_path: Path) -> Non
         ({"token_merge": [2, 2]}, "three numbers"),
         ({"grid_positions": True, "pool_frames": True}, "tokens of a frame on a grid"),
         ({"token_merge": [1, 0, 1]}, "1 or more"),
+        ({"motion_dim": 8}, "motion_dim=8 must be 0, or 1 or more where token_merge"),
+        ({"motion_dim": -1, "token_merge": [2, 1, 1]}, "motion_dim=-1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:

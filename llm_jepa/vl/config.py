@@ -50,6 +50,10 @@ class VLModelArguments:
     grid_positions: bool = field(
         default=False, metadata={"help": "Learn where on the grid a visual token is: for CNNs, which do not say."}
     )
+    motion_dim: int = field(
+        default=0,
+        metadata={"help": "Hidden units that see how the frames token_merge merges change; 0: a linear map (paper)."},
+    )
     y_pooling: Literal["mean", "first", "last"] | None = field(
         default=None, metadata={"help": "How the y_encoder's states become one; null: as its folder says, else mean."}
     )

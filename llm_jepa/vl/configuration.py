@@ -28,6 +28,9 @@ class VLJEPAConfig(PreTrainedConfig):
             before the projection. [1, 1, 1] is the paper's: every token goes to the predictor.
         grid_positions: add a learnt embedding of its place on the grid to each (merged) visual token. For CNNs, whose
             features do not say where they are; the paper's V-JEPA 2 does. Order in time is left to the predictor.
+        motion_dim: hidden units of a second, nonlinear projection, of how frames merged by `token_merge` differ from
+            their mean. A linear one sees that a thing moves left, but not that it turns, wherever the turn starts; this
+            one does, and what stands still looks alike to it, whatever it is. 0 for none, as in the paper.
         num_frames: frames of a clip; longer clips are sampled down to it. 1 = images.
         y_pooling: how the y_encoder's states become one: "mean" over real tokens, "first" or "last" real token. The
             paper does not say; its peers take the mean.
@@ -56,6 +59,7 @@ class VLJEPAConfig(PreTrainedConfig):
     pool_frames: bool = False
     token_merge: list[int] = field(default_factory=lambda: [1, 1, 1])
     grid_positions: bool = False
+    motion_dim: int = 0
     num_frames: int = 16
     y_pooling: Literal["mean", "first", "last"] = "mean"
     project_targets: bool = True
@@ -87,6 +91,11 @@ class VLJEPAConfig(PreTrainedConfig):
             return f"token_merge={self.token_merge} merges rows and columns, and pool_frames leaves none; use one."
         if self.grid_positions and (self.visual_grid is None or self.pool_frames):
             return "grid_positions needs the tokens of a frame on a grid: visual_grid, and pool_frames off."
+        if self.motion_dim < 0 or (self.motion_dim and self.token_merge[0] == 1):
+            return (
+                f"motion_dim={self.motion_dim} must be 0, or 1 or more where token_merge puts the frames of several "
+                f"moments into one token; it is {self.token_merge}."
+            )
         y_dim = self.y_encoder_config.hidden_size
         if not self.project_targets and self.shared_dim != y_dim:
             return (

@@ -66,6 +66,7 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
         num_frames=16 if args.num_frames is None else args.num_frames,
         token_merge=args.token_merge or [1, 1, 1],
         grid_positions=args.grid_positions,
+        motion_dim=args.motion_dim,
         pool_frames=args.pool_frames,
         project_targets=args.project_targets,
         max_query_tokens=args.max_query_tokens,

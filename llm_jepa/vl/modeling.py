@@ -27,6 +27,7 @@ from ..errors import UserError
 from .configuration import MIN_TEMPERATURE, VLJEPAConfig
 
 Part: TypeAlias = str | PreTrainedConfig | PreTrainedModel
+MOTION_SCALE = 8.0  # of the first weights: a star that turns changes its features by a twentieth of their squares
 
 
 @dataclass
@@ -80,6 +81,11 @@ class VLJEPAModel(PreTrainedModel):
             setattr(config, f"{name}_config", part.config)
         hidden, merged = config.predictor_config.hidden_size, config.visual_dim * math.prod(config.token_merge)
         self.vision_projection = nn.Linear(merged, hidden)
+        self.motion_projection: nn.Sequential | None = None
+        if config.motion_dim:
+            self.motion_projection = nn.Sequential(
+                nn.Linear(merged, config.motion_dim), nn.GELU(), nn.Linear(config.motion_dim, hidden)
+            )
         self.grid_positions: nn.Embedding | None = None
         if config.grid_positions:
             assert config.visual_grid is not None  # the configuration checks it
@@ -95,6 +101,10 @@ class VLJEPAModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self:
             nn.init.constant_(self.log_temperature, math.log(self.config.temperature))
+            if self.motion_projection is not None:  # at first it adds nothing to the tokens
+                first, last = self.motion_projection[0], self.motion_projection[2]
+                nn.init.normal_(first.weight, std=MOTION_SCALE / math.sqrt(first.in_features))
+                nn.init.zeros_(last.weight)
 
     @property
     def temperature(self) -> Tensor:
@@ -168,7 +178,11 @@ class VLJEPAModel(PreTrainedModel):
         The query stands after the visual tokens (section 4.8) and both see each other. The mean is over all visual and
         all real query tokens: the literal reading of "average pooling on non-[PAD] tokens".
         """
-        tokens = self.vision_projection(self._merge(visual_features))  # [C, N', hidden]
+        merged = self._merge(visual_features)  # [C, N', D_x t h w]
+        tokens = self.vision_projection(merged)  # [C, N', hidden]
+        if self.motion_projection is not None:
+            frames = merged.unflatten(-1, (self.config.token_merge[0], -1))
+            tokens = tokens + self.motion_projection((frames - frames.mean(dim=-2, keepdim=True)).flatten(-2))
         if self.grid_positions is not None:
             places = self.grid_positions.weight
             if tokens.shape[1] % len(places):

@@ -205,7 +205,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, help="a model of eval.shapestream")
-    parser.add_argument("--streams", type=int, default=12)
+    parser.add_argument("--streams", type=int, default=24, help="of each density; with 12 the ratio is noisy")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")

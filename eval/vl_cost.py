@@ -8,7 +8,7 @@ that runs the frozen encoder in every step. The ratio is a matter of shapes: it 
 `decodes_uniform_over_selective`: on sparse ShapeStream streams, decodes at a fixed rate over those of WardSegmenter,
 for as many events whose nearest decode is right. No model is trained here: what happens in a frame is a random vector,
 and a window the mean of its frames with noise of NOISE times its length, as an ideal model of windows would have it.
-What a trained one gains is in eval/results/vl/selective_decoding.json.
+What a trained one gains is in eval/results/vl/selective_decoding-seed*.json.
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ class VLJEPAModel(PreTrainedModel):
         if module is self:
             nn.init.constant_(self.log_temperature, math.log(self.config.temperature))
             if self.motion_projection is not None:  # at first it adds nothing to the tokens
-                first, last = self.motion_projection[0], self.motion_projection[2]
+                first, _, last = self.motion_projection
+                assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
                 nn.init.normal_(first.weight, std=MOTION_SCALE / math.sqrt(first.in_features))
                 nn.init.zeros_(last.weight)
 

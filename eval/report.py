@@ -241,9 +241,9 @@ def decoding_line(runs: Sequence[dict[str, Any]]) -> str:
         f"accuracy of {of(lambda run: run['sparse']['online']['slot_accuracy'], '{:.3f}')} (true boundaries: "
         f"{of(lambda run: run['sparse']['curves']['oracle'][0]['slot_accuracy'], '{:.3f}')}); uniform needs "
         f"{ratio('sparse')} times as many for the same. Boundary F1 "
-        f"{of(lambda run: run['sparse']['online']['boundary_f1'], '{:.3f}')} at ± 1 s; a right caption "
-        f"{of(lambda run: run['sparse']['latency']['seconds_to_right_caption_median'], '{:.1f}')} s after the start of "
-        "an event in the median, "
+        f"{of(lambda run: run['sparse']['online']['boundary_f1'], '{:.3f}')} at ± 1 s; a caption of the "
+        f"right kind {of(lambda run: run['sparse']['latency']['seconds_to_right_caption_median'], '{:.1f}')} s after "
+        "the start of an event in the median, "
         f"{of(lambda run: 100 * run['sparse']['latency']['share_with_a_right_caption'], '{:.0f}')} % of events get one "
         f"within 6 s. Dense streams, the control: {ratio('dense')} times."
     )

@@ -4,7 +4,7 @@
 
 Windows of two seconds, one every half second, are embedded with one query. Then
 
-    online      WardSegmenter, which has seen the past alone; one decode per closed segment
+    online      WardSegmenter as `llm-jepa watch` has it, which has seen the past alone; one decode per closed segment
     offline     segment_offline: Ward agglomeration into N segments, the paper's protocol (section 4.6)
     uniform     N equal stretches of time, the baseline
     oracle      the true boundaries
@@ -39,6 +39,7 @@ from llm_jepa.vl.selective_decoding import (
     segment_offline,
     segment_uniform,
 )
+from llm_jepa.vl.watch import MIN_DURATION
 from llm_jepa.vl.y_decoder import MemoryProjection
 
 from .provenance import environment, weights_sha256
@@ -49,6 +50,7 @@ SENSITIVITIES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 COUNTS = (4, 8, 12, 16, 20, 24, 28, 36, 48, 60, 80, 100, 120, 160, 200, 237)
 GAPS = {"sparse": (4.0, 12.0), "dense": (1.0, 3.0)}
 TOLERANCE_S = 1.0
+SHORTEST_S = MIN_DURATION * world.NUM_FRAMES / world.FPS  # as `llm-jepa watch` has it
 
 
 class Embedded(NamedTuple):
@@ -62,8 +64,8 @@ class Embedded(NamedTuple):
 
     @property
     def boundaries_s(self) -> list[float]:
-        """Of the events; without those in the last second, which no window has for its middle."""
-        return [event.end_s for event in self.stream.events[:-1] if event.end_s < self.times_s[-1]]
+        """Of the events; without those in the first and the last second, which no window has for its middle."""
+        return [event.end_s for event in self.stream.events[:-1] if self.times_s[0] < event.end_s < self.times_s[-1]]
 
 
 def embedded(model: VLJEPA, seed: int, gap: tuple[float, float], seconds: float) -> Embedded:
@@ -103,7 +105,7 @@ def quality(stream: Embedded, segments: Sequence[Segment], memory: MemoryProject
 
 
 def online(embeddings: np.ndarray, times_s: np.ndarray, sensitivity: float = 1.0) -> list[Segment]:
-    segmenter = WardSegmenter(sensitivity=sensitivity)
+    segmenter = WardSegmenter(sensitivity=sensitivity, min_duration_s=SHORTEST_S)
     pushed = [segmenter.push(z, float(t)) for z, t in zip(embeddings, times_s, strict=True)]
     return [segment for segment in [*pushed, segmenter.flush()] if segment is not None]
 
@@ -152,7 +154,7 @@ def latency(streams: Sequence[Embedded], memory: MemoryProjection) -> dict[str, 
 
     first, right, events, decodes = [], [], 0, 0
     for stream in streams:
-        decoder = SelectiveDecoder(lambda z: z, decode, WardSegmenter())
+        decoder = SelectiveDecoder(lambda z: z, decode, WardSegmenter(min_duration_s=SHORTEST_S))
         captions = []
         for z, start in zip(stream.embeddings, stream.starts_s, strict=True):
             captions += decoder.step(z, float(start), float(start) + world.NUM_FRAMES / world.FPS)

@@ -405,8 +405,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = time.process_time()
         if name == "clips":
             model, processor = build(tokenizer, options.text_encoder, seed=options.seed, stills=model)
-        elif options.text_encoder:  # images need no verbs: their targets would turn away from what tells these apart
-            model.target_projection.requires_grad_(False)
         cache = options.out / "features" if name == "clips" else None
         log[name] = train(model, processor, rows[name], stage, options, cache=cache)
         seconds[name] = time.process_time() - before

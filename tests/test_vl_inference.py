@@ -32,6 +32,7 @@ from transformers import (
 
 from llm_jepa.errors import UserError
 from llm_jepa.from_scratch import train_tokenizer
+from llm_jepa.vl.decoder_stage import read_texts
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.processing import VLJEPAProcessor
@@ -744,3 +745,24 @@ def test_a_pipeline_input_that_cannot_work_is_refused(saved: Path, row: Any, opt
     row = {**row, "video": clips(1)[0]} if "video" in row else row
     with pytest.raises(UserError, match=message):
         pipe(row, **options)
+
+
+# --- texts to learn to write
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.txt", "\ufeffone\r\n\n two \none\n".encode(), ["one", "two"]),
+        ("a.jsonl", '{"target": "a\u2028b"}\n{"text": ["c", "d"]}\n'.encode(), ["a\u2028b", "c", "d"]),
+    ],
+)
+def test_texts_are_read_line_by_line(tmp_path: Path, name: str, content: bytes, found: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_texts(tmp_path / name) == found
+
+
+def test_texts_that_are_not_utf8_are_refused_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("good\nf\u00fcr".encode("latin-1"))
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
+        read_texts(tmp_path / "a.txt")

@@ -149,6 +149,12 @@ def test_images_of_every_mode_are_read_as_rgb(processor: VLJEPAProcessor, mode: 
     assert torch.equal(processor(images=[image])["pixel_values_videos"], expected)
 
 
+def test_images_of_16_bits_are_refused(processor: VLJEPAProcessor) -> None:
+    """PIL would turn all values above 255 to white."""
+    with pytest.raises(UserError, match="mode I;16 has more than 8 bits"):
+        processor(images=[Image.fromarray(np.arange(0, 64000, 1000, np.uint16).reshape(8, 8))])
+
+
 def test_grey_and_rgba_arrays(processor: VLJEPAProcessor) -> None:
     frame = clip(1)[0]
     grey = frame[..., 0]

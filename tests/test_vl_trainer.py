@@ -946,6 +946,16 @@ def test_two_runs_may_build_one_cache_at_the_same_time(tmp_path, monkeypatch):
     assert len({Path(name).name for name in names}) == 2, "both would write into one file"
 
 
+def test_frames_in_any_memory_layout_have_the_identity_of_their_pixels():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+
+    def identity(video):
+        return next(ClipDataset([Clip(video, (Pair(None, "x"),))], num_frames=2).identity())
+
+    assert identity(frames[..., ::-1]) == identity(np.ascontiguousarray(frames[..., ::-1])) != identity(frames)
+    assert identity([Image.fromarray(frame) for frame in frames]) == identity(frames)
+
+
 def test_features_beyond_float16_are_refused_and_float32_keeps_them(tmp_path):
     _, processor = parts()
     dataset, options = ClipDataset(make_clips(3), num_frames=2), {"encoder_hash": "x"}
@@ -990,6 +1000,9 @@ def test_features_may_be_given(tmp_path):
     assert_close(weights(given), weights(fresh), start=start)
     with pytest.raises(UserError, match="x_encoder_trainable_layers"):
         make(tmp_path, ClipDataset(unread, num_frames=2, features=found), x_encoder_trainable_layers=1)
+    with pytest.raises(UserError, match="validation clips bring features"):
+        frames, known = (ClipDataset(make_clips(), num_frames=2, features=each) for each in (None, found))
+        VLJEPATrainer(model, arguments(tmp_path, x_encoder_trainable_layers=1), frames, known, processor)
     with pytest.raises(UserError, match="9 visual features for 10 clips"):
         ClipDataset(unread, num_frames=2, features=found[:9])
 
@@ -1076,6 +1089,7 @@ def test_rows_of_one_file_and_span_become_one_clip(folder):
         ({"image": "a.png", "target": ["x", 3]}, "line 2 needs"),
         ({"image": "a.png", "target": ["x", " "]}, "line 2"),
         ({"image": "a.png", "target": ""}, "line 2"),
+        ({"image": "a.png", "target": "half a pair: \ud800"}, "line 2 needs"),
         ({"image": "a.png", "target": "x", "query": 3}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "target": "x", "query": 0}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "video": "c.mp4", "target": "x"}, "line 2.*video.*image"),

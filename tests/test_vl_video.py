@@ -27,7 +27,7 @@ from PIL import Image
 
 import llm_jepa.vl.video as video_module
 from llm_jepa.errors import UserError
-from llm_jepa.vl.video import Frame, Limits, open_frames, read_clip, sample_frames, windows
+from llm_jepa.vl.video import Frame, Limits, open_frames, read_clip, sample_frames, windows, without_leaps
 
 av = pytest.importorskip("av")
 
@@ -245,6 +245,30 @@ def test_times_that_do_not_grow_are_skipped_and_counted():
     with pytest.warns(UserWarning, match="skipped 3 frames"), open_frames(pairs) as frames:
         assert [number_of(frame.image) for frame in frames] == [0, 1, 4, 6]
     assert frames.unordered == 3
+
+
+@pytest.mark.parametrize(
+    ("times", "kept"),
+    [
+        ([0, 1, 1e6, 2, 3], [0, 1, 3, 4]),  # one wrong time stamp
+        ([0, 1, 1e9, 1e6, 2, 3], [0, 1, 4, 5]),  # two of them
+        ([0, 1, 500, 501, 502], [0, 1, 2, 3, 4]),  # a pause
+        ([0, 120, 240, 360, 361], [0, 1, 2, 3, 4]),  # slides
+        ([0, 1, 1e6], [0, 1]),  # at the end nothing follows it
+        ([0, 1, math.inf, 2], [0, 1, 3]),
+    ],
+)
+def test_a_time_that_leaps_is_believed_when_the_next_one_follows(times, kept):
+    skipped = []
+    found = list(without_leaps(enumerate(times), lambda item: item[1], lambda: skipped.append(1)))
+    assert [number for number, _ in found] == kept
+    assert len(skipped) == len(times) - len(kept)
+
+
+def test_one_leaping_frame_of_a_source_costs_that_frame():
+    pairs = [(1e6 if k == 3 else k / 8, grey(k)) for k in range(12)]
+    with pytest.warns(UserWarning, match="skipped 1 frames"), open_frames(pairs) as frames:
+        assert [number_of(frame.image) for frame in frames] == [k for k in range(12) if k != 3]
 
 
 @pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf])
@@ -633,11 +657,12 @@ def test_the_decoder_is_watched_where_we_do_not_read_for_it():
 
 def test_limits_are_inclusive_and_live_sources_have_none_on_their_length(video):
     assert len(read(video, limits=Limits(max_pixels=64 * 64, max_frames=24, max_seconds=2.875))[0]) == 24
+    pairs = [(0.0, grey(0)), (1e9, grey(1)), (1e9 + 1, grey(2))]
     for limits in (None, Limits(max_seconds=None)):
-        with open_frames([(0.0, grey(0)), (1e9, grey(1))], live=limits is None, limits=limits) as frames:
-            assert list(frames)[-1].time_s == 1e9
+        with open_frames(pairs, live=limits is None, limits=limits) as frames:
+            assert list(frames)[-1].time_s == 1e9 + 1
     with pytest.raises(UserError, match="max_seconds"):
-        read([(0.0, grey(0)), (1e9, grey(1))])
+        read(pairs)
 
 
 def test_the_time_the_consumer_takes_is_not_the_decoders(video):

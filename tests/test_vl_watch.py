@@ -250,7 +250,7 @@ def test_numbers_out_of_range_are_refused(model, wrong):
 
 
 def test_odd_frames_are_resized_or_left_out_and_counted(model):
-    """Four frames of another size, one float, one grey, one without time, one that comes late."""
+    """Four frames of another size; one float, one grey, one without time, one from the far future, one that is late."""
     good = list(rooms(30))
     mixed = list(good)
     for k in range(10, 14):
@@ -258,10 +258,11 @@ def test_odd_frames_are_resized_or_left_out_and_counted(model):
     mixed[20] = Frame(good[20].time_s, good[20].image.astype(np.float32))
     mixed[22] = Frame(good[22].time_s, good[22].image[..., 0])
     mixed[24] = Frame(math.nan, good[24].image)
+    mixed[26] = Frame(1e308, good[26].image)
     mixed.insert(30, good[5])
-    with pytest.warns(UserWarning, match="4 frames resized, 4 frames skipped"):
+    with pytest.warns(UserWarning, match="4 frames resized, 5 frames skipped"):
         result = watch(model, mixed)
-    assert result.lost == {"frames resized": 4, "frames skipped": 4}
+    assert result.lost == {"frames resized": 4, "frames skipped": 5}
     assert [c.start_s for c in result.captions[1:]] == pytest.approx([7, 14, 21], abs=1.1)
     assert "4 frames resized" in result.summary
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -119,8 +120,8 @@ class ClipDataset(Dataset):
                 what = f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {clip.start_s} {clip.end_s} {self.num_frames}"
                 yield what.encode()
             else:
-                frames = torch.as_tensor(clip.video)
-                yield str(tuple(frames.shape)).encode() + hashlib.sha256(frames.contiguous().numpy().tobytes()).digest()
+                frames = np.stack([np.asarray(frame) for frame in clip.video])
+                yield str(frames.shape).encode() + hashlib.sha256(frames.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,15 @@ class ClipCollator:
         batch["target_of_pair"] = torch.tensor([place[pair.target] for _, pair in pairs])
         batch["target_key"] = torch.tensor([text_key(text) for text in texts])[batch["target_of_pair"]]
         return batch
+
+
+def _is_text(text: Any) -> bool:
+    """Not half of a surrogate pair, which JSON can spell and no tokenizer reads; nor blank."""
+    return (
+        isinstance(text, str)
+        and bool(text.strip())
+        and not any("\ud800" <= character <= "\udfff" for character in text)
+    )
 
 
 def _is_image(video: Any) -> bool:
@@ -207,10 +217,9 @@ def read_clips(path: str | Path) -> list[Clip]:
             media = row.get("video", row.get("image"))
             targets = row.get("target")
             targets = [targets] if isinstance(targets, str) else targets
-            query = row.get("query")
+            query = None if row.get("query") == "" else row.get("query")  # both ask nothing
             texts = targets if isinstance(targets, list) else [None]
-            good = all(isinstance(text, str) and text.strip() for text in texts)
-            good = good and (query is None or isinstance(query, str))
+            good = all(_is_text(text) for text in texts) and (query is None or _is_text(query))
             if not isinstance(media, str) or not targets or not good:
                 raise UserError(f"{where} needs 'video' (a path) and 'target' (a text or texts); 'query' is a text.")
             if "video" in row and "image" in row:

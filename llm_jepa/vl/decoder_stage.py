@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     for name in ("steps", "batch_size", "layers", "hidden_size", "num_prefix"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be 1 or more.")
+    if options.hidden_size % (heads := max(1, options.hidden_size // 64)):
+        raise UserError(f"--hidden_size {options.hidden_size} does not divide into {heads} heads; use 64, 128, 192 ...")
     if not Path(options.model).is_dir():
         raise UserError(f"No model folder at {options.model}; the decoder is saved into it.")
     folder = Path(options.model) / "y_decoder"
@@ -115,7 +117,11 @@ def read_texts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"No texts at {path}; give one text a line, or .jsonl rows with 'target' or 'text'.")
     found: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line {number} is not UTF-8: {error}. Save the file as UTF-8.") from None
         if not line.strip():
             continue
         if path.suffix != ".jsonl":

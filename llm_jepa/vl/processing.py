@@ -205,8 +205,12 @@ def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:
 
 
 def _rgb(frame: Any) -> np.ndarray:
-    """[H, W, 3] uint8 of a PIL image of any mode, or of a grey, RGB or RGBA array."""
-    image = np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame)
+    """[H, W, 3] uint8 of a PIL image of 8 bits a channel, or of a grey, RGB or RGBA array."""
+    if hasattr(frame, "convert"):
+        if frame.mode.startswith(("I", "F")):  # PIL would clip its values at 255: nearly white
+            raise UserError(f"An image of mode {frame.mode} has more than 8 bits a channel. Convert it to 8-bit RGB.")
+        frame = frame.convert("RGB")
+    image = np.asarray(frame)
     image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[-1] not in (3, 4) or image.dtype != np.uint8:
         raise UserError(

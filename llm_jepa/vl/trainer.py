@@ -77,6 +77,8 @@ class VLJEPATrainer(SafeTrainer):
         train_dataset, eval_dataset = copy.copy(train_dataset), copy.copy(eval_dataset)
         train_dataset.pairs_per_clip, train_dataset.seed = args.pairs_per_clip, args.seed
         check_clips(train_dataset, args)
+        if args.x_encoder_trainable_layers and eval_dataset is not None and eval_dataset.features is not None:
+            raise UserError("The validation clips bring features of an x_encoder that is to be trained; give frames.")
         choose_trained_parts(model, args)
         self._vl_model = model
         super().__init__(

@@ -25,13 +25,13 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -57,7 +57,10 @@ _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtmp,rtmps,srt,crypto,data
 # Single sources, none of which reads a file; no chain of filters, where `movie=` would.
 _LAVFI = re.compile(r"(testsrc2?|color|smpte(hd)?bars|rgbtestsrc|yuvtestsrc|gradients|mandelbrot)(=[\w=:./#-]*)?")
 _STILLS = ("PNG", "JPEG", "WEBP", "BMP")
+LEAP_S = 60.0  # ahead of the frame before: believed when the next frame follows
 _CLOCK_RESET_S = 1.0  # a live clock that goes back further than this was restarted; less is disorder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,10 +227,10 @@ class FrameSource:
         first = last = size = None
         offset, arrived = 0.0, time.monotonic()
         try:
-            for number, (stamp, raw) in enumerate(self._raw):
+            for stamp, raw in without_leaps(self._counted(), lambda item: item[0], self._skip_unordered):
                 if self._closing.is_set():
                     return
-                self._read = number + 1
+                number = self._read - 1
                 self._check_pixels(*_size(raw))
                 if size is not None and size != _size(raw):
                     raise UserError(
@@ -241,7 +244,7 @@ class FrameSource:
                     time_s = last + max(now - arrived, 1e-3)
                     offset = time_s - stamp
                 if last is not None and time_s <= last:
-                    self.unordered += 1
+                    self._skip_unordered()
                     continue
                 first = time_s if first is None else first
                 last, arrived = time_s, now
@@ -250,6 +253,14 @@ class FrameSource:
                     yield time_s, raw
         finally:
             self._resources.close()
+
+    def _counted(self) -> Iterator[tuple[float, Any]]:
+        for item in self._raw:
+            self._read += 1
+            yield item
+
+    def _skip_unordered(self) -> None:
+        self.unordered += 1
 
     def _latest(self) -> Iterator[tuple[float, Any]]:
         """The same from a thread of its own, which never waits: a frame that was not fetched is replaced."""
@@ -312,7 +323,8 @@ class FrameSource:
             warnings.warn(f"{self._name}: skipped {self.corrupt} corrupt frames or packets.", stacklevel=3)
         if self.unordered:
             warnings.warn(
-                f"{self._name}: skipped {self.unordered} frames whose time was not after the one before.", stacklevel=3
+                f"{self._name}: skipped {self.unordered} frames whose time was not after the one before or leapt.",
+                stacklevel=3,
             )
 
     # -- from a source to raw pictures ----------------------------------------------------------------------------
@@ -692,6 +704,30 @@ def _rgb(raw: Any) -> np.ndarray:
     image = raw.to_ndarray(format="rgb24")
     # `rotation` is how far the picture is to be turned counter-clockwise, in degrees; np.rot90 turns the same way.
     return np.ascontiguousarray(np.rot90(image, round(raw.rotation / 90))) if raw.rotation else image
+
+
+def without_leaps(items: Iterable[T], time_of: Callable[[T], float], skip: Callable[[], None]) -> Iterator[T]:
+    """The items, less those whose time leaps ahead by more than LEAP_S without the next one following.
+
+    Of one wrong time stamp all that comes after would be in the past. So an item that leaps waits for the next one;
+    at the end of the stream it waits in vain. `skip` is called for each that is left out.
+    """
+    last, held = math.nan, None
+    for item in items:
+        if held is not None:
+            if time_of(item) >= time_of(held):
+                last = time_of(held)
+                yield held
+            else:
+                skip()
+            held = None
+        if time_of(item) > last + LEAP_S:
+            held = item
+            continue
+        last = time_of(item) if math.isfinite(time_of(item)) else last
+        yield item
+    if held is not None:
+        skip()
 
 
 def source_name(source: Any) -> str:

@@ -31,7 +31,7 @@ from PIL import Image
 from ..errors import UserError
 from .report import Timeline, clock, one_line, write_report, write_whole
 from .selective_decoding import Caption, SelectiveDecoder, WardSegmenter
-from .video import Frame, FrameSource, Limits, Window, open_frames, source_name, windows
+from .video import Frame, FrameSource, Limits, Window, open_frames, source_name, windows, without_leaps
 
 if TYPE_CHECKING:  # they import torch, and `llm-jepa --help` should not
     from .inference import VLJEPA
@@ -302,7 +302,8 @@ class _Usable:
     def __init__(
         self, frames: Iterable[Frame], ctrl_c: _CtrlC, max_seconds: float | None, timeline: Timeline | None
     ) -> None:
-        self._frames, self._ctrl_c = iter(frames), ctrl_c
+        checked = frames if isinstance(frames, FrameSource) else without_leaps(frames, lambda f: f.time_s, self._skip)
+        self._frames, self._ctrl_c = iter(checked), ctrl_c
         self._max_seconds, self._timeline = max_seconds, timeline
         self._first: Frame | None = None
         self._last_s = -math.inf
@@ -316,7 +317,7 @@ class _Usable:
     def __iter__(self) -> Iterator[Frame]:
         while (frame := self._next()) is not None:
             if not (_is_picture(frame.image) and self._last_s < frame.time_s < math.inf):
-                self.lost["frames skipped"] += 1
+                self._skip()
                 continue
             first = self._first = self._first or frame
             if self._max_seconds is not None and frame.time_s - first.time_s >= self._max_seconds:
@@ -329,6 +330,9 @@ class _Usable:
             if self._timeline is not None:
                 self._timeline.add_frame(frame)
             yield frame
+
+    def _skip(self) -> None:
+        self.lost["frames skipped"] += 1
 
     def _next(self) -> Frame | None:
         if self._ctrl_c.asked:

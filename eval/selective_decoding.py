@@ -150,7 +150,7 @@ def latency(streams: Sequence[Embedded], memory: MemoryProjection) -> dict[str, 
     emitted after it within 6 s; with the share of events that get one."""
 
     def decode(embedding: np.ndarray) -> tuple[str, float]:
-        return tuple(memory.nearest(torch.from_numpy(embedding)[None])[0])  # type: ignore[return-value]
+        return tuple(memory.nearest(torch.tensor(embedding)[None])[0])  # type: ignore[return-value]
 
     first, right, events, decodes = [], [], 0, 0
     for stream in streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 
 import numpy as np
@@ -14,9 +15,11 @@ from eval.shapestream import (
     QUERY,
     FewActorsAtATime,
     RowsInRuns,
+    Stage,
     build,
     kind_prompts,
     nearest,
+    predict,
     separate_events,
     still_images,
     training_clips,
@@ -130,9 +133,11 @@ def test_stills_say_what_is_there_and_where_it_is():
 
 @torch.no_grad()
 def test_the_video_stage_starts_from_what_the_image_stages_learnt():
-    """A clip is answered as its last image was: embeddings and their targets are equal."""
+    """A clip is answered as its last image was: embeddings and their targets are equal. The temperature starts anew."""
     tokenizer = train_tokenizer([{"prompt": "what is there?", "completion": "a red star"}], 270)
     stills, processor = build(tokenizer, None, seed=0)
+    with torch.no_grad():
+        stills.log_temperature.fill_(np.log(0.03))
     clips, _ = build(tokenizer, None, seed=1, stills=stills)
     frames = torch.rand(2, 16, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     texts = processor(query=["what is there?"] * 2, target=["a red star", "a star"])
@@ -143,6 +148,44 @@ def test_the_video_stage_starts_from_what_the_image_stages_learnt():
     torch.testing.assert_close(second.predicted, first.predicted)
     torch.testing.assert_close(second.target, first.target)
     assert (first.predicted[0] - first.predicted[1]).abs().max() > 1e-3
+    assert clips.temperature.item() == pytest.approx(0.07)
+
+
+def test_the_temperature_of_clips_stays_and_that_of_images_is_learnt(tmp_path):
+    drawn = [world.clip(index, size=40) for index in range(12)]
+    images, clips = still_images(drawn, (), seed=0), training_clips(drawn, 0, wordings_per_event=2, seed=0)
+    texts = [{"prompt": p.query, "completion": p.target} for clip in images + clips for p in clip.pairs]
+    model, processor = build(train_tokenizer(texts, 400), None, seed=0)
+    options = argparse.Namespace(out=tmp_path, effort=1.0, text_encoder=None, seed=0, float32=True)
+    shapestream.train(model, processor, images, Stage(3, 6, 1), options)
+    assert model.temperature.item() != pytest.approx(0.07, abs=1e-5)
+    model, processor = build(processor.tokenizer, None, seed=0, stills=model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    shapestream.train(model, processor, clips, Stage(3, 6, 2), options, cache=tmp_path / "features")
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert "motion_projection.0.weight" in moved and "predictor.layers.0.mlp.up_proj.weight" in moved
+    assert not [name for name in moved if name.startswith(("x_encoder", "log_temperature"))]
+
+
+def test_each_query_is_predicted_from_its_own_clip():
+    """One by one or many at once, in any order and with clips that nobody asks about."""
+    tokenizer = train_tokenizer([{"prompt": "what is there?", "completion": "a red star"}], 270)
+    model = VLJEPA(*build(tokenizer, None, seed=0))
+    features = torch.randn(7, 25, 64, generator=torch.Generator().manual_seed(0))
+    clip_of_query, queries = [5, 0, 5, 2], ["what?", "is there?", "what is there?", "red?"]
+    together = predict(model, features, clip_of_query, queries)
+    for row, (clip, query) in enumerate(zip(clip_of_query, queries, strict=True)):
+        alone = predict(model, features[clip : clip + 1], [0], [query])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_boundaries_of_the_oracle_have_windows_on_both_sides():
+    """Windows are centred at 1.0 to 4.0 s: an event that ends at the first or the last centre leaves none beside it."""
+    ends = (1.0, 2.5, 4.0, 5.0)
+    events = tuple(world.Event("idle", start, end) for start, end in zip((0.0, *ends[:-1]), ends, strict=True))
+    stream = Embedded(world.Stream(np.zeros((40, 1, 1, 3), np.uint8), events, 8), np.arange(0, 3.1, 0.5), np.eye(7))
+    assert stream.boundaries_s == [2.5]
+    assert len(segment_at(stream.embeddings, stream.times_s, boundaries_s=stream.boundaries_s)) == 2
 
 
 def test_rows_in_runs_are_every_row_once_and_neighbours_of_one_group():

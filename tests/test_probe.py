@@ -243,7 +243,7 @@ def test_flat_equals_separate_passes(family, context_view, rows, tokenizer, tmp_
     assert_same(gradients(model), gradients(copied))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "opt", "falcon", "mamba2"])
+@pytest.mark.parametrize("family", ["gpt_oss", "opt", "mamba2"])  # falcon too before transformers 5.24
 def test_flat_is_refused_where_the_model_sees_one_sequence(family, tokenizer):
     model = family_model(tokenizer, family, torch.float32)
     assert "tokens they must not see" in why_inexact(model, "flat", 0)

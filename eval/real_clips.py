@@ -35,6 +35,7 @@ from .provenance import environment
 from .selective_decoding import online
 
 FPS, TOLERANCE_S = 4.0, 1.0
+SHORTEST_S = 1.0  # of a scene: a frame by itself, unlike a window, shows one scene alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ways = {
             "predicted text, offline": segment_offline(predicted, times, num_segments=len(segments)),
             "visual features, offline": segment_offline(raw, times, num_segments=len(segments)),
-            "predicted text, online": online(predicted, times),
-            "visual features, online": online(raw, times),
+            "predicted text, online": online(predicted, times, min_duration_s=SHORTEST_S),
+            "visual features, online": online(raw, times, min_duration_s=SHORTEST_S),
             "uniform": segment_uniform(raw, times, num_segments=len(segments)),
         }
         found[name] = {"seconds": float(times[-1]), "frames": len(frames), "segments": len(segments)}

@@ -104,8 +104,10 @@ def quality(stream: Embedded, segments: Sequence[Segment], memory: MemoryProject
     return float(np.mean(slots)), float(np.mean(kinds))
 
 
-def online(embeddings: np.ndarray, times_s: np.ndarray, sensitivity: float = 1.0) -> list[Segment]:
-    segmenter = WardSegmenter(sensitivity=sensitivity, min_duration_s=SHORTEST_S)
+def online(
+    embeddings: np.ndarray, times_s: np.ndarray, sensitivity: float = 1.0, *, min_duration_s: float = SHORTEST_S
+) -> list[Segment]:
+    segmenter = WardSegmenter(sensitivity=sensitivity, min_duration_s=min_duration_s)
     pushed = [segmenter.push(z, float(t)) for z, t in zip(embeddings, times_s, strict=True)]
     return [segment for segment in [*pushed, segmenter.flush()] if segment is not None]
 

@@ -139,8 +139,9 @@ def open_frames(
 
     Times are pts; where a stream has none (raw h264), its declared rate. Wall clock enters once: a live clock that
     goes back by more than 1 s was restarted and goes on from the time that passed (`clock_resets`). Frames that go
-    back otherwise, or repeat a time, are skipped (`unordered`). Frames that change size end in a UserError: no window
-    could hold them. Phone videos are turned upright in steps of 90 degrees; mirroring is not undone. Stills follow
+    back otherwise, repeat a time, or leap ahead by more than 60 s with none to follow, are skipped (`unordered`).
+    Frames that change size end in a UserError: no window could hold them. Phone videos are turned upright in steps of
+    90 degrees; mirroring is not undone. Stills follow
     their EXIF orientation.
 
     A frame whose decoding fails is skipped (`corrupt`); one whose damage the decoder conceals is delivered.

@@ -1106,6 +1106,12 @@ def test_errors_of_a_manifest_name_the_line(row, said, folder):
         read_clips(manifest(folder, {"image": "b.png", "target": "x"}, row))
 
 
+def test_an_empty_query_asks_nothing_like_none(folder):
+    rows = [{"image": "a.png", "target": "x"}, {"image": "a.png", "target": "y", "query": ""}]
+    (clip,) = read_clips(manifest(folder, *rows))
+    assert clip.pairs == (Pair(None, "x"), Pair(None, "y"))
+
+
 def test_no_manifest_and_an_empty_one(folder):
     with pytest.raises(UserError, match="No manifest at .*none.jsonl"):
         read_clips(folder / "none.jsonl")

@@ -346,7 +346,7 @@ Made by `python -m eval.shapestream --out {name}`. Beside it the same with a fro
 {table}
 
 What it is not: a model of anything but this world. A thing's place is its weakest answer, and depends on the seed; a
-move beside another thing is now and then taken for one past it, and rest for a spin.
+move past another thing is now and then taken for one beside it.
 """
 
 
@@ -401,10 +401,6 @@ def _card(text: str, task: str, name: str, data: tuple[str, str], figures: Seque
         model_name=name, eval_results=results,
     )  # fmt: skip
     return f"---\n{about.to_yaml()}\n---\n{text}"
-
-
-def _seeds(runs: Sequence[dict[str, Any]]) -> str:
-    return f"Mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "One seed, so no spread"
 
 
 def _mean_and_spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:

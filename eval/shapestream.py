@@ -1,4 +1,4 @@
-"""A VL-JEPA from scratch on ShapeStream, in about ten minutes of one CPU core: what it learns, measured.
+"""A VL-JEPA from scratch on ShapeStream, in five to ten minutes of one CPU core: what it learns, measured.
 
     python -m eval.shapestream --out runs/shapestream                        # everything from scratch
     python -m eval.shapestream --out runs/minilm --text-encoder FOLDER       # a frozen sentence encoder as y_encoder

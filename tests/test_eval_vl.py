@@ -136,8 +136,7 @@ def test_the_video_stage_starts_from_what_the_image_stages_learnt():
     """A clip is answered as its last image was: embeddings and their targets are equal. The temperature starts anew."""
     tokenizer = train_tokenizer([{"prompt": "what is there?", "completion": "a red star"}], 270)
     stills, processor = build(tokenizer, None, seed=0)
-    with torch.no_grad():
-        stills.log_temperature.fill_(np.log(0.03))
+    stills.log_temperature.fill_(np.log(0.03))
     clips, _ = build(tokenizer, None, seed=1, stills=stills)
     frames = torch.rand(2, 16, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     texts = processor(query=["what is there?"] * 2, target=["a red star", "a star"])

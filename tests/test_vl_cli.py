@@ -30,6 +30,7 @@ from llm_jepa.recipe import parse
 from llm_jepa.vl.config import VLJEPATrainingArguments, VLModelArguments
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
+from llm_jepa.vl.y_decoder import YDecoder
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.2}
 VIT = {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8, "num_hidden_layers": 2}
@@ -307,6 +308,24 @@ def test_a_trained_model_can_be_trained_further(trained, recipe, data, tmp_path,
         capsys, ["train", recipe("bad", **{**options, "shared_dim": 4})], "shared_dim belongs to a new model"
     )
     expect_refusal(capsys, ["train", recipe("bad", **{**options, "vl_model": str(data)})], "no config.json")
+
+
+def test_train_decoder_adds_a_decoder_that_captions_and_refuses_what_cannot_work(trained, data, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "model")
+    texts = ["--texts", str(data / "clips.jsonl")]
+    argv = ["train-decoder", str(folder), *texts]
+    expect_refusal(capsys, [*argv, "--hidden_size", "200"], "--hidden_size 200 does not divide into 3 heads")
+    expect_refusal(capsys, [*argv, "--memory_only", "--no_memory"], "leaves no y_decoder")
+    expect_refusal(capsys, ["train-decoder", str(tmp_path / "none"), *texts], "No model folder")
+    assert not (folder / "y_decoder").exists()
+    assert main([*argv, "--steps", "2", "--hidden_size", "64", "--layers", "1", "--vocab_size", "300"]) == 0
+    assert VLJEPA.from_pretrained(folder).caption(str(data / "0.png"), images=True).text is not None
+    decoder = YDecoder.from_pretrained(folder)
+    assert set(decoder.memory.texts) == {
+        pair.target for clip in read_clips(data / "clips.jsonl") for pair in clip.pairs
+    }
+    assert decoder.decoder is not None
+    expect_refusal(capsys, argv, "exists; move it away")
 
 
 def test_videos_by_span_with_cached_features(recipe, data, tmp_path):

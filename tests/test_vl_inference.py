@@ -762,7 +762,10 @@ def test_texts_are_read_line_by_line(tmp_path: Path, name: str, content: bytes, 
     assert read_texts(tmp_path / name) == found
 
 
-def test_texts_that_are_not_utf8_are_refused_with_their_line(tmp_path: Path) -> None:
+def test_texts_that_no_tokenizer_reads_are_refused_with_their_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("good\nf\u00fcr".encode("latin-1"))
     with pytest.raises(UserError, match="line 2 is not UTF-8"):
         read_texts(tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "half a pair: \\ud800"}')
+    with pytest.raises(UserError, match="line 2 has no 'target' or 'text' that is a text"):
+        read_texts(tmp_path / "a.jsonl")

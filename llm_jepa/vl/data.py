@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class ClipDataset(Dataset):
                 what = f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {clip.start_s} {clip.end_s} {self.num_frames}"
                 yield what.encode()
             else:
-                frames = np.stack([np.asarray(frame) for frame in clip.video])
+                frames = np.asarray(clip.video)
                 yield str(frames.shape).encode() + hashlib.sha256(frames.tobytes()).digest()
 
 
@@ -160,13 +161,9 @@ class ClipCollator:
         return batch
 
 
-def _is_text(text: Any) -> bool:
-    """Not half of a surrogate pair, which JSON can spell and no tokenizer reads; nor blank."""
-    return (
-        isinstance(text, str)
-        and bool(text.strip())
-        and not any("\ud800" <= character <= "\udfff" for character in text)
-    )
+def is_text(text: Any) -> bool:
+    """Neither blank nor with half of a surrogate pair, which JSON can spell and no tokenizer reads."""
+    return isinstance(text, str) and bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 
 def _is_image(video: Any) -> bool:
@@ -219,7 +216,7 @@ def read_clips(path: str | Path) -> list[Clip]:
             targets = [targets] if isinstance(targets, str) else targets
             query = None if row.get("query") == "" else row.get("query")  # both ask nothing
             texts = targets if isinstance(targets, list) else [None]
-            good = all(_is_text(text) for text in texts) and (query is None or _is_text(query))
+            good = all(is_text(text) for text in texts) and (query is None or is_text(query))
             if not isinstance(media, str) or not targets or not good:
                 raise UserError(f"{where} needs 'video' (a path) and 'target' (a text or texts); 'query' is a text.")
             if "video" in row and "image" in row:

@@ -12,6 +12,7 @@ from transformers import GPT2Config, TrainingArguments
 
 from ..errors import UserError
 from ..from_scratch import train_tokenizer
+from .data import is_text
 from .inference import VLJEPA
 from .y_decoder import MemoryProjection, YDecoder, fingerprint, train_prefix_decoder
 
@@ -133,7 +134,7 @@ def read_texts(path: str | Path) -> list[str]:
             raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
         texts = row.get("target", row.get("text")) if isinstance(row, dict) else None
         texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not isinstance(texts, list) or not all(is_text(text) for text in texts):
             raise UserError(f"{path}, line {number} has no 'target' or 'text' that is a text.")
         found += [text.strip() for text in texts]
     if not found:

@@ -27,7 +27,9 @@ from ..errors import UserError
 from .configuration import MIN_TEMPERATURE, VLJEPAConfig
 
 Part: TypeAlias = str | PreTrainedConfig | PreTrainedModel
-MOTION_SCALE = 8.0  # of the first weights: a star that turns changes its features by a twentieth of their squares
+# Standard deviation of the first weights, times sqrt(inputs). Changes are small beside the features: a star that turns
+# moves 6 % of their squares. On ShapeStream 5.7 and 11 serve alike, and with 1.4 the projection learns next to nothing.
+MOTION_SCALE = 8.0
 
 
 @dataclass

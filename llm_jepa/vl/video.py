@@ -57,7 +57,7 @@ _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtmp,rtmps,srt,crypto,data
 # Single sources, none of which reads a file; no chain of filters, where `movie=` would.
 _LAVFI = re.compile(r"(testsrc2?|color|smpte(hd)?bars|rgbtestsrc|yuvtestsrc|gradients|mandelbrot)(=[\w=:./#-]*)?")
 _STILLS = ("PNG", "JPEG", "WEBP", "BMP")
-LEAP_S = 60.0  # ahead of the frame before: believed when the next frame follows
+_LEAP_S = 60.0  # ahead of the frame before: believed when the next frame follows
 _CLOCK_RESET_S = 1.0  # a live clock that goes back further than this was restarted; less is disorder
 
 T = TypeVar("T")
@@ -708,7 +708,7 @@ def _rgb(raw: Any) -> np.ndarray:
 
 
 def without_leaps(items: Iterable[T], time_of: Callable[[T], float], skip: Callable[[], None]) -> Iterator[T]:
-    """The items, less those whose time leaps ahead by more than LEAP_S without the next one following.
+    """The items, less those whose time leaps ahead by more than 60 s without the next one following.
 
     Of one wrong time stamp all that comes after would be in the past. So an item that leaps waits for the next one;
     at the end of the stream it waits in vain. `skip` is called for each that is left out.
@@ -722,7 +722,7 @@ def without_leaps(items: Iterable[T], time_of: Callable[[T], float], skip: Calla
             else:
                 skip()
             held = None
-        if time_of(item) > last + LEAP_S:
+        if time_of(item) > last + _LEAP_S:
             held = item
             continue
         last = time_of(item) if math.isfinite(time_of(item)) else last

@@ -26,21 +26,21 @@ lint: $(STAMP)
 # Repeat the committed NL-RX runs:  make results NL_RX=path/to/nl_rx
 results: $(STAMP)
 	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
-	$(BIN)/python -m eval.tiny_nl_rx --data $(NL_RX)
+	$(BIN)/python -m eval.experiments.tiny_nl_rx --data $(NL_RX)
 	$(BIN)/python -m eval.report
 
 # The planned experiment on unlabelled paraphrases (an hour and a half on two cores), and the published comparison at the
 # size of a CPU (about as long); both can be stopped and started again:  make paraphrases NL_RX=path/to/nl_rx
 paraphrases: $(STAMP)
 	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
-	$(BIN)/python -m eval.paraphrases prepare --data $(NL_RX)
-	$(BIN)/python -m eval.paraphrases confirm
-	$(BIN)/python -m eval.paraphrases analyse
+	$(BIN)/python -m eval.experiments.paraphrases prepare --data $(NL_RX)
+	$(BIN)/python -m eval.experiments.paraphrases confirm
+	$(BIN)/python -m eval.experiments.paraphrases analyse
 
 replication: $(STAMP)
 	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
-	$(BIN)/python -m eval.replication compare --data $(NL_RX)
-	$(BIN)/python -m eval.replication analyse
+	$(BIN)/python -m eval.experiments.replication compare --data $(NL_RX)
+	$(BIN)/python -m eval.experiments.replication analyse
 
 # What a step costs beside plain SFT's: a minute on generated rows, or the committed figures on the real ones (half an
 # hour):  make step-cost NL_RX=path/to/nl_rx [SPIDER=path/to/spider]

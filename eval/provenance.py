@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm_jepa.checkpoint import file_sha256
+from llm_jepa.core.files import file_sha256
 
 CODE = ("llm_jepa", "eval", "recipes")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")

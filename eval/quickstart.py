@@ -1,6 +1,6 @@
 """make quickstart: generate data, train plain SFT and LLM-JEPA on the CPU, score both, print a table, draw a picture.
 
-Nothing is downloaded. Both arms are the recipes in recipes/tiny-llama, run by the same command line as any other run.
+Nothing is downloaded. Both arms are recipes in recipes/lm/tiny-llama, run by the same command line as any other run.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a 0.7M-parameter model runs slo
 import torch
 
 from llm_jepa import UserError, cli
-from llm_jepa.checkpoint import write_json
-from llm_jepa.data import nl_rx as generator
-from llm_jepa.loading import model_from, read_rows, tokenizer_from
-from llm_jepa.packing import JEPACollator, embed_pairs
-from llm_jepa.predictor_tokens import predictor_token_ids
-from llm_jepa.views import add_view_columns
+from llm_jepa.core.files import write_json
+from llm_jepa.lm.batching import JEPACollator, embed_pairs
+from llm_jepa.lm.loading import model_from, read_rows, tokenizer_from
+from llm_jepa.lm.predictor_tokens import predictor_token_ids
+from llm_jepa.lm.views import add_view_columns
+from llm_jepa.synthetic import nl_rx as generator
 
-from .nl_rx import METRICS, WORDINGS
 from .run import score_model
+from .tasks.nl_rx import METRICS, WORDINGS
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "tiny-llama"
+RECIPES = Path(__file__).parent.parent / "recipes" / "lm" / "tiny-llama"
 ARMS = {
     "sft": ("plain SFT", RECIPES / "nl-rx-quickstart-baseline.yaml"),
     "llm-jepa": ("LLM-JEPA", RECIPES / "nl-rx-quickstart.yaml"),

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from . import paraphrases, replication, step_cost
+from .cost import step_cost
+from .experiments import paraphrases, replication
 
 ROOT = Path(__file__).parent.parent
 README, CARDS = ROOT / "README.md", ROOT / "model_cards"
@@ -299,7 +300,7 @@ def throughput_line(path: Path = THROUGHPUT) -> str:
         f"Batched decoding answers {result['summary']['batched_over_single']:.1f} times as many prompts as one "
         f"at a time does ({min(ratios):.1f} to {max(ratios):.1f} in {len(ratios)} interleaved runs; batches of "
         f"{result['batch_size']}, {result['parameters'] / 1e6:.1f}M parameters, one CPU thread), with "
-        f"{result['equal_texts']} of {result['compared_texts']} texts equal (`python -m eval.throughput`, commit "
+        f"{result['equal_texts']} of {result['compared_texts']} texts equal (`python -m eval.cost.throughput`, commit "
         f"{e['commit'][:7]})."
     )
 
@@ -319,8 +320,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
-Made by `make results NL_RX=FOLDER` (`recipes/tiny-llama/nl-rx-synth.yaml`, labels on the answer and its end of turn).
-Beside it plain SFT of the same seeds, and the arm that collapses:
+Made by `make results NL_RX=FOLDER` (`recipes/lm/tiny-llama/nl-rx-synth.yaml`, labels on the answer and its end of
+turn). Beside it plain SFT of the same seeds, and the arm that collapses:
 
 {table}
 
@@ -341,7 +342,7 @@ model = VLJEPA.from_pretrained("{name}")
 model.classify(frames, ["the red star moves left", "the red star spins"])  # frames: [T, H, W, 3] uint8
 ```
 
-Made by `python -m eval.shapestream --out {name}`. Beside it the same with a frozen MiniLM as y_encoder:
+Made by `python -m eval.vl.shapestream --out {name}`. Beside it the same with a frozen MiniLM as y_encoder:
 
 {table}
 

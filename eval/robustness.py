@@ -25,13 +25,22 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.checkpoint import write_json
+from llm_jepa.core.files import write_json
 
-from .groups import compare, embedding_view, figures, read_answers, refuse_single, robustness
+from .figures.groups import compare, embedding_view, figures, read_answers, refuse_single, robustness
+from .figures.inference import Interval, holm
+from .figures.robustness_report import (
+    PHRASING,
+    SCATTER,
+    TITLES,
+    differences,
+    plot_phrasing,
+    plot_worst,
+    report,
+    summary,
+)
 from .provenance import environment
-from .robustness_report import PHRASING, SCATTER, TITLES, differences, plot_phrasing, plot_worst, report, summary
 from .run import BACKENDS, evaluate_model
-from .statistics import Interval, holm
 from .tasks import TASKS, Group, task_named
 
 SCHEMA = 1

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import UserError
-from llm_jepa.checkpoint import write_json
-from llm_jepa.generation import Generation, choose_batches, encode, generate_batches, read
-from llm_jepa.loading import model_from, tokenizer_from
-from llm_jepa.predictor_tokens import known_predictor_ids
-from llm_jepa.views import end_of_turn_ids
+from llm_jepa.core.files import write_json
+from llm_jepa.lm.inference import Generation, choose_batches, encode, generate_batches, read
+from llm_jepa.lm.loading import model_from, tokenizer_from
+from llm_jepa.lm.predictor_tokens import known_predictor_ids
+from llm_jepa.lm.views import end_of_turn_ids
 
 from .provenance import environment, weights_sha256
 from .tasks import TASKS, Data, Group, Task, last_text, task_named

@@ -11,19 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import LLMJEPAConfig
-    from .errors import UserError
-    from .generation import generate
-    from .losses import info_nce, jepa_distance
-    from .trainer import LLMJEPATrainer
+    from .core.errors import UserError
+    from .core.losses import info_nce, jepa_distance
+    from .lm.arguments import LLMJEPAConfig
+    from .lm.inference import generate
+    from .lm.trainer import LLMJEPATrainer
 
 _HOMES = {
-    "LLMJEPAConfig": "config",
-    "LLMJEPATrainer": "trainer",
-    "UserError": "errors",
-    "generate": "generation",
-    "info_nce": "losses",
-    "jepa_distance": "losses",
+    "LLMJEPAConfig": ".lm.arguments",
+    "LLMJEPATrainer": ".lm.trainer",
+    "UserError": ".core.errors",
+    "generate": ".lm.inference",
+    "info_nce": ".core.losses",
+    "jepa_distance": ".core.losses",
 }
 __all__ = ["LLMJEPAConfig", "LLMJEPATrainer", "UserError", "generate", "info_nce", "jepa_distance"]
 
@@ -31,4 +31,4 @@ __all__ = ["LLMJEPAConfig", "LLMJEPATrainer", "UserError", "generate", "info_nce
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -15,23 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import NonFiniteLossError, UserError
+from .core.errors import NonFiniteLossError, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .recipe import Recipe
-    from .safe_trainer import SafeTrainer
-    from .trainer import LLMJEPATrainer
+    from .core.recipe import Recipe
+    from .core.trainer import SafeTrainer
+    from .lm.trainer import LLMJEPATrainer
     from .vl.trainer import VLJEPATrainer
 
 LAUNCH_CONFIGS = ("cpu", "ddp", "fsdp2", "zero3")
 TRAIN_HELP = """\
 Fine-tune a causal LM as a recipe says. Any recipe key can be overridden: --learning_rate 1e-5 --jepa_weight 0.
 
-  llm-jepa train recipes/tiny-llama/nl-rx-synth.yaml --dry-run
-  llm-jepa train recipes/tiny-llama/nl-rx-synth.yaml --output_dir runs/first
-  llm-jepa train recipes/tiny-llama/nl-rx-synth.yaml --output_dir runs/first --resume_from_checkpoint true
+  llm-jepa train recipes/lm/tiny-llama/nl-rx-synth.yaml --dry-run
+  llm-jepa train recipes/lm/tiny-llama/nl-rx-synth.yaml --output_dir runs/first
+  llm-jepa train recipes/lm/tiny-llama/nl-rx-synth.yaml --output_dir runs/first --resume_from_checkpoint true
   llm-jepa train RECIPE.yaml --launch ddp --num_processes 8
 """
 
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
             raise
-        said = str(error).rpartition("llm_jepa.errors.UserError: ")[2]  # a DataLoader worker puts its traceback before
+        said = str(error).rpartition("llm_jepa.core.errors.UserError: ")[
+            2
+        ]  # a DataLoader worker puts its traceback before
         print(f"llm-jepa: error: {' '.join(said.split())}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
@@ -112,7 +114,7 @@ def _run(argv: list[str]) -> int:
         if options.help or options.recipe is None:
             if not options.help:
                 raise UserError("Which recipe? Write llm-jepa train RECIPE.yaml (see llm-jepa train --help).")
-            from .recipe import describe_keys
+            from .core.recipe import describe_keys
 
             train.print_help()
             print(describe_keys())
@@ -141,7 +143,7 @@ def _run(argv: list[str]) -> int:
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.num_processes is not None and options.launch is None:
         raise UserError("--num_processes needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
-    from .recipe import parse
+    from .core.recipe import parse
 
     # Without use_cpu, each gloo process would train a model of its own into the same folder.
     said = any(word.replace("-", "_").startswith("__use_cpu") for word in overrides)
@@ -194,8 +196,8 @@ def _build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     """The trainer and the checkpoint to resume from. The folder becomes ours last, when nothing is refused any more."""
     from transformers import set_seed
 
-    from .loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
-    from .trainer import LLMJEPATrainer
+    from .lm.loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
+    from .lm.trainer import LLMJEPATrainer
 
     training = recipe.training
     set_seed(training.seed)
@@ -242,7 +244,7 @@ def _run_of(
     recipe: Recipe, train_sha256: str | None, validation_sha256: str | None
 ) -> tuple[dict[str, Any], str | None]:
     """What the run is, and the checkpoint to resume it from. Writes nothing. Raises UserError."""
-    from .checkpoint import find_resume
+    from .core.checkpoint import find_resume
 
     training = recipe.training
     if validation_sha256 is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
@@ -261,7 +263,8 @@ def _run_of(
 
 
 def _claim(trainer: SafeTrainer, run: dict[str, Any]) -> None:
-    from .checkpoint import RUN_FILE, write_json
+    from .core.checkpoint import RUN_FILE
+    from .core.files import write_json
 
     trainer.accelerator.wait_for_everyone()  # until every process has seen the folder as it was
     if trainer.is_world_process_zero():
@@ -370,9 +373,9 @@ def _dry_run(recipe: Recipe) -> int:
 
     if recipe.is_vl:
         return _dry_run_vl(recipe)
-    from .dry_run import describe_row, token_cost
-    from .loading import load_data, load_tokenizer
-    from .predictor_tokens import predictor_token_names
+    from .lm.dry_run import describe_row, token_cost
+    from .lm.loading import load_data, load_tokenizer
+    from .lm.predictor_tokens import predictor_token_names
 
     train, _ = load_data(recipe.data, seed=_data_seed(recipe))
     tokenizer = load_tokenizer(recipe.model, recipe.training, train)
@@ -420,7 +423,7 @@ def _dry_run_vl(recipe: Recipe) -> int:
 def _load(source: str) -> tuple[Any, Any]:
     import torch
 
-    from .loading import model_from, tokenizer_from
+    from .lm.loading import model_from, tokenizer_from
 
     tokenizer = tokenizer_from(source)
     on_gpu = torch.cuda.is_available()
@@ -429,8 +432,8 @@ def _load(source: str) -> tuple[Any, Any]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from .generation import generate
-    from .loading import read_rows
+    from .lm.inference import generate
+    from .lm.loading import read_rows
 
     prompts: list[Any]
     rows = read_rows(options.input) if options.input is not None else None
@@ -488,11 +491,11 @@ def _prompts_of(rows: Dataset) -> list[Any]:
 def _embed(options: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
-    from .loading import read_rows
-    from .packing import JEPACollator, embed_pairs
-    from .predictor_tokens import predictor_token_ids
-    from .probe import choose_layout
-    from .views import add_view_columns
+    from .lm.batching import JEPACollator, embed_pairs
+    from .lm.loading import read_rows
+    from .lm.predictor_tokens import predictor_token_ids
+    from .lm.probe import choose_layout
+    from .lm.views import add_view_columns
 
     rows = read_rows(options.input)
     model, tokenizer = _load(options.model)

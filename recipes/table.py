@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from llm_jepa.recipe import EXTENDS, parse, read_yaml
+from llm_jepa.core.recipe import EXTENDS, parse, read_yaml
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -26,8 +26,8 @@ COLUMNS = (
 
 
 def runnable() -> list[Path]:
-    """Every LLM-JEPA recipe, twins included; files with a leading underscore are parents alone. (VL-JEPA's: vl/.)"""
-    paths = [path for path in HERE.glob("*/*.yaml") if path.name[0] != "_" and path.parent.name != "vl"]
+    """Every LLM-JEPA recipe, twins included; files with a leading underscore are parents and cannot be run."""
+    paths = [path for path in HERE.glob("lm/*/*.yaml") if path.name[0] != "_"]
     return sorted(paths, key=lambda path: (path.parent.name, path.stem))
 
 
@@ -53,7 +53,7 @@ def row(path: Path) -> str:
     numbers = f"{sft} → {published['ours']}".replace("+-", "±") if published else ""
     source = f"{published['metric']}; {published['source']}" if published else ""
     cells = (
-        f"[{path.parent.name}/{path.stem}]({path.parent.name}/{path.name})",
+        f"[{path.parent.name}/{path.stem}](lm/{path.parent.name}/{path.name})",
         title["model"],
         title["data"],
         title["method"],
@@ -62,7 +62,7 @@ def row(path: Path) -> str:
         str(training.num_predictor_tokens),
         numbers,
         source,
-        f"[{Path(str(baseline)).stem}]({path.parent.name}/{baseline})",
+        f"[{Path(str(baseline)).stem}](lm/{path.parent.name}/{baseline})",
         head(path, RUN).get("where") or "no",
     )
     return "| " + " | ".join(map(str, cells)) + " |"

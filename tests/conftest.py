@@ -21,9 +21,9 @@ from datasets.utils.logging import disable_progress_bar
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from llm_jepa.config import LLMJEPAConfig
-from llm_jepa.data import nl_rx
-from llm_jepa.from_scratch import random_model, train_tokenizer
+from llm_jepa.lm.arguments import LLMJEPAConfig
+from llm_jepa.lm.from_scratch import random_model, train_tokenizer
+from llm_jepa.synthetic import nl_rx
 
 torch.set_num_threads(1)
 disable_progress_bar()

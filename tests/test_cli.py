@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import LLAMA
 from safetensors.torch import load_file, save_file
 
 from llm_jepa.cli import main
+from tests.conftest import LLAMA
 
 RECIPE = {
     "model_config": LLAMA,
@@ -104,7 +104,7 @@ def test_embed_writes_what_the_model_computes(trained, tmp_path, rows):
     """Against separate forward passes: the context at its last predictor token, the target at its last token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llm_jepa.views import build_views
+    from llm_jepa.lm.views import build_views
 
     data, out = tmp_path / "rows.jsonl", tmp_path / "pairs.safetensors"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
@@ -433,7 +433,7 @@ def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_pa
 
 
 def test_predictor_tokens_missing_from_the_tokenizer(trained, tmp_path, rows, capsys):
-    from llm_jepa.from_scratch import train_tokenizer
+    from llm_jepa.lm.from_scratch import train_tokenizer
 
     for path in trained.iterdir():
         if path.is_file() and "token" not in path.name:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_jepa.recipe import EXTENDS, parse, read_yaml
+from llm_jepa.core.recipe import EXTENDS, parse, read_yaml
 from recipes import table
 
 ROOT = Path(__file__).parent.parent

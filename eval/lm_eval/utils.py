@@ -12,7 +12,7 @@ import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from eval.groups import figures, read_answers
+from eval.figures.groups import figures, read_answers
 from eval.tasks import TASKS, Group, last_text
 from llm_jepa import UserError
 

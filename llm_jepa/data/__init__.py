@@ -1,1 +1,1 @@
-"""Datasets: what the package generates itself and what it reads from disk."""
+"""Moved to `llm_jepa.synthetic`."""

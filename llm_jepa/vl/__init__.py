@@ -12,30 +12,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import VLJEPATrainingArguments
+    from ..stream.frames import open_frames
+    from ..stream.segments import SelectiveDecoder, WardSegmenter, segment_offline
+    from .arguments import VLJEPATrainingArguments
     from .configuration import VLJEPAConfig
     from .data import Clip, ClipDataset, Pair
     from .inference import VLJEPA
     from .modeling import VLJEPAModel
     from .processing import VLJEPAProcessor
-    from .selective_decoding import SelectiveDecoder, WardSegmenter, segment_offline
     from .trainer import VLJEPATrainer
-    from .video import open_frames
 
 _HOMES = {
-    "Clip": "data",
-    "ClipDataset": "data",
-    "Pair": "data",
-    "SelectiveDecoder": "selective_decoding",
-    "VLJEPA": "inference",
-    "VLJEPAConfig": "configuration",
-    "VLJEPAModel": "modeling",
-    "VLJEPAProcessor": "processing",
-    "VLJEPATrainer": "trainer",
-    "VLJEPATrainingArguments": "config",
-    "WardSegmenter": "selective_decoding",
-    "open_frames": "video",
-    "segment_offline": "selective_decoding",
+    "Clip": ".data",
+    "ClipDataset": ".data",
+    "Pair": ".data",
+    "SelectiveDecoder": "..stream.segments",
+    "VLJEPA": ".inference",
+    "VLJEPAConfig": ".configuration",
+    "VLJEPAModel": ".modeling",
+    "VLJEPAProcessor": ".processing",
+    "VLJEPATrainer": ".trainer",
+    "VLJEPATrainingArguments": ".arguments",
+    "WardSegmenter": "..stream.segments",
+    "open_frames": "..stream.frames",
+    "segment_offline": "..stream.segments",
 }
 __all__ = [
     "Clip",
@@ -57,4 +57,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(_HOMES[name], __name__), name)

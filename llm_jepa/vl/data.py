@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checkpoint import file_sha256
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import file_sha256
+from ..stream.frames import IMAGE_SUFFIXES, Limits, read_clip
 from .features import FeatureCache
 from .processing import VLJEPAProcessor
-from .video import IMAGE_SUFFIXES, Limits, read_clip
 
 
 class Pair(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import GPT2Config, TrainingArguments
 
-from ..errors import UserError
-from ..from_scratch import train_tokenizer
+from ..core.errors import UserError
+from ..core.tokenizer import train_bpe
 from .data import is_text
 from .inference import VLJEPA
 from .y_decoder import MemoryProjection, YDecoder, fingerprint, train_prefix_decoder
@@ -92,7 +92,7 @@ def train_y_decoder(
     kept = MemoryProjection(embeddings, tuple(texts)) if memory else None
     if not prefix_decoder:
         return YDecoder(fingerprint(used.model), kept)
-    tokenizer = train_tokenizer(({"prompt": text, "completion": text} for text in texts), vocab_size)
+    tokenizer = train_bpe((text for text in texts for _ in range(2)), vocab_size)
     config = GPT2Config(
         n_embd=hidden_size, n_layer=layers, n_head=max(1, hidden_size // 64), n_positions=256,
         vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import write_json
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import write_json
 
 SHARD = 512  # clips in a file
 

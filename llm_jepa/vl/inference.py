@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..stream.frames import IMAGE_SUFFIXES, read_clip
 from .configuration import VLJEPAConfig
 from .modeling import VLJEPAModel
 from .processing import Frames, VLJEPAProcessor
-from .video import IMAGE_SUFFIXES, read_clip
 from .y_decoder import DecodedText, YDecoder, fingerprint
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, set_seed
 
-from ..errors import UserError
-from ..from_scratch import train_tokenizer
-from .config import VLDataArguments, VLModelArguments
+from ..core.errors import UserError
+from ..core.tokenizer import train_bpe
+from .arguments import VLDataArguments, VLModelArguments
 from .data import Clip, read_clips
 from .inference import VLJEPA
 from .modeling import VLJEPAModel
@@ -41,9 +41,8 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
     set_seed(seed)
     pieces: dict[str, Any] = {}
     if isinstance(args.predictor, dict) or isinstance(args.y_encoder, dict):
-        rows = [{"prompt": query or target, "completion": target} for clip in clips for query, target in clip.pairs]
-        rows.append({"prompt": args.default_query, "completion": args.default_query})
-        scratch = train_tokenizer(rows, args.tokenizer_vocab_size)
+        texts = [text for clip in clips for query, target in clip.pairs for text in (query or target, target)]
+        scratch = train_bpe([*texts, args.default_query, args.default_query], args.tokenizer_vocab_size)
         pieces = {
             piece: scratch
             for piece, part in (("tokenizer", args.predictor), ("target_tokenizer", args.y_encoder))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .configuration import MIN_TEMPERATURE, VLJEPAConfig
 
 Part: TypeAlias = str | PreTrainedConfig | PreTrainedModel

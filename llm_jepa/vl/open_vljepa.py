@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .modeling import Part, VLJEPAModel
 
 PAD_TOKEN_ID = 128004  # Llama-3.2's <|finetune_right_pad_id|>, what it fills short queries with

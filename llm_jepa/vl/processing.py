@@ -14,7 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .configuration import VLJEPAConfig
 
 Frames = Any  # [T, H, W, 3] uint8 array or tensor, or a list of T PIL images or [H, W, 3] arrays
@@ -94,7 +94,7 @@ class VLJEPAProcessor(ProcessorMixin):
         if shape is None and not isinstance(frames, (list, tuple)):
             raise UserError(
                 f"Clip {index} is a {type(frames).__name__}: give an array [frames, height, width, 3] or a list of "
-                "images; read files with llm_jepa.vl.video.read_clip, and give single images as images=."
+                "images; read files with llm_jepa.stream.frames.read_clip, and give single images as images=."
             )
         if not len(frames):
             raise UserError(f"Clip {index} has no frames.")

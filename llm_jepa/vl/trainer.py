@@ -20,14 +20,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..comparison import compare_pairs
-from ..diagnostics import has_collapsed, space_diagnostics
-from ..errors import UserError
-from ..safe_trainer import SafeTrainer
-from .config import VLJEPATrainingArguments
+from ..core.diagnostics import has_collapsed, space_diagnostics
+from ..core.errors import UserError
+from ..core.pairs import compare_pairs
+from ..core.trainer import SafeTrainer
+from .arguments import VLJEPATrainingArguments
+from .card import write_vl_model_card
 from .data import ClipCollator, ClipDataset
 from .features import FeatureCache, cache_features, encoder_sha256
-from .model_card import write_vl_model_card
 from .modeling import VLJEPAModel
 from .processing import VLJEPAProcessor
 

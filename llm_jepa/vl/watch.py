@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import UserError
-from .report import Timeline, clock, one_line, write_report, write_whole
-from .selective_decoding import Caption, SelectiveDecoder, WardSegmenter
-from .video import Frame, FrameSource, Limits, Window, open_frames, source_name, windows, without_leaps
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..stream.frames import Frame, FrameSource, Limits, Window, open_frames, source_name, windows, without_leaps
+from ..stream.segments import Caption, SelectiveDecoder, WardSegmenter
+from .watch_page import Timeline, clock, one_line, write_report
 
 if TYPE_CHECKING:  # they import torch, and `llm-jepa --help` should not
     from .inference import VLJEPA

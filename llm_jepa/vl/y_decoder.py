@@ -38,8 +38,8 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..checkpoint import write_json
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import write_json
 
 logger = logging.getLogger(__name__)
 IGNORE = -100

@@ -12,8 +12,8 @@ import collections
 import datasets
 import evaluate  # type: ignore[import-untyped]
 
+from eval.figures.groups import DEFINITIONS, figures, read_answers
 from eval.graders import BY_NAME
-from eval.groups import DEFINITIONS, figures, read_answers
 from eval.tasks import nearest
 from llm_jepa import UserError
 

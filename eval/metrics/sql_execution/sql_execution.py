@@ -11,7 +11,7 @@ import datasets
 import evaluate  # type: ignore[import-untyped]
 
 from eval.graders import sql
-from eval.sql import Databases
+from eval.graders.sql import Databases
 
 DESCRIPTION = """\
 execution: share of predictions that run and give the rows of their reference (in order, where it asks for one).

@@ -1,0 +1,1 @@
+"""What a step, a token and a window cost."""

@@ -1,0 +1,270 @@
+"""What VL-JEPA costs: training with and without cached visual features, and a stream with and without decoding it all.
+
+    python -m eval.vl_cost --quick            # under 45 s on two cores
+    python -m eval.vl_cost --out FILE         # also at the paper's layer shapes; five minutes
+
+`cached_over_plain`: samples per second of a training loop that reads its visual features, over those of the same loop
+that runs the frozen encoder in every step. The ratio is a matter of shapes: it is quoted with them.
+`decodes_uniform_over_selective`: on sparse ShapeStream streams, decodes at a fixed rate over those of WardSegmenter,
+for as many events whose nearest decode is right. No model is trained here: what happens in a frame is a random vector,
+and a window the mean of its frames with noise of NOISE times its length, as an ideal model of windows would have it.
+What a trained one gains is in eval/results/vl/selective_decoding-seed*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    IJepaConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    VJEPA2Config,
+)
+
+from llm_jepa.core.files import write_json
+from llm_jepa.core.pairs import compare_pairs
+from llm_jepa.stream.segments import Segment, segment_uniform
+from llm_jepa.synthetic import shapestream as world
+from llm_jepa.vl.modeling import VLJEPAModel
+from llm_jepa.vl.y_decoder import PrefixDecoder, PrefixDecoderConfig
+
+from ..provenance import environment
+from ..vl.selective_decoding import online
+
+QUERY_TOKENS, TARGET_TOKENS = 8, 16
+NOISE, DIM = 0.3, 64  # of the windows of `streaming`
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, in words and in numbers. batch: clips in a step."""
+
+    name: str
+    x_encoder: PreTrainedConfig
+    predictor: PreTrainedConfig
+    y_encoder: PreTrainedConfig
+    num_frames: int
+    size: int
+    batch: int
+    shared_dim: int
+    merged_frames: int = 1  # that share a visual token
+
+    def build(self) -> VLJEPAModel:
+        return VLJEPAModel.from_parts(
+            self.x_encoder, self.predictor, self.y_encoder, num_frames=self.num_frames, shared_dim=self.shared_dim,
+            token_merge=[self.merged_frames, 1, 1],
+        )  # fmt: skip
+
+
+def small() -> Shape:
+    return Shape(
+        "I-JEPA ViT-B/16 at 64 px, 4 frames in pairs; predictor 2 x 512; y_encoder 2 x 128",
+        IJepaConfig(image_size=64),
+        LlamaConfig(
+            hidden_size=512, num_hidden_layers=2, num_attention_heads=8, intermediate_size=1024, vocab_size=1000
+        ),
+        BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, vocab_size=1000),
+        num_frames=4,
+        size=64,
+        batch=8,
+        shared_dim=256,
+        merged_frames=2,
+    )
+
+
+def paper() -> Shape:
+    """The layers of the paper's parts. Clips are shorter (2 frames of 128 px: 64 tokens): both sides of the ratio are
+    linear in tokens but for attention. Vocabularies are cut to 1,000: they are looked up, not multiplied."""
+    return Shape(
+        "V-JEPA 2 ViT-L (24 x 1024), 2 frames at 128 px; predictor 8 Llama-3.2-1B layers; y_encoder 24 x 768 (300M)",
+        VJEPA2Config(crop_size=128, frames_per_clip=2),
+        LlamaConfig(
+            hidden_size=2048, num_hidden_layers=8, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+            intermediate_size=8192, vocab_size=1000,
+        ),
+        Gemma3TextConfig(
+            hidden_size=768, num_hidden_layers=24, num_attention_heads=3, num_key_value_heads=1, head_dim=256,
+            intermediate_size=1152, sliding_window=512, vocab_size=1000, use_bidirectional_attention=True,
+        ),
+        num_frames=2,
+        size=128,
+        batch=2,
+        shared_dim=1536,
+    )  # fmt: skip
+
+
+def training(shape: Shape, repetitions: int) -> dict[str, Any]:
+    """Interleaved steps of the two loops; median seconds, and the ratio of each pair of neighbours."""
+    torch.manual_seed(0)
+    model = shape.build()
+    model.x_encoder.requires_grad_(False)
+    model.train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-4)  # Adam's two moments would double the memory of the large shape
+    pixels = torch.randn(shape.batch, shape.num_frames, 3, shape.size, shape.size)
+    query = torch.randint(0, 1000, (shape.batch, QUERY_TOKENS))
+    target = torch.randint(0, 1000, (shape.batch, TARGET_TOKENS))
+    features = model.encode_frames(pixels)
+
+    def step(**vision: torch.Tensor) -> float:
+        start = time.perf_counter()
+        output = model(query_ids=query, target_ids=target, **vision)
+        loss = compare_pairs(
+            output.predicted, output.target, torch.arange(shape.batch), objective="info_nce",
+            temperature=output.temperature,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    plain, cached = [], []
+    for repetition in range(repetitions + 1):
+        times = step(pixel_values_videos=pixels), step(visual_features=features)
+        if repetition:  # the first one warms up
+            plain.append(times[0])
+            cached.append(times[1])
+    ratios = [p / c for p, c in zip(plain, cached, strict=True)]
+    return {
+        "shape": shape.name,
+        "visual_tokens": features.shape[1],
+        "weights": {name: sum(w.numel() for w in part.parameters()) for name, part in model.named_children()},
+        "plain_samples_per_second": shape.batch / statistics.median(plain),
+        "cached_samples_per_second": shape.batch / statistics.median(cached),
+        "cached_over_plain": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "repetitions": repetitions,
+    }
+
+
+def seconds_of(work: Callable[[], Any], repetitions: int = 5) -> float:
+    work()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def streaming(num_streams: int) -> dict[str, Any]:
+    """Decodes of a sparse stream, and what a window and a decode cost with a small model."""
+    streams = [world.stream(seed, split="test", size=32) for seed in range(num_streams)]
+    drawn = [(stream, *ideal_windows(stream, np.random.default_rng(seed))) for seed, stream in enumerate(streams)]
+    windows = min(len(times) for _, times, _, _ in drawn)
+    right, decodes = [], []
+    for stream, times, embeddings, codes in drawn:
+        segments = online(embeddings, times)
+        right.append(share_right(stream, segments, codes))
+        decodes.append(len(segments))
+    selective, every = statistics.mean(decodes), windows
+    for uniform in range(1, windows + 1):
+        shares = [share_right(s, segment_uniform(z, t, num_segments=uniform), c) for s, t, z, c in drawn]
+        if statistics.mean(shares) >= statistics.mean(right):
+            break
+    torch.manual_seed(0)
+    shape = small()
+    model = shape.build().eval()
+    lm = GPT2Config(n_embd=192, n_layer=3, n_head=3, vocab_size=4096, bos_token_id=0, eos_token_id=0)
+    decoder = PrefixDecoder(PrefixDecoderConfig(lm_config=lm, embedding_dim=shape.shared_dim)).eval()
+    pixels, query = torch.randn(1, 4, 3, 64, 64), torch.randint(0, 1000, (1, QUERY_TOKENS))
+    with torch.no_grad():
+        window_s = seconds_of(lambda: model(pixel_values_videos=pixels, query_ids=query))
+        prefix = decoder.prefix_of(torch.randn(1, shape.shared_dim))
+        seen = torch.ones(prefix.shape[:2], dtype=torch.long)
+        decode_s = seconds_of(
+            lambda: decoder.lm.generate(
+                inputs_embeds=prefix, attention_mask=seen, max_new_tokens=TARGET_TOKENS, min_new_tokens=TARGET_TOKENS,
+                do_sample=False, pad_token_id=0,
+            )
+        )  # fmt: skip
+    return {
+        "decodes_uniform_over_selective": uniform / selective,
+        "events_and_rests_said_right": statistics.mean(right),
+        "decodes_per_stream": selective,
+        "uniform_decodes_per_stream": uniform,
+        "windows_per_stream": windows,
+        "streams": num_streams,
+        "model": shape.name + "; y_decoder GPT-2 3 x 192, 16 tokens",
+        "window_latency_s": window_s,
+        "decode_s": decode_s,
+        "decoder_share_selective": selective * decode_s / (windows * window_s + selective * decode_s),
+        "decoder_share_every_window": every * decode_s / (windows * window_s + every * decode_s),
+    }
+
+
+def ideal_windows(stream: world.Stream, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Middles of the windows in seconds [T], their embeddings [T, D], and the vectors [N, D] of the N events: equal
+    ones of equal events, all rests among them."""
+    said = [(event.kind, event.actor, event.patient) for event in stream.events]
+    vectors = {meaning: v / np.linalg.norm(v) for meaning in dict.fromkeys(said) for v in [rng.normal(size=DIM)]}
+    codes = np.stack([vectors[meaning] for meaning in said])
+    ends = [round(event.end_s * world.FPS) for event in stream.events]
+    frames = codes[np.searchsorted(ends, np.arange(len(stream.frames)), side="right").clip(max=len(ends) - 1)]
+    starts = np.arange(0, len(frames) - world.NUM_FRAMES + 1, 4)
+    windows = np.stack([frames[at : at + world.NUM_FRAMES].mean(axis=0) for at in starts])
+    noise = rng.normal(size=windows.shape) * NOISE / DIM**0.5
+    return (starts + world.NUM_FRAMES / 2) / world.FPS, windows + noise, codes
+
+
+def share_right(stream: world.Stream, segments: Sequence[Segment], codes: np.ndarray) -> float:
+    """Share of the events and rests to whose vector that of the segment nearest in time is nearest."""
+    middles = np.array([(segment.start_s + segment.end_s) / 2 for segment in segments])
+    said = np.stack([segment.core_embedding for segment in segments]) @ codes.T
+    hits = []
+    for code, event in zip(codes, stream.events, strict=True):
+        nearest = np.abs(middles - (event.start_s + event.end_s) / 2).argmin()
+        hits.append(np.array_equal(codes[said[nearest].argmax()], code))
+    return float(np.mean(hits))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="the small shape and two streams alone")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    options = parser.parse_args(argv)
+    shapes = [small()] if options.quick else [small(), paper()]
+    results = [training(shape, 3 if options.quick or shape.batch < 8 else 7) for shape in shapes]
+    stream = streaming(2 if options.quick else 12)
+    summary = {
+        "cached_over_plain": results[0]["cached_over_plain"],
+        "decodes_uniform_over_selective": stream["decodes_uniform_over_selective"],
+    }
+    if len(results) > 1:
+        summary["cached_over_plain_paper_layers"] = results[1]["cached_over_plain"]
+    result = {
+        "summary": summary,
+        "training": results,
+        "streaming": stream,
+        "threads": torch.get_num_threads(),
+        "environment": environment(),
+    }
+    if options.out:
+        write_json(options.out, result)
+    for row in results:
+        low, high = row["spread"]
+        print(
+            f"{row['shape']}\n  plain {row['plain_samples_per_second']:.2f} samples/s, cached "
+            f"{row['cached_samples_per_second']:.2f}: {row['cached_over_plain']:.2f} x ({low:.2f}-{high:.2f})"
+        )
+    print(json.dumps(stream, indent=1))
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

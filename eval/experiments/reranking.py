@@ -1,0 +1,131 @@
+"""Can a checkpoint's own embeddings tell its right answers from its wrong ones?
+
+Two uses on the same samples: *reranking* (which of 8 sampled answers?) and *abstention* (answer at all?), each by
+embedding similarity, log-probability and majority vote. For a model without a JEPA term the similarity comes from a
+contrastive head trained on its frozen states afterwards, so that the term is compared with what is free without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_jepa import info_nce
+from llm_jepa.lm.batching import JEPACollator, embed_pairs, evaluating, model_inputs
+from llm_jepa.lm.inference import PLAIN, encode, read
+from llm_jepa.lm.predictor_tokens import known_predictor_ids
+from llm_jepa.lm.views import IGNORE, end_of_turn_ids
+
+Similarity = Callable[[Tensor, Tensor], Tensor]  # predicted, target [N, D] -> [N]
+BATCH = 64
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, Any]]],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[list[str]]:
+    """`num_samples` answers to each prompt at temperature 1, from the whole vocabulary but for predictor tokens."""
+    stop = end_of_turn_ids(tokenizer)
+    encoded = encode(tokenizer, prompts)
+    torch.manual_seed(seed)
+    found: list[list[str]] = []
+    for start in range(0, len(encoded), BATCH):
+        batch = {"input_ids": encoded[start : start + BATCH]}
+        inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        with evaluating(model):
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=num_samples,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop,
+                pad_token_id=tokenizer.pad_token_id,
+                suppress_tokens=known_predictor_ids(tokenizer) or None,
+                **PLAIN,
+            )
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = [read(tokenizer, row, stop).text for row in rows]
+        found += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
+    return found
+
+
+@torch.inference_mode()
+def log_probabilities(model: PreTrainedModel, views: Sequence[dict[str, Any]], pad_token_id: int) -> Tensor:
+    """[N] mean log-probability in nats of the completion's tokens, its end of turn included; rows of views."""
+    model.eval()
+    found = []
+    for start in range(0, len(views), BATCH):
+        rows = JEPACollator(pad_token_id, with_views=False)(list(views[start : start + BATCH]))
+        batch = {name: value.to(model.device) for name, value in rows.items()}
+        logits = model(**model_inputs(batch, model)).logits[:, :-1].float()
+        label = batch["labels"][:, 1:]
+        token = logits.log_softmax(dim=-1).gather(-1, label.clamp(min=0)[..., None])[..., 0]
+        there = label != IGNORE
+        found.append(token.masked_fill(~there, 0).sum(dim=1) / there.sum(dim=1))
+    return torch.cat(found)
+
+
+def embedded(
+    model: PreTrainedModel, views: Sequence[dict[str, Any]] | Dataset, collator: JEPACollator
+) -> tuple[Tensor, Tensor]:
+    """`predicted`, `target` [N, D] of rows of views."""
+    batches = (
+        collator([views[i] for i in range(start, min(start + 128, len(views)))]) for start in range(0, len(views), 128)
+    )
+    predicted, target, _ = embed_pairs(model, model, batches)
+    return predicted, target
+
+
+def contrastive_head(
+    predicted: Tensor, target: Tensor, target_key: Tensor, *, dim: int = 64, steps: int = 500, seed: int = 0
+) -> Similarity:
+    """A linear map of either side, trained with InfoNCE (temperature 0.07) on frozen states [N, D] of pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sides = torch.nn.ModuleList(torch.nn.Linear(predicted.shape[1], dim) for _ in range(2)).to(predicted.device)
+    optimizer = torch.optim.AdamW(sides.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    target_key = target_key.to(predicted.device)
+    for _ in range(steps):
+        batch = torch.randint(len(predicted), (128,), generator=generator).to(predicted.device)
+        loss = info_nce(sides[0](predicted[batch]), sides[1](target[batch]), target_key=target_key[batch]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return lambda one, other: F.cosine_similarity(sides[0](one), sides[1](other)).detach()
+
+
+def rerank(scores: Sequence[Sequence[float]], correct: Sequence[Sequence[bool]]) -> float:
+    """Accuracy of the best-scored sample of each group; the first of equal ones."""
+    return float(np.mean([row[int(np.argmax(score))] for score, row in zip(scores, correct, strict=True)]))
+
+
+def risk_coverage(scores: Sequence[float], correct: Sequence[bool]) -> dict[str, float]:
+    """Answer the best-scored first: `aurc`, the mean error over all coverages 1/n .. 1 (Geifman et al. 2019,
+    arXiv:1805.08206; smaller is better), and `accuracy_at_half`, that of the better half. Equal scores share their
+    mean error, whatever their order.
+    """
+    score, wrong = np.asarray(scores, dtype=np.float64), 1.0 - np.asarray(correct, dtype=np.float64)
+    _, group = np.unique(-score, return_inverse=True)
+    mean_of_group = np.bincount(group, wrong) / np.bincount(group)
+    risk = np.cumsum(mean_of_group[np.sort(group)]) / np.arange(1, len(score) + 1)
+    return {"aurc": float(risk.mean()), "accuracy_at_half": float(1 - risk[(len(score) + 1) // 2 - 1])}

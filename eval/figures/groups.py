@@ -1,0 +1,333 @@
+"""How much does the wording of a request matter? Figures of groups: one meaning, k wordings, one gold answer.
+
+Everything here is computed per group first and then averaged over groups, so a group with many wordings weighs no more
+than one with two; intervals resample whole groups. Consistency alone rewards a model that always says the same: it is
+reported beside `consistent_and_correct`, which does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from llm_jepa import UserError
+from llm_jepa.core.diagnostics import effective_rank
+
+from .inference import (
+    Array,
+    Interval,
+    McNemar,
+    bootstrap,
+    hierarchical,
+    mcnemar,
+    percentile,
+    resampled_means,
+    t_interval,
+    t_test,
+)
+
+# What each figure of `robustness` is, for one group of k wordings with scores s_1..s_k (the first is the original) and
+# answer keys. All but the last two are means over groups of a figure of the group.
+DEFINITIONS = {
+    "accuracy": "mean score over a group's wordings",
+    "worst_of_k": "lowest score among a group's wordings; for right/wrong scores: all of them right",
+    "best_of_k": "highest score among a group's wordings; for right/wrong scores: one of them right",
+    "spread_in_groups": "best_of_k - worst_of_k",
+    "consistency": "share of the pairs of a group's wordings whose answers are the same, right or wrong",
+    "consistent_and_correct": "share of those pairs whose answers are the same and both fully right",
+    "spread_of_wordings": "accuracy of the best wording minus that of the worst, over all groups; never below 0",
+    "drop_rate": "1 - accuracy of the other wordings / accuracy of the first (PDR of arXiv:2306.04528)",
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's graded answers, G groups by K wordings. Groups may lack wordings."""
+
+    metric: str
+    groups: tuple[str, ...]
+    wordings: tuple[str, ...]
+    scores: Array  # [G, K], NaN where a group lacks a wording
+    keys: NDArray[np.int64]  # [G, K], equal within a row for equal answers; -1 where a group lacks a wording
+    first: NDArray[np.int64]  # [G], the column of a group's own first wording
+    left_out: int = 0  # groups that the metric does not count
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        return self.keys >= 0
+
+
+def read_answers(samples: Sequence[Mapping[str, Any]], metric: str) -> Answers:
+    """The table of sample rows {"group", "wording", "scores": {metric: value}, "answer_key"}, in their order.
+
+    A group none of whose rows has the metric is left out: the metric does not count it. Raises UserError for a metric
+    that no row has or that a group has in part, two rows of one group and wording, or groups with a single wording.
+    """
+    counted = [row for row in samples if metric in row["scores"]]
+    if not counted:
+        known = sorted({name for row in samples for name in row["scores"]})
+        raise UserError(f"No sample has the metric {metric!r}; there is {', '.join(known) or 'none'}.")
+    groups = {name: i for i, name in enumerate(dict.fromkeys(row["group"] for row in counted))}
+    wordings = {name: i for i, name in enumerate(dict.fromkeys(row["wording"] for row in counted))}
+    in_part = [row for row in samples if metric not in row["scores"] and row["group"] in groups]
+    if in_part:
+        raise UserError(f"Group {in_part[0]['group']!r} has the metric {metric!r} for some of its wordings only.")
+    scores = np.full((len(groups), len(wordings)), np.nan)
+    keys = np.full(scores.shape, -1, dtype=np.int64)
+    first = np.full(len(groups), -1, dtype=np.int64)
+    code: dict[str, int] = {}
+    for row in counted:
+        at = groups[row["group"]], wordings[row["wording"]]
+        if keys[at] >= 0:
+            raise UserError(f"Group {row['group']!r} has two answers for the wording {row['wording']!r}.")
+        scores[at] = row["scores"][metric]
+        if np.isnan(scores[at]):
+            raise UserError(f"Group {row['group']!r}, wording {row['wording']!r}: its {metric} is not a number.")
+        keys[at] = code.setdefault(row["answer_key"], len(code))
+        if first[at[0]] < 0:
+            first[at[0]] = at[1]
+    refuse_single(((keys >= 0).sum(axis=1)).tolist())
+    left_out = len({row["group"] for row in samples}) - len(groups)
+    return Answers(metric, tuple(groups), tuple(wordings), scores, keys, first, left_out)
+
+
+def refuse_single(num_wordings: Sequence[int]) -> None:
+    """Raises UserError if any group, of which these are the numbers of wordings, has one wording only."""
+    single = sum(k < 2 for k in num_wordings)
+    if single:
+        raise UserError(
+            f"{single} of {len(num_wordings)} groups have a single wording: robustness compares wordings of one "
+            "request. Give each group two or more, or score the task with eval.run."
+        )
+
+
+class Robustness(NamedTuple):
+    metrics: dict[str, Interval]  # see DEFINITIONS
+    wordings: dict[str, Interval]  # accuracy of each wording, over the groups that have it
+
+
+def robustness(answers: Sequence[Answers], *, num_resamples: int = 10_000, seed: int = 0) -> Robustness:
+    """Figures of one model, or of several seeds of it: their mean, with 95 % bootstrap intervals over groups.
+
+    The interval speaks of new groups for these very runs; what another training run would do it does not know.
+    Raises UserError if the seeds answered different groups.
+    """
+    return _intervals(_draws(answers, num_resamples, seed))
+
+
+class OverSeeds(NamedTuple):
+    """A difference by seed, runs paired in the order given: does training again give it again?"""
+
+    by_seed: tuple[float, ...]
+    t: Interval  # Student's 95 % interval of the mean: new seeds, these groups
+    p: float  # two-sided paired t test
+    crossed: Interval | None  # new seeds and new groups (see `hierarchical`); for means over groups
+
+
+class Comparison(NamedTuple):
+    """Differences `model - baseline`. McNemar per wording: its rows are independent, those of a group are not."""
+
+    metrics: dict[str, Interval]
+    wordings: dict[str, Interval]
+    mcnemar: dict[str, McNemar]  # `only_a`: right for the model alone. One run a side, scores all 0 or 1; else empty
+    over_seeds: dict[str, OverSeeds]  # by metric. Equally many runs a side, two or more; else empty
+
+
+def compare(
+    model: Sequence[Answers], baseline: Sequence[Answers], *, num_resamples: int = 10_000, seed: int = 0
+) -> Comparison:
+    """Paired differences over the groups that both answered, with 95 % bootstrap intervals over groups.
+
+    Several runs (seeds) on a side are averaged first. Raises UserError if not all answered the same groups in the same
+    wordings.
+    """
+    _check_same([*model, *baseline])
+    ours, theirs = _draws(model, num_resamples, seed), _draws(baseline, num_resamples, seed)
+    paired = _intervals({name: ours[name] - theirs[name] for name in ours})
+    tests, over_seeds = {}, {}
+    if len(model) == len(baseline) == 1 and _binary(model[0]) and _binary(baseline[0]):
+        for j, wording in enumerate(model[0].wordings):
+            has = model[0].present[:, j]
+            tests[wording] = mcnemar(model[0].scores[has, j], baseline[0].scores[has, j])
+    if len(model) == len(baseline) > 1:
+        both = [(figures(a), figures(b)) for a, b in zip(model, baseline, strict=True)]
+        gaps = [{name: a["metrics", name] - b["metrics", name] for name in DEFINITIONS} for a, b in both]
+        tables = [(per_group(a), per_group(b)) for a, b in zip(model, baseline, strict=True)]
+        for name in DEFINITIONS:
+            by_seed = tuple(gap[name] for gap in gaps)
+            if not np.isfinite(by_seed).all():
+                continue  # a drop rate without a right answer
+            crossed = None
+            if name in tables[0][0]:
+                difference = np.stack([a[name] - b[name] for a, b in tables])
+                crossed = hierarchical(difference, num_resamples=num_resamples, seed=seed)
+            over_seeds[name] = OverSeeds(by_seed, t_interval(by_seed), t_test(by_seed), crossed)
+    return Comparison(paired.metrics, paired.wordings, tests, over_seeds)
+
+
+def per_group(answers: Answers) -> dict[str, Array]:
+    """The figures of DEFINITIONS that are means over groups, for each group: name -> [G]."""
+    scores, present, keys = answers.scores, answers.present, answers.keys
+    k = present.sum(axis=1)
+    same, right = np.zeros(len(k)), np.zeros(len(k))
+    for i in range(scores.shape[1]):
+        for j in range(i):
+            equal = present[:, i] & present[:, j] & (keys[:, i] == keys[:, j])
+            same += equal
+            right += equal & (scores[:, i] >= 1) & (scores[:, j] >= 1)
+    pairs = k * (k - 1) / 2
+    worst, best = np.nanmin(scores, axis=1), np.nanmax(scores, axis=1)
+    return {
+        "accuracy": np.nanmean(scores, axis=1),
+        "worst_of_k": worst,
+        "best_of_k": best,
+        "spread_in_groups": best - worst,
+        "consistency": same / pairs,
+        "consistent_and_correct": right / pairs,
+    }
+
+
+def posix(
+    log_probs: Sequence[ArrayLike], lengths: Sequence[ArrayLike], *, num_resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Prompt sensitivity index (POSIX, arXiv:2410.02185, eq. 1): 0 = the wording does not matter. In nats.
+
+    psi = 1 / (k (k - 1)) sum_ij |log P(y_j | x_i) - log P(y_j | x_j)| / length(y_j), averaged over groups.
+
+    Args:
+        log_probs: a matrix [k, k] per group; [i, j] = log-probability of the answer to wording j, given wording i.
+        lengths: [k] per group, tokens of each answer.
+    """
+    figures = []
+    for index, (matrix, tokens) in enumerate(zip(log_probs, lengths, strict=True)):
+        p, n = np.asarray(matrix, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+        if p.shape != (len(n), len(n)) or len(n) < 2 or not (n > 0).all():
+            raise UserError(f"Group {index}: log-probabilities {p.shape} and lengths {n.shape} are no [k, k] and [k].")
+        figures.append((np.abs(p - np.diag(p)) / n).sum() / (len(n) * (len(n) - 1)))
+    return bootstrap(figures, num_resamples=num_resamples, seed=seed)
+
+
+@torch.no_grad()
+def embedding_view(embeddings: Tensor, group: Tensor) -> dict[str, Interval]:
+    """Do wordings of one request lie together? Embeddings [N, D] of all wordings of all groups, `group` [N] ints.
+
+    cosine_within, cosine_between: mean centred cosine of wordings of one group, and of different groups.
+    raw_cosine_within, raw_cosine_between: the same without centring; both near 1 is the signature of collapse.
+    recall_at_1: share of a group's wordings whose nearest other one (centred cosine) is of the group, averaged over
+    groups; chance is (k - 1) / (N - 1).
+    effective_rank: of all N, see `llm_jepa.core.diagnostics`; depends on N and k.
+
+    Within and recall have 95 % bootstrap intervals over groups; for the figures that pair groups the bounds are NaN.
+    Raises UserError for fewer than two groups or a group with a single row.
+    """
+    _, group, size = torch.unique(group, return_inverse=True, return_counts=True)
+    if len(size) < 2 or (size < 2).any():
+        raise UserError(f"{len(size)} groups, {int((size < 2).sum())} with a single wording: two of each are needed.")
+    found: dict[str, Interval] = {}
+    wide = embeddings.double()
+    for name, x in (("", wide - wide.mean(dim=0)), ("raw_", wide)):
+        unit = F.normalize(x, dim=-1)
+        sums = unit.new_zeros(len(size), unit.shape[1]).index_add_(0, group, unit)  # [G, D]
+        # sum of all cosines in a group = |sum of its unit vectors|^2, the k of a row with itself included
+        itself = torch.zeros_like(size, dtype=unit.dtype).index_add_(0, group, unit.square().sum(dim=1))
+        inside = sums.square().sum(dim=1)
+        found[f"{name}cosine_within"] = bootstrap(((inside - itself) / (size * (size - 1))).numpy(force=True))
+        between = (sums.sum(dim=0).square().sum() - inside.sum()) / (len(x) ** 2 - size.square().sum())
+        found[f"{name}cosine_between"] = Interval(float(between), math.nan, math.nan)
+    unit = F.normalize(wide - wide.mean(dim=0), dim=-1)
+    hit = torch.zeros(len(unit), dtype=unit.dtype, device=unit.device)
+    for start in range(0, len(unit), 1024):  # N x N cosines, a slice at a time
+        cosine = unit[start : start + 1024] @ unit.T
+        rows = torch.arange(len(cosine), device=unit.device)
+        cosine[rows, rows + start] = -torch.inf
+        hit[start : start + 1024] = (group[cosine.argmax(dim=1)] == group[start : start + 1024]).to(unit.dtype)
+    of_group = torch.zeros_like(size, dtype=unit.dtype).index_add_(0, group, hit) / size
+    found["recall_at_1"] = bootstrap(of_group.numpy(force=True))
+    found["effective_rank"] = Interval(float(effective_rank(embeddings)), math.nan, math.nan)
+    return found
+
+
+def figures(answers: Answers) -> dict[tuple[str, str], float]:
+    """("metrics", name) or ("wordings", name) -> the estimate alone, of one run."""
+    return {name: float(values[0]) for name, values in _of_means(_table(answers).mean(axis=0)[None], answers).items()}
+
+
+class _Draws(NamedTuple):
+    estimate: float
+    draws: Array  # [R]
+
+    def __sub__(self, other: _Draws) -> _Draws:
+        return _Draws(self.estimate - other.estimate, self.draws - other.draws)
+
+
+def _draws(answers: Sequence[Answers], num_resamples: int, seed: int) -> dict[tuple[str, str], _Draws]:
+    """Estimates and resamples of the figures, averaged over runs. The same resamples for the same number of groups."""
+    _check_same(answers)
+    runs = []
+    for one in answers:
+        draws = _of_means(resampled_means(_table(one), num_resamples=num_resamples, seed=seed), one)
+        runs.append({name: _Draws(estimate, draws[name]) for name, estimate in figures(one).items()})
+    return {
+        name: _Draws(
+            float(np.mean([run[name].estimate for run in runs])), np.mean([run[name].draws for run in runs], axis=0)
+        )
+        for name in runs[0]
+    }
+
+
+def _table(answers: Answers) -> Array:
+    """[G, C]: every figure is a function of the means of these columns, so one resample of groups serves them all."""
+    scores, present = answers.scores, answers.present
+    original = scores[np.arange(len(scores)), answers.first]
+    others = (np.nansum(scores, axis=1) - original) / (present.sum(axis=1) - 1)
+    return np.column_stack([*per_group(answers).values(), original, others, np.nan_to_num(scores), present])
+
+
+def _of_means(means: Array, answers: Answers) -> dict[tuple[str, str], Array]:
+    """Means [R, C] of the columns of `_table` -> figures, each [R]."""
+    names = list(DEFINITIONS)[:-2]
+    head, (original, others), rest = means[:, : len(names)], means[:, len(names) : len(names) + 2].T, len(names) + 2
+    k = len(answers.wordings)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample without a right answer, or without the wording
+        by_wording = means[:, rest : rest + k] / means[:, rest + k :]
+        drop = np.where(original > 0, 1 - others / original, np.nan)
+    return {
+        **{("metrics", name): head[:, i] for i, name in enumerate(names)},
+        ("metrics", "spread_of_wordings"): by_wording.max(axis=1) - by_wording.min(axis=1),
+        ("metrics", "drop_rate"): drop,
+        **{("wordings", name): by_wording[:, j] for j, name in enumerate(answers.wordings)},
+    }
+
+
+def _intervals(draws: Mapping[tuple[str, str], _Draws]) -> Robustness:
+    found: dict[str, dict[str, Interval]] = {"metrics": {}, "wordings": {}}
+    for (kind, name), one in draws.items():
+        found[kind][name] = percentile(one.estimate, one.draws)
+    return Robustness(**found)
+
+
+def _check_same(answers: Sequence[Answers]) -> None:
+    first = answers[0]
+    for other in answers[1:]:
+        apart = set(first.groups) ^ set(other.groups)
+        if apart:
+            raise UserError(
+                f"{len(apart)} groups were answered by one model and not by the other ({min(apart)!r} is one); score "
+                "both on the same data with the same --limit."
+            )
+        if first.metric != other.metric:
+            raise UserError(f"One model was scored by {first.metric}, the other by {other.metric}.")
+        if first.groups != other.groups or first.wordings != other.wordings or (first.present != other.present).any():
+            raise UserError("The models answered the same groups in another order or in other wordings.")
+
+
+def _binary(answers: Answers) -> bool:
+    return bool(np.isin(answers.scores[answers.present], (0, 1)).all())

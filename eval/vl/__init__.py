@@ -1,0 +1,1 @@
+"""VL-JEPA measured."""

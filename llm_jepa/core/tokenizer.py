@@ -1,0 +1,54 @@
+"""A byte-level BPE tokenizer with a chat template, trained without any download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .errors import UserError
+
+BOS, END_OF_TURN = "<|begin|>", "<|end|>"
+
+
+ROLES = ("system", "user", "assistant")
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`, with a chat template. pad = eos = end of turn, as in Llama-3-Instruct
+    (which has no pad token), so that both label protocols mean the same thing here as there.
+
+    Raises UserError if vocab_size cannot hold the 256 bytes and the special tokens.
+    """
+    special = [BOS, END_OF_TURN, *(f"<|{role}|>" for role in ROLES)]
+    if vocab_size < 256 + len(special):
+        raise UserError(
+            f"tokenizer_vocab_size={vocab_size} is below the {256 + len(special)} bytes and special tokens."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TURN,
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,330 @@
+"""Every key a recipe can hold: ours here, and those of TRL's `SFTConfig` and transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from trl import SFTConfig
+
+from ..core.errors import UserError
+from .predictor_tokens import MAX_PREDICTOR_TOKENS
+
+
+@dataclass
+class ModelArguments:
+    """> Which model to start from: a checkpoint, or a config to train from scratch."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a causal LM (safetensors)."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit; pin a commit to repeat a run."}
+    )
+    model_config: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Train from scratch: a transformers config, e.g. {model_type: llama, hidden_size: 128}."},
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Default: the model's own. From scratch without it, a BPE is trained."}
+    )
+    tokenizer_vocab_size: int = field(
+        default=640, metadata={"help": "Size of the byte-level BPE trained on the training rows (from scratch only)."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the master weights. Keep float32 under bf16: pure bf16 rounds small steps away."},
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = field(
+        default=None,
+        metadata={
+            "help": "Attention backend; null: sdpa where the model has it, else eager. Both mask packed rows; flash "
+            "attention cannot, so it needs num_predictor_tokens: 0."
+        },
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the saved model is merged."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
+    lora_target_modules: str | list[str] = field(
+        default="all-linear", metadata={"help": "Modules that get an adapter, or all-linear."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            value = getattr(self, name)
+            if not self.use_peft and value != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"{name}: {value} would be ignored: it belongs to use_peft: true; set that or remove it."
+                )
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            raise UserError(
+                "Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch); "
+                "a from-scratch recipe takes a checkpoint with --model_config null --model_name_or_path NAME."
+            )
+        if self.model_config is not None and "model_type" not in self.model_config:
+            raise UserError("model_config has no model_type; add one, e.g. model_type: llama.")
+
+
+@dataclass
+class DataArguments:
+    """> Which rows to train on: TRL's prompt-completion or conversational format."""
+
+    train_data: str = field(metadata={"help": "A .jsonl, .json, .csv or .parquet file, or a Hub dataset id."})
+    validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
+    validation_rows: int = field(
+        default=0, metadata={"help": "Without validation_data: rows held out of train_data, drawn with data_seed."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of validation_data on the Hub."})
+
+    def __post_init__(self) -> None:
+        if self.validation_rows < 0:
+            raise UserError(f"validation_rows={self.validation_rows} must be 0 or more.")
+        if self.validation_data is not None and self.validation_rows:
+            raise UserError("Set validation_data or validation_rows, not both.")
+
+
+@dataclass
+class LLMJEPAConfig(SFTConfig):
+    """`trl.SFTConfig` plus the JEPA term. `jepa_weight=0` is plain SFT."""
+
+    # -- the loss
+    jepa_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the JEPA loss beside the LM loss (the paper's lambda). 0: plain SFT, no token is added."
+        },
+    )
+    jepa_weight_end: float | None = field(
+        default=None, metadata={"help": "Move jepa_weight to this in a straight line over the run; null: constant."}
+    )
+    jepa_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of optimizer steps without the JEPA term, which cost what plain SFT does (the paper's LD, "
+            "which advises jepa_weight * (1 - LD) = constant)."
+        },
+    )
+    objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1", "stp"] = field(
+        default="info_nce",
+        metadata={
+            "help": "Distance between predicted and target embedding. The paper's is cosine, which collapsed in every "
+            "small run of ours; info_nce did not. stp: Semantic Tube Prediction, which has no views."
+        },
+    )
+    temperature: float = field(default=0.07, metadata={"help": "Temperature of info_nce; smaller is sharper."})
+    negatives: Literal["micro_batch", "optimizer_step"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "Where info_nce takes its negatives from: the micro-batch of all ranks, or all those of the "
+            "optimizer step (GradCache: one more forward pass, same gradient as one big batch)."
+        },
+    )
+    regularizer: Literal["vicreg", "sigreg"] | None = field(
+        default=None,
+        metadata={"help": "Keep the space from collapsing: each view by itself, over the pairs of all ranks."},
+    )
+    regularizer_weight: float = field(default=1.0, metadata={"help": "Its weight relative to the distance."})
+    projector_dim: int = field(
+        default=128,
+        metadata={
+            "help": "With a regularizer, distance and regularizer see a linear projection of the embeddings to so many "
+            "dimensions, trained along and thrown away; 0: the embeddings themselves."
+        },
+    )
+    stp_formula: Literal["paper", "code"] = field(
+        default="paper",
+        metadata={"help": "objective: stp as the paper writes it, or as its released code computes it."},
+    )
+
+    # -- the two embeddings
+    target_encoder: Literal["self", "stop_gradient", "ema", "base"] = field(
+        default="self",
+        metadata={
+            "help": "Where targets come from. self: this model; both sides move (paper). stop_gradient: this model, "
+            "forward only. ema: a moving average of it. base: the model at the start, whose targets are computed once."
+        },
+    )
+    ema_decay: float = field(
+        default=0.99, metadata={"help": "Decay per optimizer step at the start; rises to 1 on a cosine (BYOL)."}
+    )
+    num_predictor_tokens: int = field(
+        default=1,
+        metadata={"help": f"Predictor tokens of the context, 0..{MAX_PREDICTOR_TOKENS} (the paper's k)."},
+    )
+    predictor_position: Literal["last", "first"] = field(
+        default="last", metadata={"help": "Predictor tokens after the context, or before its content (paper, table 3)."}
+    )
+    direction: Literal["forward", "reverse"] = field(
+        default="forward", metadata={"help": "reverse: the completion predicts the prompt (paper, table 3)."}
+    )
+    readout: Literal["last", "mean"] = field(
+        default="last", metadata={"help": "A view's embedding: the state of its last token, or the mean of all."}
+    )
+    readout_layer: int = field(
+        default=-1,
+        metadata={"help": "Which hidden state is read: -1 the last (after the final norm), 8 that after layer 8."},
+    )
+    context_view: Literal["prefix", "message"] = field(
+        default="prefix",
+        metadata={
+            "help": "prefix: the LM row up to the end of the prompt, system prompt and earlier turns included, nearly "
+            "free. message: the last user turn alone, as in the paper. Two objectives, not two costs of one."
+        },
+    )
+    label_protocol: Literal["completion", "paper"] = field(
+        default="completion",
+        metadata={
+            "help": "completion: train the completion and its end-of-turn token. paper: train every non-pad token, as "
+            "the published script really does (end-of-turn is no target where pad = eos)."
+        },
+    )
+    diagnostics_pairs: int = field(
+        default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
+    )
+    share_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay several examples of a batch in one row where that saves padding. The batch and its gradient "
+            "stay the same (TRL's packing changes both)."
+        },
+    )
+
+    # Other defaults than the parents'.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it hides the NaN that should stop the run."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.learning_rate < 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be 0 or more.")
+        # TRL turns bf16 on by default, which a machine without a GPU refuses.
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        if on_cpu and not self.fp16 and self.bf16 is None:
+            self.bf16 = False
+        if (self.bf16 or self.fp16) and not self.use_cpu and not torch.cuda.is_available():
+            raise UserError("bf16 and fp16 need a GPU and none is visible; add --use_cpu true or --bf16 false.")
+        # TRL still sets the old name, which transformers warns of.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.report_to is None:
+            self.report_to = "none"
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        """Raises UserError for what our own loss cannot honour; the parents would accept and ignore it."""
+        for name, low, high, why in (
+            ("jepa_weight", 0, math.inf, "0 is plain SFT"),
+            ("jepa_weight_end", 0, math.inf, "0 ends as plain SFT"),
+            ("jepa_dropout", 0, 1, "it is the share of steps without the JEPA term"),
+            ("regularizer_weight", 0, math.inf, "0 is none"),
+            ("projector_dim", 0, 4096, "64 to 256 is usual, 0 is none"),
+            ("ema_decay", 0, 1, "0.99 is usual"),
+            ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "the reference code defines no more"),
+            ("diagnostics_pairs", 0, math.inf, "0 is off"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                allowed_range = f"be {low} or more" if high == math.inf else f"lie in {low}..{high}"
+                raise UserError(f"{name}={value} must {allowed_range} ({why}).")
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature} must be > 0; CLIP starts at 0.07.")
+        if self.jepa_dropout == 1:
+            raise UserError("jepa_dropout=1 leaves no step with the JEPA term; set jepa_weight: 0 for plain SFT.")
+        for name, allowed, why in (
+            (
+                "packing",
+                False,
+                "it cuts and mixes examples; share_rows: true saves the padding and changes nothing else",
+            ),
+            ("eval_packing", None, "share_rows: true lays out evaluation rows as well"),
+            ("padding_free", False, "views need their own attention mask"),
+            ("label_smoothing_factor", 0.0, "our loss does not smooth and would ignore it"),
+            ("neftune_noise_alpha", None, "its noise scales with the row length, which the views change"),
+            ("loss_type", "nll", "the LM term is the negative log-likelihood"),
+            ("assistant_only_loss", False, "label_protocol decides which tokens are trained"),
+            ("completion_only_loss", None, "label_protocol decides which tokens are trained"),
+            ("use_liger_kernel", False, "its fused loss returns no hidden states"),
+            ("activation_offloading", False, "it is not tested with packed rows"),
+            ("dataset_kwargs", None, "rows are always turned into views"),
+            ("truncation_mode", "keep_start", "the views start at the start of the row"),
+            ("model_init_kwargs", None, "it would replace how the model is loaded; pass a loaded model"),
+            ("trust_remote_code", False, "code from a checkpoint is never run"),
+            ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
+            ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
+            ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
+        ):
+            value = getattr(self, name)
+            if value != allowed and not (name == "eval_packing" and value is False):
+                raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
+        if self.uses_jepa:
+            self._check_jepa()
+        if self.accelerator_config.dispatch_batches:
+            raise UserError(
+                "accelerator_config.dispatch_batches cuts a batch by its rows, and pairs are not rows; remove it."
+            )
+        if self.parallelism_config is not None:
+            raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length={self.max_length} leaves no token; raise it or set null for no limit.")
+        if self.chat_template_path is not None and not self.chat_template_path.endswith((".jinja", ".j2")):
+            raise UserError(f"chat_template_path={self.chat_template_path!r} must be a .jinja file.")
+
+    def _check_jepa(self) -> None:
+        """Combinations of our own keys that cannot do what they say."""
+        info_nce, regularized = self.objective == "info_nce", self.regularizer is not None
+        views = "an objective with views, which stp is not"
+        for name, is_used, where in (
+            ("temperature", info_nce, "objective: info_nce"),
+            ("negatives", info_nce and not regularized, "objective: info_nce, without a regularizer"),
+            ("regularizer_weight", regularized, "a regularizer"),
+            ("projector_dim", regularized, "a regularizer"),
+            ("ema_decay", self.target_encoder == "ema", "target_encoder: ema"),
+            ("stp_formula", self.objective == "stp", "objective: stp"),
+            ("predictor_position", self.num_predictor_tokens > 0, "num_predictor_tokens: 1 or more"),
+            *(
+                (name, self.uses_views, views)
+                for name in (
+                    "regularizer", "target_encoder", "predictor_position", "direction", "readout", "context_view",
+                )
+            ),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not is_used and value != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"{name}: {value} would be ignored: it belongs to {where}; remove it.")
+        is_best_by_loss = self.load_best_model_at_end and self.metric_for_best_model in ("loss", "eval_loss")
+        if is_best_by_loss and self.jepa_weight_end not in (None, self.jepa_weight):
+            raise UserError(
+                "load_best_model_at_end would compare losses of different jepa_weight, which jepa_weight_end moves; "
+                "set metric_for_best_model: eval_lm_loss, or remove one of the two."
+            )
+        if self.predictor_position == "first" and self.context_view == "prefix" and self.direction == "forward":
+            raise UserError(
+                "predictor_position: first cannot share the LM row, whose tokens do not see predictor tokens; set "
+                "context_view: message."
+            )
+
+    @property
+    def target_rows(self) -> Literal["inside", "apart", "cached"]:
+        """Where the collator puts target views: beside what learns, in rows for a pass without gradient, nowhere."""
+        if self.target_encoder == "self" or not self.uses_views:
+            return "inside"
+        return "cached" if self.target_encoder == "base" else "apart"
+
+    @property
+    def uses_views(self) -> bool:
+        """`stp` looks at the LM row alone."""
+        return self.uses_jepa and self.objective != "stp"
+
+    @property
+    def uses_jepa(self) -> bool:
+        return self.jepa_weight > 0 or (self.jepa_weight_end or 0) > 0

@@ -1,0 +1,109 @@
+"""A data set of TRL rows -> its view columns, with what can be wrong with a whole set said before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..core.errors import UserError
+from .arguments import LLMJEPAConfig
+from .batching import JEPACollator
+from .views import Views, add_view_columns
+
+logger = logging.get_logger(__name__)
+VIEW_COLUMNS = [field.name for field in fields(Views)]
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raises UserError unless `dataset` is a non-empty map-style `datasets.Dataset` (or a dict of them)."""
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if part is None and name == "eval":
+            continue
+        if not isinstance(part, Dataset):
+            raise UserError(f"The {name} data is a {type(part).__name__}; pass a datasets.Dataset (no streaming).")
+        if len(part) == 0:
+            raise UserError(f"The {name} data set is empty; point it at a file with rows.")
+
+
+def view_options(args: LLMJEPAConfig) -> dict[str, Any]:
+    """What a configuration says to `views.build_views`."""
+    return {
+        "context_view": args.context_view,
+        "label_protocol": args.label_protocol,
+        "max_length": args.max_length,
+    }
+
+
+def pair_collator(args: LLMJEPAConfig, pad_token_id: int, predictor_ids: Sequence[int]) -> JEPACollator:
+    """Batches in which every pair is read, both sides in its row: for the diagnostics, whatever the objective."""
+    return JEPACollator(
+        pad_token_id,
+        predictor_ids,
+        pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1,
+        readout=args.readout,
+        predictor_position=args.predictor_position,
+        direction=args.direction,
+    )
+
+
+def training_collator(pairs: JEPACollator, args: LLMJEPAConfig, hidden_size: int = 0) -> JEPACollator:
+    """Batches of what the objective compares."""
+    return replace(
+        pairs,
+        with_views=args.uses_views,
+        with_tubes=args.uses_jepa and args.objective == "stp",
+        row_cost=6 * hidden_size if args.share_rows else 0,
+        targets=args.target_rows,
+    )
+
+
+def view_columns(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: LLMJEPAConfig,
+    model_config: PreTrainedConfig,
+    collator: JEPACollator,
+    name: str,
+) -> Dataset:
+    """The columns of `views.Views`, and with `group_by_length` the length of each packed row.
+
+    Raises UserError for a row without views, and for one longer than the model has positions.
+    """
+    dataset = dataset.map(
+        add_view_columns,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, **view_options(args)},
+        num_proc=args.dataset_num_proc,
+        load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
+        remove_columns=dataset.column_names,
+        desc=f"Building views of the {name} rows",
+    )
+    truncated = sum(dataset["truncated"])
+    if truncated:
+        logger.warning(f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens.")
+    _check_positions(dataset, name, model_config, len(collator.predictor_ids))
+    if args.train_sampling_strategy == "group_by_length":
+        collator = training_collator(collator, args)
+        lengths = [sum(len(segment.ids) for segment in collator.example(row).segments) for row in dataset]
+        dataset = dataset.add_column(args.length_column_name, lengths)
+    return dataset
+
+
+def _check_positions(dataset: Dataset, name: str, model_config: PreTrainedConfig, predictors: int) -> None:
+    """Learned positions (gpt2) end somewhere; a longer row would be an index error in the middle of training."""
+    config = model_config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "rope_parameters", None) is not None:
+        return
+    views: list[Any] = [ids for key in ("contexts", "targets") for more in dataset[key] for ids in more]
+    longest = max(map(len, [*dataset["input_ids"], *views]))
+    if longest + predictors > limit:
+        raise UserError(
+            f"The longest {name} row has {longest} tokens and {predictors} predictor tokens, the model {limit} "
+            f"positions; set max_length: {limit - predictors} or less."
+        )

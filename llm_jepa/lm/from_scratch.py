@@ -1,0 +1,81 @@
+"""A tokenizer and a random model, for training from scratch without any download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from ..core.errors import UserError
+from ..core.tokenizer import train_bpe
+from .views import as_example
+
+
+def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """`core.tokenizer.train_bpe` over the text of TRL rows."""
+    return train_bpe(_texts(rows), vocab_size)
+
+
+def random_model(
+    model_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, *, seed: int, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal LM with random weights drawn from `seed`; vocabulary and special ids come from the tokenizer.
+
+    Raises UserError for a model_type or key that transformers does not know.
+    """
+    options = dict(model_config)
+    try:
+        model_type = options.pop("model_type")
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise UserError(f"model_config: transformers knows no model_type {model_type!r}; e.g. llama, qwen3.") from None
+    unknown = sorted(key for key in options if not hasattr(known, key))
+    if unknown:
+        raise UserError(f"model_config: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            **options,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    except StrictDataclassError as error:
+        raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from None
+    set_seed(seed)
+    kwargs["attn_implementation"] = kwargs.get("attn_implementation") or default_attention(config)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError(f"model_config: cannot build a causal LM of model_type {model_type!r}: {reason}") from None
+    # After building: known before, it becomes the embedding's padding_idx, and pad = eos = end of turn would keep its
+    # input row at zero without gradient. (Llama-3-Instruct has no pad_token_id either.)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def default_attention(config: PreTrainedConfig) -> str:
+    """sdpa where the model has it, else eager; not what a downloaded config asks for, which would choose the code."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
+def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    for index, row in enumerate(rows):
+        example = as_example(row, f"row {index}")
+        for side in (example.prompt, example.completion):
+            if isinstance(side, str):
+                yield side
+            else:
+                yield from (str(message["content"]) for message in side)

@@ -1,0 +1,193 @@
+"""Recipe -> data sets, tokenizer, model. Files and folders first, the Hub second; safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from ..core.errors import UserError, first_line
+from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
+from .from_scratch import default_attention, random_model, train_tokenizer
+from .views import as_example
+
+FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_rows(source: str, *, split: str = "train", config: str | None = None, revision: str | None = None) -> Dataset:
+    """A local file, or a split of a Hub data set. Raises UserError."""
+    path = Path(source)
+    if path.suffix in FILE_READERS:
+        if not path.is_file():
+            raise UserError(f"No data file at {path}; check the path (it is relative to the current folder).")
+        if path.stat().st_size == 0:
+            raise UserError(f"The data file {path} is empty.")
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path)
+        try:
+            return load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:  # datasets wraps parser errors in its own and in pyarrow's
+            raise UserError(f"Cannot read {path}: {first_line(error.__cause__ or error)}") from None
+    if path.exists():
+        raise UserError(f"{path} is no .jsonl, .json, .csv or .parquet file.")
+    try:
+        return load_dataset(source, config, split=split, revision=revision)
+    except Exception as error:  # network, permission, missing split: all the user's to mend
+        raise UserError(f"Cannot load the data set {source!r} (split {split}): {first_line(error)}") from None
+
+
+def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
+    """(train, validation). Rows held out for validation are drawn with `seed` and leave the training set."""
+    train = read_rows(
+        args.train_data, split=args.train_split, config=args.dataset_config, revision=args.dataset_revision
+    )
+    if len(train) == 0:
+        raise UserError(f"{args.train_data} holds no rows.")
+    for index, row in enumerate(train):  # before the split moves rows about, so that errors name the file's own rows
+        as_example(row, f"{args.train_data}, row {index}")
+    if args.validation_data is not None:
+        validation = read_rows(args.validation_data, split=args.validation_split, config=args.dataset_config)
+        if len(validation) == 0:
+            raise UserError(f"{args.validation_data} holds no rows.")
+        return train, validation
+    if not args.validation_rows:
+        return train, None
+    if args.validation_rows >= len(train):
+        raise UserError(
+            f"validation_rows={args.validation_rows} leaves nothing of the {len(train)} rows of {args.train_data}; "
+            "lower it."
+        )
+    parts = train.train_test_split(test_size=args.validation_rows, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def data_sha256(dataset: Dataset | None) -> str | None:
+    """Hash of the rows themselves, wherever they came from."""
+    if dataset is None:
+        return None
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())  # dates, bytes
+    return digest.hexdigest()
+
+
+def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Dataset) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer; from scratch and without a name, one trained on the training rows."""
+    source = model.tokenizer_name_or_path or model.model_name_or_path
+    if source is None:
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(train, model.tokenizer_vocab_size)
+    else:
+        tokenizer = tokenizer_from(source, revision=None if model.tokenizer_name_or_path else model.model_revision)
+    if training.chat_template_path is not None:
+        path = Path(training.chat_template_path)
+        if not path.is_file():
+            raise UserError(f"No chat template at {path}.")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The chat template {path} is no UTF-8 text: {error}.") from None
+    return tokenizer
+
+
+def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """A pretrained or a random causal LM with float32 master weights (unless the recipe says otherwise)."""
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, model.dtype),
+        "attn_implementation": model.attn_implementation,
+    }
+    if model.model_config is not None:
+        return random_model(model.model_config, tokenizer, seed=seed, **options)
+    return model_from(str(model.model_name_or_path), revision=model.model_revision, **options)
+
+
+def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder, of a model or of a tokenizer alone, or from the Hub."""
+    if not (Path(source) / "tokenizer_config.json").is_file():
+        _check_folder(source)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Cannot load a tokenizer from {source!r}: {first_line(error)}") from None
+
+
+def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTrainedModel:
+    """A causal LM from a folder or the Hub. Raises UserError if it is none, or if its weights do not fit."""
+    _check_folder(source)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Cannot load a model from {source!r}: {first_line(error)}") from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{source!r} is a {config.model_type} model, which is no causal LM; choose one that generates.")
+    logging.disable_progress_bar()  # a bar per file says nothing; the training's own bar is another
+    options["attn_implementation"] = options.get("attn_implementation") or default_attention(config)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"Cannot load a model from {source!r}: {first_line(error)}") from None
+    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
+    if wrong:
+        shown = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
+        raise UserError(f"The weights of {source!r} do not fit its config ({shown}): it would be partly random.")
+    return model
+
+
+def lora_config(model: ModelArguments) -> LoraConfig | None:
+    if not model.use_peft:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+    )
+
+
+def _read_jsonl(path: Path) -> Dataset:
+    """One JSON object a line, with the line number in the error; `datasets` would name none."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # UnicodeDecodeError is one
+                raise UserError(f"{path}, line {number} is not JSON in UTF-8: {error}.") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} must hold a JSON object, found {type(row).__name__}.")
+            rows.append(row)
+    if not rows:
+        raise UserError(f"The data file {path} holds no rows.")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except Exception as error:  # pyarrow's many ways to say that a column changes its type
+        raise UserError(f"{path}: rows differ in the type of a column: {first_line(error)}") from None
+
+
+def _check_folder(source: str) -> None:
+    path = Path(source)
+    # `runs/mistyped` reads like a Hub id; asking the Hub for it takes a minute of retries without a network.
+    beside_us = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or beside_us
+    if looks_local and not path.is_dir():
+        raise UserError(f"No model folder at {source}.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"The folder {source} has no config.json, so it is no saved model.")

@@ -1,0 +1,200 @@
+"""Every key of a VL-JEPA recipe, on one page: the parts, the clips, the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from ..core.errors import UserError
+
+
+@dataclass
+class VLModelArguments:
+    """> The parts of a new model, or a model to go on with."""
+
+    vl_model: str | None = field(
+        default=None, metadata={"help": "A trained VL-JEPA to go on with (folder or Hub id), instead of the parts."}
+    )
+    x_encoder: str | dict | None = field(
+        default=None,
+        metadata={"help": "Vision encoder: a Hub id or folder, or a config with model_type for random weights."},
+    )
+    predictor: str | dict | None = field(
+        default=None, metadata={"help": "Causal LM whose layers predict, made bidirectional; or a config."}
+    )
+    y_encoder: str | dict | None = field(default=None, metadata={"help": "Text encoder of the targets; or a config."})
+    x_encoder_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
+    predictor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
+    y_encoder_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
+    num_predictor_layers: int | None = field(
+        default=None, metadata={"help": "Keep the last so many layers of the predictor (paper: 8 of 16); null: all."}
+    )
+    shared_dim: int = field(default=1536, metadata={"help": "Size of predicted and target embeddings (paper: 1536)."})
+    num_frames: int | None = field(
+        default=None,
+        metadata={"help": "Frames of a clip, sampled uniformly; 1 for images. null: 16, or as vl_model has it."},
+    )
+    frame_size: int | None = field(
+        default=None,
+        metadata={"help": "An x_encoder with random weights: frames are resized to so many pixels, mean and std 0.5."},
+    )
+    token_merge: list[int] | None = field(
+        default=None, metadata={"help": "[t, h, w]: blocks of visual tokens that become one; null: none do (paper)."}
+    )
+    pool_frames: bool = field(
+        default=False, metadata={"help": "The mean of each frame's visual tokens in their place: small and coarse."}
+    )
+    grid_positions: bool = field(
+        default=False, metadata={"help": "Learn where on the grid a visual token is: for CNNs, which do not say."}
+    )
+    motion_dim: int = field(
+        default=0,
+        metadata={"help": "Hidden units that see how the frames token_merge merges change; 0: a linear map (paper)."},
+    )
+    y_pooling: Literal["mean", "first", "last"] | None = field(
+        default=None, metadata={"help": "How the y_encoder's states become one; null: as its folder says, else mean."}
+    )
+    project_targets: bool = field(
+        default=True, metadata={"help": "A linear map from y_encoder to shared space; false: shared_dim is its own."}
+    )
+    max_query_tokens: int = field(default=512, metadata={"help": "Longer queries are refused (paper: 512)."})
+    max_target_tokens: int = field(default=512, metadata={"help": "Longer targets are refused (paper: 512)."})
+    default_query: str = field(
+        default="What happens in the video?", metadata={"help": "Asked where no question is: retrieval, captions."}
+    )
+    temperature: float = field(default=0.07, metadata={"help": "Of info_nce: where it starts, or stays."})
+    tokenizer_vocab_size: int = field(
+        default=4096, metadata={"help": "A predictor or y_encoder with random weights: BPE trained on the rows' texts."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None and self.num_frames < 1:
+            raise UserError(f"num_frames={self.num_frames} must be 1 or more.")
+        parts = {name: getattr(self, name) for name in ("x_encoder", "predictor", "y_encoder")}
+        if self.vl_model is not None:
+            given = [
+                name
+                for name, option in type(self).__dataclass_fields__.items()
+                if name not in ("vl_model", "num_frames") and getattr(self, name) != option.default
+            ]
+            if given:
+                raise UserError(
+                    f"{given[0]} belongs to a new model, and vl_model names a trained one; remove one of them."
+                )
+            return
+        missing = [name for name, part in parts.items() if part is None]
+        if missing:
+            raise UserError(f"The recipe names no {missing[0]}; a VL-JEPA needs x_encoder, predictor and y_encoder.")
+        for name, part in parts.items():
+            if isinstance(part, dict) and "model_type" not in part:
+                raise UserError(f"{name} has no model_type; add one, e.g. model_type: llama.")
+            if isinstance(part, dict) and getattr(self, f"{name}_revision") is not None:
+                raise UserError(f"{name}_revision would be ignored: {name} is a config, not a checkpoint; remove it.")
+        if (self.frame_size is not None) != isinstance(self.x_encoder, dict):
+            raise UserError(
+                "frame_size goes with an x_encoder of random weights, and only with one: a checkpoint brings its own."
+            )
+
+
+@dataclass
+class VLDataArguments:
+    """> Which clips to train on: a JSON-lines manifest of {"video" or "image", "query", "target"}."""
+
+    train_data: str = field(metadata={"help": "Manifest (.jsonl) of clips, see llm_jepa/vl/data.py."})
+    validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
+    validation_rows: int = field(default=0, metadata={"help": "Without validation_data: clips held out, by data_seed."})
+
+    def __post_init__(self) -> None:
+        if self.validation_rows < 0:
+            raise UserError(f"validation_rows={self.validation_rows} must be 0 or more.")
+        if self.validation_data is not None and self.validation_rows:
+            raise UserError("Set validation_data or validation_rows, not both.")
+
+
+@dataclass
+class VLJEPATrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` plus what VL-JEPA adds. A batch of 8 is 8 clips."""
+
+    objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1"] = field(
+        default="info_nce", metadata={"help": "Distance between predicted and target embedding (paper: info_nce)."}
+    )
+    learn_temperature: bool = field(
+        default=True, metadata={"help": "Learn the temperature of info_nce (CLIP's way; the paper does not say)."}
+    )
+    regularizer: Literal["vicreg", "sigreg"] | None = field(
+        default=None,
+        metadata={"help": "Keeps the shared space from collapsing, each side by itself (named and not tried there)."},
+    )
+    regularizer_weight: float = field(default=1.0, metadata={"help": "Its weight relative to the distance."})
+    y_encoder_lr_factor: float = field(
+        default=0.05,
+        metadata={"help": "Learning rate of the y_encoder relative to the others' (paper: 0.05); 0 freezes it."},
+    )
+    x_encoder_trainable_layers: int = field(
+        default=0, metadata={"help": "Train the last so many blocks of the x_encoder; 0 freezes it (paper), -1: all."}
+    )
+    pairs_per_clip: int = field(
+        default=1, metadata={"help": "(query, target) pairs drawn of each clip in a batch; they share its vision."}
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the visual features of a frozen x_encoder, computed once; null: every epoch."},
+    )
+    diagnostics_pairs: int = field(
+        default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
+    )
+    # Other defaults than the parent's.
+    learning_rate: float = field(default=5e-5, metadata={"help": "Constant in the paper's pretraining."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The paper: constant; cosine in its SFT."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads clips."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it hides the NaN that should stop the run."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if (self.bf16 or self.fp16) and not self.use_cpu and not torch.cuda.is_available():
+            raise UserError("bf16 and fp16 need a GPU and none is visible; add --use_cpu true or --bf16 false.")
+        if self.report_to is None:
+            self.report_to = "none"
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:  # transformers: False with activation_checkpointing
+            self.ddp_find_unused_parameters = True  # a batch without queries leaves the predictor's token table unused
+        for name, low in (
+            ("learning_rate", 0), ("regularizer_weight", 0), ("y_encoder_lr_factor", 0), ("pairs_per_clip", 1),
+            ("x_encoder_trainable_layers", -1), ("diagnostics_pairs", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < low:
+                raise UserError(f"{name}={getattr(self, name)} must be {low} or more.")
+        for name, allowed, why in (
+            ("remove_unused_columns", False, "the collator reads clips"),
+            ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
+            ("label_smoothing_factor", 0.0, "there are no labels"),
+            ("dataloader_persistent_workers", False, "workers would draw the pairs of the first epoch for ever"),
+            ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
+            ("trust_remote_code", False, "code from a checkpoint is never run"),
+            ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
+            ("use_liger_kernel", False, "it replaces the loss of language models, and there is none here"),
+            ("torch_compile", False, "it is not tested with clips of changing size"),
+        ):
+            if getattr(self, name, allowed) != allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} cannot work here: {why}; remove it.")
+        if self.feature_cache is not None and self.x_encoder_trainable_layers:
+            raise UserError(
+                "feature_cache keeps the features of a frozen x_encoder, and x_encoder_trainable_layers trains it; "
+                "remove one of them."
+            )
+        defaults = type(self).__dataclass_fields__
+        for name, is_used, where in (
+            ("learn_temperature", self.objective == "info_nce", "objective: info_nce"),
+            ("regularizer_weight", self.regularizer is not None, "a regularizer"),
+        ):
+            if not is_used and getattr(self, name) != defaults[name].default:
+                raise UserError(f"{name}: {getattr(self, name)} would be ignored: it belongs to {where}; remove it.")
+        if self.accelerator_config.dispatch_batches:
+            raise UserError("accelerator_config.dispatch_batches cuts a batch by its rows, and pairs are not rows.")

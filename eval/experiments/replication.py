@@ -1,7 +1,7 @@
 """What does the JEPA term change? The published comparison, repeated at the size that two CPU cores allow.
 
     python -m eval.experiments.replication select  --data FOLDER      # weights and learning rate, on validation
-    python -m eval.experiments.replication compare --data FOLDER   # arms x protocols x seeds on test, as the plan settled
+    python -m eval.experiments.replication compare --data FOLDER   # arms x protocols x seeds on test, as planned
     python -m eval.experiments.replication analyse                 # the plan's analysis of the committed result files
 
 eval/plans/replication.yaml is the plan. A run whose result file exists is not repeated. With `--start NAME` the runs

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
+from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from .configuration import MIN_TEMPERATURE, VLJEPAConfig
 
@@ -394,9 +395,8 @@ def _shape_of_tokens(x_encoder: PreTrainedModel, frame_size: int | None) -> dict
     size = frame_size or getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     frame = torch.zeros(1, 3, height, width, dtype=x_encoder.dtype, device=x_encoder.device)
-    was_training = x_encoder.training
-    states = x_encoder.eval()(pixel_values=frame).last_hidden_state
-    x_encoder.train(was_training)
+    with evaluating(x_encoder):
+        states = x_encoder(pixel_values=frame).last_hidden_state
     if states.dim() == 4:
         return {"visual_dim": states.shape[1], "visual_grid": list(states.shape[2:])}
     patch = getattr(config, "patch_size", None)
@@ -436,22 +436,21 @@ def _pooling_of(source: str, revision: str | None) -> str:
 @torch.no_grad()
 def _check_bidirectional(predictor: PreTrainedModel) -> None:
     """Change the last token: the first state must move, with and without padding. Some families ignore is_causal."""
-    was_training, device = predictor.training, predictor.device
-    predictor.eval()
+    device = predictor.device
     tokens = torch.randn(1, 4, predictor.config.hidden_size, device=device, dtype=predictor.dtype)
     changed = tokens.clone()
     changed[:, 2] *= -1  # a constant added would vanish in a LayerNorm (gpt2)
     for mask in (torch.ones(1, 4, dtype=torch.long), torch.tensor([[1, 1, 1, 0]])):
-        first, second = (
-            predictor(inputs_embeds=x, attention_mask=mask.to(device), use_cache=False).last_hidden_state[:, 0]
-            for x in (tokens, changed)
-        )
+        with evaluating(predictor):
+            first, second = (
+                predictor(inputs_embeds=x, attention_mask=mask.to(device), use_cache=False).last_hidden_state[:, 0]
+                for x in (tokens, changed)
+            )
         if torch.equal(first, second):
             raise UserError(
                 f"A {predictor.config.model_type} predictor stays causal: its first token does not see the last. "
                 "Choose a family that follows is_causal=False (llama, qwen3, mistral, ...)."
             )
-    predictor.train(was_training)
 
 
 AutoModel.register(VLJEPAConfig, VLJEPAModel)

@@ -27,6 +27,7 @@ from typing import Any
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
 
+from .command import one_line_errors
 from .figures.groups import compare, embedding_view, figures, read_answers, refuse_single, robustness
 from .figures.inference import Interval, holm
 from .figures.robustness_report import (
@@ -333,6 +334,7 @@ def embed_prompts(model: str, groups: Sequence[Group], out: Path, *, batch_size:
     return embedding_view(load_file(done)["context"], index)
 
 
+@one_line_errors("eval.robustness")
 def main(argv: Sequence[str] | None = None) -> int:
     about, _, examples = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -354,14 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="transformers", choices=BACKENDS)
     parser.add_argument("--embeddings", action="store_true", help="also look at where the prompts lie")
     parser.add_argument("--write-card", action="store_true", help="put the figures into each model's README.md")
-    options = parser.parse_args(argv)
-    try:
-        return _run(options)
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        if os.environ.get("LLM_JEPA_TRACEBACK"):
-            raise
-        print(f"eval.robustness: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return _run(parser.parse_args(argv))
 
 
 def _run(options: argparse.Namespace) -> int:

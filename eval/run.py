@@ -27,6 +27,7 @@ from llm_jepa.lm.loading import model_from, tokenizer_from
 from llm_jepa.lm.predictor_tokens import known_predictor_ids
 from llm_jepa.lm.views import end_of_turn_ids
 
+from .command import one_line_errors
 from .provenance import environment, weights_sha256
 from .tasks import TASKS, Data, Group, Task, last_text, task_named
 
@@ -389,6 +390,7 @@ def _check_writable(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@one_line_errors("eval.run")
 def main(argv: Sequence[str] | None = None) -> int:
     tasks = "\n".join(f"  {task.name:16s} {task.metric}" for task in TASKS.values())
     parser = argparse.ArgumentParser(
@@ -408,14 +410,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the model's training, for the record")
     parser.add_argument("--backend", default="transformers", choices=BACKENDS)
     options = vars(parser.parse_args(argv))
-    try:
-        for name in ("limit", "max_new_tokens", "batch_size"):
-            if options[name] is not None and options[name] < 1:
-                raise UserError(f"--{name} must be 1 or more, not {options[name]}.")
-        result, _ = score_model(options.pop("model"), options.pop("data"), **options)
-    except (UserError, OSError) as error:  # OSError: a full disk
-        print(f"eval.run: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name} must be 1 or more, not {options[name]}.")
+    result, _ = score_model(options.pop("model"), options.pop("data"), **options)
     print(table(result))
     return 0
 

@@ -11,6 +11,7 @@ from llm_jepa import UserError
 from ..tasks import TASKS
 from .groups import DEFINITIONS
 from .inference import detectable_difference, show_p
+from .tables import aligned_table, estimate_spread, sample_sd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,18 +44,9 @@ EMBEDDING = {
 }
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table, readable in a terminal as well; all columns but the first to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in (header, *rows)]  # fmt: skip
-    lines.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def summary(analysis: Mapping[str, Any], metrics: Sequence[str] = SHOWN) -> str:
     """A model a row, % with 95 % intervals over groups; mean +- sd over seeds where an arm has several."""
-    return table(
+    return aligned_table(
         ["%", *(TITLES[name] for name in metrics)],
         [
             [name, *(_cell(analysis["models"][name]["metrics"][metric]) for metric in metrics)]
@@ -65,7 +57,7 @@ def summary(analysis: Mapping[str, Any], metrics: Sequence[str] = SHOWN) -> str:
 
 def differences(analysis: Mapping[str, Any], metrics: Sequence[str] = SHOWN) -> str:
     """Each model minus the baseline, in points, with 95 % intervals over groups."""
-    return table(
+    return aligned_table(
         [f"points, minus {analysis['baseline']}", *(TITLES[name] for name in metrics)],
         [[name, *(_cell(pair["metrics"][metric], "+") for metric in metrics)] for name, pair in _in_order(analysis)],
     )
@@ -85,14 +77,14 @@ def report(analysis: Mapping[str, Any]) -> str:
         "\n".join(f"- **{TITLES[name]}**: {text}." for name, text in DEFINITIONS.items()),
         f"![Accuracy against the worst of {_k(analysis)} wordings]({SCATTER})",
         "## Accuracy by wording",
-        table(
+        aligned_table(
             ["%", *analysis["wordings"]],
             [[name, *(_cell(analysis["models"][name]["wordings"][w]) for w in analysis["wordings"])] for name in order],
         ),
         f"![Accuracy of each wording]({PHRASING})",
         "## All metrics of the task",
         f"Mean over a group's wordings, then over groups, in per cent. `{metric}` is the one used above.",
-        table(
+        aligned_table(
             ["%", *(scores := list(analysis["models"][order[0]]["scores"]))],
             [[name, *(_percent(analysis["models"][name]["scores"].get(s)) for s in scores)] for name in order],
         ),
@@ -104,7 +96,7 @@ def report(analysis: Mapping[str, Any]) -> str:
         parts += [
             "## Where the prompts lie",
             "The prompts embedded by `llm-jepa embed` (the context view, read as the model was trained to read it).",
-            table(
+            aligned_table(
                 ["", *embedded],
                 [
                     [title, *(_number(analysis["models"][name]["embedding"][key]) for name in embedded)]
@@ -211,7 +203,7 @@ def _differences_part(analysis: Mapping[str, Any]) -> list[str]:
     if tests:
         parts += [
             "Exact McNemar tests, one wording at a time: the wordings of a request are not independent, requests are.",
-            table(["", "right alone", f"{analysis['baseline']} alone", "p", f"p, Holm of {len(tests)}"], tests),
+            aligned_table(["", "right alone", f"{analysis['baseline']} alone", "p", f"p, Holm of {len(tests)}"], tests),
         ]
     seeds = [
         [
@@ -229,7 +221,7 @@ def _differences_part(analysis: Mapping[str, Any]) -> list[str]:
         parts += [
             "Over training runs, paired in the order given: Student's interval speaks of new runs on these requests; "
             "the crossed bootstrap of new runs and new requests, but with so few runs it is too narrow. p: paired t.",
-            table(["", "by run", "Student 95 %", "crossed 95 %", "p", f"p, Holm of {len(seeds)}"], seeds),
+            aligned_table(["", "by run", "Student 95 %", "crossed 95 %", "p", f"p, Holm of {len(seeds)}"], seeds),
         ]
     return parts
 
@@ -248,24 +240,27 @@ def _k(analysis: Mapping[str, Any]) -> str:
 
 
 def _cell(figure: Mapping[str, Any], sign: str = "") -> str:
+    """An estimate in per cent, with its spread over runs and its interval as far as it has them."""
     if figure["estimate"] is None:
         return "-"
-    seeds = [value for value in figure.get("by_seed", ()) if value is not None]
-    spread = f" ± {100 * statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
-    bounds = (
-        f" [{_percent(figure['low'], sign)}, {_percent(figure['high'], sign)}]" if figure["low"] is not None else ""
-    )
-    return f"{_percent(figure['estimate'], sign)}{spread}{bounds}"
+    sd = sample_sd([value for value in figure.get("by_seed", ()) if value is not None])
+    shown = estimate_spread(_in_percent(figure["estimate"]), None if sd is None else 100 * sd, f"{sign}.1f")
+    if figure["low"] is None:
+        return shown
+    return f"{shown} [{_percent(figure['low'], sign)}, {_percent(figure['high'], sign)}]"
 
 
 def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value + 0.0:{sign}.1f}"
+    return "-" if value is None else f"{_in_percent(value):{sign}.1f}"
+
+
+def _in_percent(value: float) -> float:
+    return 100 * value + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def _number(figure: Mapping[str, Any]) -> str:
-    spread = f" ± {statistics.stdev(figure['by_seed']):.2f}" if len(figure["by_seed"]) > 1 else ""
-    bounds = f" [{figure['low']:.2f}, {figure['high']:.2f}]" if figure["low"] is not None else ""
-    return f"{figure['estimate']:.2f}{spread}{bounds}"
+    shown = estimate_spread(figure["estimate"], sample_sd(figure["by_seed"]), ".2f")
+    return shown if figure["low"] is None else f"{shown} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

@@ -105,9 +105,9 @@ def _run(argv: list[str]) -> int:
 
         decoder_stage.add_arguments(decoder)
     elif wanted == "watch":
-        from .vl import watch
+        from .vl import watch_command
 
-        watch.add_arguments(watcher)
+        watch_command.add_arguments(watcher)
 
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
@@ -125,7 +125,7 @@ def _run(argv: list[str]) -> int:
     if options.command == "train-decoder":
         return decoder_stage.run(options)
     if options.command == "watch":
-        return watch.run(options)
+        return watch_command.run(options)
     if options.batch_size < 1 or getattr(options, "max_new_tokens", 1) < 1:
         raise UserError("--batch_size and --max_new_tokens must be 1 or more.")
     if getattr(options, "system", None) and options.input:

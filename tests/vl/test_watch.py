@@ -23,14 +23,15 @@ from transformers import BertConfig, LlamaConfig, ViTConfig, ViTImageProcessorPi
 
 from llm_jepa.core.errors import UserError
 from llm_jepa.lm.from_scratch import train_tokenizer
-from llm_jepa.stream.frames import Frame, source_name, windows
+from llm_jepa.stream.frames import Frame, open_frames, source_name, windows
 from llm_jepa.stream.segments import Caption, SelectiveDecoder, WardSegmenter
-from llm_jepa.vl import watch as watching
+from llm_jepa.vl import watch_command
 from llm_jepa.vl import watch_page as report
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.processing import VLJEPAProcessor
-from llm_jepa.vl.watch import MAX_FAILURES, add_arguments, default_fps, run, to_json, to_srt, watch
+from llm_jepa.vl.watch import MAX_FAILURES, default_fps, to_json, to_srt, watch
+from llm_jepa.vl.watch_command import add_arguments, run
 from llm_jepa.vl.watch_page import Timeline, clock, one_line, write_report
 from llm_jepa.vl.y_decoder import MemoryProjection, YDecoder, fingerprint
 
@@ -506,7 +507,7 @@ def test_the_nearest_of_the_given_texts_is_said(folder, film, model, tmp_path, c
     labels = capsys.readouterr().out.splitlines()[:-1]
     command(folder, film, "--memory", tmp_path / "texts.txt")
     assert labels == capsys.readouterr().out.splitlines()[:-1]
-    with watching.open_frames(film, fps=FPS) as frames:
+    with open_frames(film, fps=FPS) as frames:
         expected = watch(model, frames).captions
     assert [line.split("  ")[1] for line in labels] == [caption.text for caption in expected]
 
@@ -610,7 +611,7 @@ def test_a_terminal_overwrites_what_is_provisional_and_obeys_no_caption(monkeypa
     """The final line starts where the provisional one did; escapes are gone, and so is what ASCII cannot show."""
     monkeypatch.setenv("COLUMNS", "30")
     terminal = Terminal()
-    printer = watching._Printer(terminal)
+    printer = watch_command._Printer(terminal)
     printer.caption(Caption(0, 2.25, 3, "x" * 99, None, False))
     printer.caption(Caption(0, 5, 6, "red\x1b]0;own\x07\n\u202eé", 0.5, True))
     first, second = terminal.getvalue().split("\r\x1b[K")[1:]

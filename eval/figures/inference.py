@@ -7,11 +7,12 @@ a training run; differences over seeds compare runs that share seed and data ord
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
 
 from llm_jepa import UserError
 
@@ -72,9 +73,9 @@ class McNemar(NamedTuple):
 def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
     """Exact two-sided McNemar test on paired 0/1 outcomes [items]: discordant pairs are fair coin flips.
 
-    p = min(1, 2 P(X <= min(only_a, only_b))), X ~ Binomial(only_a + only_b, 1/2); 1 without discordant pairs. In
-    integers, so thousands of pairs neither overflow nor round. Items must be independent: give it one wording at a
-    time, not all rows of a group. Raises UserError for unequal lengths or values other than 0 and 1.
+    p = min(1, 2 P(X <= min(only_a, only_b))), X ~ Binomial(only_a + only_b, 1/2); 1 without discordant pairs. Items
+    must be independent: give it one wording at a time, not all rows of a group. Raises UserError for unequal lengths
+    or values other than 0 and 1.
     """
     one, other = np.asarray(a), np.asarray(b)
     if one.shape != other.shape or one.ndim != 1:
@@ -82,12 +83,9 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
     if not (np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all()):
         raise UserError("McNemar's test needs outcomes of 0 and 1; bootstrap the differences of other scores.")
     only_a, only_b = int(((one == 1) & (other == 0)).sum()), int(((one == 0) & (other == 1)).sum())
-    n = only_a + only_b
-    term = total = 1  # C(n, 0), and the sum of C(n, i) up to i
-    for i in range(min(only_a, only_b)):
-        term = term * (n - i) // (i + 1)
-        total += term
-    return McNemar(only_a, only_b, min(1.0, 2 * total / 2**n))
+    if only_a == only_b:  # also without any discordant pair, for which binomtest has no p
+        return McNemar(only_a, only_b, 1.0)
+    return McNemar(only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -131,9 +129,11 @@ def t_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
 
     Raises UserError for fewer than two values.
     """
-    mean, error, df = _mean_and_error(values)
-    half = t_quantile((1 + level) / 2, df) * error
-    return Interval(mean, mean - half, mean + half)
+    x = _by_seed(values)
+    if _all_equal(x):
+        return Interval(float(x[0]), float(x[0]), float(x[0]))
+    low, high = stats.ttest_1samp(x, 0.0).confidence_interval(level)
+    return Interval(float(x.mean()), float(low), float(high))
 
 
 def t_test(values: ArrayLike) -> float:
@@ -141,10 +141,10 @@ def t_test(values: ArrayLike) -> float:
 
     Equal values are the limit of a vanishing spread: p = 0, or 1 if all are 0.
     """
-    mean, error, df = _mean_and_error(values)
-    if error == 0:
-        return float(mean == 0)
-    return 2 * t_cdf(-abs(mean / error), df)
+    x = _by_seed(values)
+    if _all_equal(x):
+        return float(x[0] == 0)
+    return float(stats.ttest_1samp(x, 0.0).pvalue)
 
 
 class Equivalence(NamedTuple):
@@ -173,66 +173,24 @@ def detectable_difference(
 ) -> float:
     """The true mean difference that a two-sided paired t test over `num_seeds` at 5 % finds with probability `power`.
 
-    num_tests: of a family under Holm. The first of them must pass at 5 % / num_tests, and so here must this one.
+    num_tests: the size of a family under Holm. Its smallest p must pass at 5 % / num_tests, so this test must too.
 
-    From the noncentral t, integrated numerically over the chi distribution of the sample sd (2,000 points, error below
-    1e-6 in power); the far tail, a finding with the wrong sign, is not counted. In the unit of the sd. Raises UserError
-    for fewer than two seeds.
+    From the noncentral t. The far tail, a significant difference with the wrong sign, does not count as found. In the
+    unit of the sd. Raises UserError for fewer than two seeds.
     """
     if num_seeds < 2:
         raise UserError(f"num_seeds={num_seeds}: a spread over seeds needs two.")
     df = num_seeds - 1
-    critical = t_quantile(1 - 0.025 / num_tests, df)
-    # s = sample sd / true sd: s^2 df is chi squared. P(T > c) = E[ Phi(noncentrality - c s) ].
-    s = (np.arange(2_000) + 0.5) / 2_000 * (1 + 8 / math.sqrt(2 * df))
-    log_density = (df - 1) * np.log(s) - df * s**2 / 2
-    weights = np.exp(log_density - log_density.max())
-    weights /= weights.sum()
-    erf = np.vectorize(math.erf)
+    critical = stats.t.ppf(1 - 0.025 / num_tests, df)
 
-    def found(noncentrality: float) -> float:
-        return float((weights * (0.5 + 0.5 * erf((noncentrality - critical * s) / math.sqrt(2)))).sum())
+    def missing_power(noncentrality: float) -> float:
+        return float(stats.nct.sf(critical, df, noncentrality)) - power
 
     high = 1.0
-    while found(high) < power:
+    while missing_power(high) < 0:
         high *= 2
-    return _bisect(found, power, 0.0, high) * sd_of_paired_difference / math.sqrt(num_seeds)
-
-
-def t_cdf(t: float, df: int) -> float:
-    """P(T <= t) of Student's t with a whole number of degrees of freedom.
-
-    The finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4: exact, but absolute, so tails end near 1e-16.
-    """
-    if df < 1:
-        raise ValueError(f"df={df}: Student's t needs one degree of freedom.")
-    if math.isinf(t):
-        return float(t > 0)
-    theta = math.atan2(t, math.sqrt(df))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
-    for i in range(1 + df % 2, df, 2):  # the sum has (df - 1) // 2 or df // 2 terms
-        total += term
-        term *= cosine * cosine * i / (i + 1)
-    central = 2 / math.pi * (theta + sine * total) if df % 2 else sine * total  # P(-t <= T <= t), with the sign of t
-    return min(1.0, max(0.0, 0.5 + central / 2))
-
-
-def t_quantile(probability: float, df: int) -> float:
-    """The t with `t_cdf(t, df) == probability`, by bisection."""
-    if not 0 < probability < 1:
-        raise ValueError(f"probability={probability} must lie between 0 and 1.")
-    high = 1.0
-    while t_cdf(high, df) < max(probability, 1 - probability):
-        high *= 2
-    return _bisect(lambda t: t_cdf(t, df), probability, -high, high)
-
-
-def _bisect(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < value else (low, middle)
-    return (low + high) / 2
+    noncentrality = optimize.brentq(missing_power, 0.0, high, xtol=1e-10)
+    return float(noncentrality) * sd_of_paired_difference / math.sqrt(num_seeds)
 
 
 def _counts(rng: np.random.Generator, resamples: int, size: int) -> Array:
@@ -251,11 +209,13 @@ def _checked(values: ArrayLike, unit: str) -> Array:
     return table
 
 
-def _mean_and_error(values: ArrayLike) -> tuple[float, float, int]:
-    """(mean, standard error, degrees of freedom) of [n] values."""
+def _by_seed(values: ArrayLike) -> Array:
     x = _checked(values, "seed(s)")
     if x.ndim != 1:
         raise UserError(f"Values of shape {x.shape}: give one value per seed.")
-    equal = bool((x == x[0]).all())  # else their mean's rounding gives a spread of 1e-17
-    error = 0.0 if equal else float(x.std(ddof=1)) / math.sqrt(len(x))
-    return float(x[0] if equal else x.mean()), error, len(x) - 1
+    return x
+
+
+def _all_equal(x: Array) -> bool:
+    """Equal values have no spread. The rounding of their mean would give one of 1e-17, and a huge t."""
+    return bool((x == x[0]).all())

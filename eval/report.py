@@ -1,11 +1,13 @@
-"""Render README.md's result tables and model_cards/ from the committed result files:  python -m eval.report [--check]
+"""Render docs/results/, README.md's table of the families and model_cards/:  python -m eval.report [--check]
 
---check changes nothing and exits 1 if one of them is stale, so that no number in them can be typed by hand.
+Every number comes from the committed files in eval/results/. --check changes nothing, and exits 1 if a rendered file is
+stale. So no number in them can be typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -16,11 +18,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from llm_jepa import UserError
+
 from .cost import step_cost
 from .experiments import paraphrases, replication
 
 ROOT = Path(__file__).parent.parent
-README, CARDS = ROOT / "README.md", ROOT / "model_cards"
+README, PAGES, CARDS = ROOT / "README.md", ROOT / "docs" / "results", ROOT / "model_cards"
 RESULTS = Path(__file__).parent / "results" / "tiny_nl_rx"
 STEP_COST = Path(__file__).parent / "results" / "step_cost" / "cpu.json"
 VL = Path(__file__).parent / "results" / "vl"
@@ -250,6 +254,7 @@ def decoding_line(runs: Sequence[dict[str, Any]]) -> str:
     )
 
 
+@functools.cache  # the hierarchical bootstrap takes seconds
 def paraphrase_tables() -> str:
     """Markdown: the plan's analysis of the confirmatory runs, and what the embeddings were good for."""
     plan = yaml.safe_load(paraphrases.PLAN.read_text())
@@ -282,6 +287,7 @@ def paraphrase_tables() -> str:
     )
 
 
+@functools.cache
 def replication_tables() -> str:
     """Markdown: the plan's analysis over the whole seeds there are."""
     plan = yaml.safe_load(replication.PLAN.read_text())
@@ -410,33 +416,97 @@ def _mean_and_spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, 
     return form.format(statistics.mean(values)) + spread
 
 
+def families_table() -> str:
+    """Markdown: what each family of models does, one command and one measured figure."""
+    runs = load()
+    sft, info_nce = runs["completion", "sft"], runs["completion", "info_nce"]
+    scratch = shapestream_runs()["scratch"]
+
+    def recall(result: dict[str, Any]) -> float:
+        value: float = result["model"]["validation"]["recall_at_1"]
+        return value
+
+    def exact(result: dict[str, Any]) -> float:
+        return 100 * float(result["metrics"]["original"]["exact"])
+
+    def kind(result: dict[str, Any]) -> float:
+        value: float = result["test"]["kind_accuracy"]
+        return value
+
+    of = _mean_and_spread
+    what_lm_does = (
+        "Fine-tunes a causal LM so that it also predicts the embedding of a target view "
+        "([LLM-JEPA](https://arxiv.org/abs/2509.14252))."
+    )
+    what_vl_does = (
+        "Trains a vision-language model that predicts the embedding of a text, and decodes text only when it is needed "
+        "([VL-JEPA](https://arxiv.org/abs/2512.10942))."
+    )
+    lm_figure = (
+        f"[NL-RX](docs/results/nl_rx.md), {len(info_nce)} seeds: recall@1 {of(info_nce, recall, '{:.2f}')} (plain SFT "
+        f"{of(sft, recall, '{:.2f}')}); exact match {of(info_nce, exact, '{:.1f}')} % (plain SFT "
+        f"{of(sft, exact, '{:.1f}')} %)."
+    )
+    vl_figure = (
+        f"[ShapeStream](docs/results/vl.md), {len(scratch)} seeds: {of(scratch, kind, '{:.3f}')} of the test clips get "
+        "the right one of 13 kinds of event (chance 0.077)."
+    )
+    return "\n".join(
+        [
+            "| family | what it does | one command | measured |",
+            "|---|---|---|---|",
+            f"| `lm` | {what_lm_does} | `llm-jepa train recipes/lm/tiny-llama/nl-rx-quickstart.yaml` | {lm_figure} |",
+            f"| `vl` | {what_vl_does} | `llm-jepa train recipes/vl/shapestream.yaml` | {vl_figure} |",
+        ]
+    )
+
+
+def rendered_blocks() -> dict[Path, dict[str, str]]:
+    """File -> block name -> the Markdown that belongs between the block's markers."""
+    return {
+        README: {"families": families_table()},
+        PAGES / "nl_rx.md": {"tiny_nl_rx": table(load())},
+        PAGES / "paraphrases.md": {"paraphrases": paraphrase_tables()},
+        PAGES / "replication.md": {"replication": replication_tables()},
+        PAGES / "step_cost.md": {"step_cost": step_table()},
+        PAGES / "vl.md": {"vl": vl_tables()},
+        PAGES / "throughput.md": {"throughput": throughput_line()},
+    }
+
+
+def with_blocks(text: str, blocks: dict[str, str], source: str) -> str:
+    """The text with every block between its markers replaced. Raises UserError if a marker is missing or repeated."""
+    for name, rendered in blocks.items():
+        begin = BEGIN.format(name)
+        before, *rest = text.split(begin)
+        if len(rest) != 1 or END not in rest[0]:
+            raise UserError(f"{source} must hold `{begin}` and, after it, `{END}`, exactly once.")
+        text = f"{before}{begin}\n{rendered}\n{END}{rest[0].split(END, 1)[1]}"
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether every file is up to date")
     options = parser.parse_args(argv)
-    fresh = README.read_text()
-    for name, rendered in (
-        ("tiny_nl_rx", table(load())),
-        ("paraphrases", paraphrase_tables()),
-        ("replication", replication_tables()),
-        ("step_cost", step_table()),
-        ("vl", vl_tables()),
-        ("throughput", throughput_line()),
-    ):
-        before, rest = fresh.split(BEGIN.format(name))
-        fresh = f"{before}{BEGIN.format(name)}\n{rendered}\n{END}{rest.split(END, 1)[1]}"
-    rendered_files = {README: fresh, **{CARDS / name: card for name, card in cards().items()}}
-    stale = [path for path, text in rendered_files.items() if not path.is_file() or path.read_text() != text]
+    fresh = {CARDS / name: card for name, card in cards().items()}
+    try:
+        for path, blocks in rendered_blocks().items():
+            fresh[path] = with_blocks(path.read_text(), blocks, path.name)
+    except UserError as error:
+        print(f"eval.report: error: {error}", file=sys.stderr)
+        return 2
+    stale = [path for path, text in fresh.items() if not path.is_file() or path.read_text() != text]
     names = ", ".join(path.name for path in stale)
     if not stale:
-        print("README.md and model_cards/ are up to date.")
+        print("README.md, docs/results/ and model_cards/ are up to date.")
     elif options.check:
-        print(f"Not what eval/results says: {names}; run python -m eval.report.", file=sys.stderr)
+        print(f"These files differ from eval/results: {names}; run python -m eval.report.", file=sys.stderr)
         return 1
     else:
         for path in stale:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(rendered_files[path])
+            path.write_text(fresh[path])
         print(f"Rewritten: {names}.")
     return 0
 

@@ -114,7 +114,7 @@ def _run(argv: list[str]) -> int:
         if options.help or options.recipe is None:
             if not options.help:
                 raise UserError("Which recipe? Write llm-jepa train RECIPE.yaml (see llm-jepa train --help).")
-            from .core.recipe import describe_keys
+            from .families import describe_keys
 
             train.print_help()
             print(describe_keys())
@@ -143,16 +143,17 @@ def _run(argv: list[str]) -> int:
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.num_processes is not None and options.launch is None:
         raise UserError("--num_processes needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
-    from .core.recipe import parse
+    from .families import parse_recipe
 
     # Without use_cpu, each gloo process would train a model of its own into the same folder.
     said = any(word.replace("-", "_").startswith("__use_cpu") for word in overrides)
     on_cpu = ["--use_cpu", "true"] if options.launch == "cpu" and not said else []
-    recipe = parse(options.recipe, [*overrides, *on_cpu])
+    recipe = parse_recipe(options.recipe, [*overrides, *on_cpu])
     if options.dry_run:
         return _dry_run(recipe)
     if options.launch is not None:
-        return _launch(options, [*overrides, *on_cpu])
+        named = any(word.startswith("--family") for word in overrides)
+        return _launch(options, [*overrides, *on_cpu, *([] if named else ["--family", recipe.family])])
     if int(os.environ.get("WORLD_SIZE", "1")) != recipe.training.world_size:
         # Otherwise each process would train a model of its own into the same folder, without a word.
         raise UserError(
@@ -165,7 +166,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_training(recipe: Recipe) -> None:
-    trainer, resume = _build_vl_trainer(recipe) if recipe.is_vl else _build_trainer(recipe)
+    trainer, resume = _build_vl_trainer(recipe) if recipe.family == "vl" else _build_trainer(recipe)
     if resume is not None and _restored_if_finished(trainer, resume):
         if (Path(recipe.training.output_dir) / "model.safetensors").exists():
             print(f"{recipe.training.output_dir} is already finished ({trainer.state.global_step} steps).")
@@ -371,7 +372,7 @@ def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
-    if recipe.is_vl:
+    if recipe.family == "vl":
         return _dry_run_vl(recipe)
     from .lm.dry_run import describe_row, token_cost
     from .lm.loading import load_data, load_tokenizer

@@ -10,7 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from llm_jepa.core.recipe import EXTENDS, parse, read_yaml
+from llm_jepa.core.recipe import EXTENDS, read_yaml
+from llm_jepa.families import parse_recipe
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -45,7 +46,7 @@ def head(path: Path, pattern: re.Pattern[str]) -> dict[str, str | None]:
 
 def row(path: Path) -> str:
     """One recipe. The SFT number of a variant (STP) is that of the recipe it extends."""
-    training = parse(path, ["--use_cpu", "true"]).training
+    training = parse_recipe(path, ["--use_cpu", "true"]).training
     title, published, baseline = head(path, TITLE), head(path, PUBLISHED), head(path, BASELINE)["file"]
     sft = published.get("sft")
     if published and sft is None:

@@ -18,6 +18,7 @@ from llm_jepa.cli import main
 from tests.conftest import LLAMA
 
 RECIPE = {
+    "family": "lm",
     "model_config": LLAMA,
     "tokenizer_vocab_size": 320,
     "num_predictor_tokens": 1,

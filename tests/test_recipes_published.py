@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_jepa.core.recipe import EXTENDS, parse, read_yaml
+from llm_jepa.core.recipe import EXTENDS, read_yaml
+from llm_jepa.families import parse_recipe
 from recipes import table
 
 ROOT = Path(__file__).parent.parent
@@ -54,12 +55,12 @@ def name(path: Path) -> str:
 
 
 def given(path: Path) -> dict[str, Any]:
-    return parse(path, ["--use_cpu", "true"]).given
+    return parse_recipe(path, ["--use_cpu", "true"]).given
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_the_values_are_those_of_the_papers_tables(recipe):
-    values = given(ROOT / "recipes" / f"{recipe}.yaml")
+    values = given(ROOT / "recipes" / "lm" / f"{recipe}.yaml")
     assert (values["learning_rate"], values["jepa_weight"], values["num_predictor_tokens"]) == PUBLISHED[recipe]
 
 
@@ -72,7 +73,7 @@ def test_every_recipe_with_a_published_number_is_in_the_table_above():
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_what_all_published_runs_share(recipe):
     """Section 4.1 (epochs), run.sh (128 = 4 x 4 x 8), section 3.1 (cosine) or STP's formula."""
-    values = given(ROOT / "recipes" / f"{recipe}.yaml")
+    values = given(ROOT / "recipes" / "lm" / f"{recipe}.yaml")
     assert values["num_train_epochs"] == 4 and values["max_length"] == 512 and values["seed"] == 82
     assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] == 128
     assert values["lr_scheduler_type"] == "linear" and "warmup_steps" not in values and values["weight_decay"] == 0
@@ -88,15 +89,15 @@ def test_what_all_published_runs_share(recipe):
 
 def test_lora_is_that_of_the_reference():
     """Alpha is twice the rank, dropout 0.1, all seven matrices of a layer."""
-    values = given(ROOT / "recipes" / LLAMA_1B / "nl-rx-synth-lora.yaml")
+    values = given(ROOT / "recipes" / "lm" / LLAMA_1B / "nl-rx-synth-lora.yaml")
     assert (values["lora_r"], values["lora_alpha"], values["lora_dropout"]) == (512, 2 * 512, 0.1)
     assert {module.removesuffix("_proj") for module in values["lora_target_modules"]} == {*"qkvo", "gate", "up", "down"}
 
 
 def test_from_scratch_is_llama_3_2_1b():
     """1,235,814,400 parameters, as its checkpoint: 128256 x 2048 embedding, 16 layers, a norm. Nothing is allocated."""
-    path = ROOT / "recipes" / LLAMA_1B / "nl-rx-synth-from-scratch.yaml"
-    options = dict(parse(path, ["--use_cpu", "true"]).model.model_config or {})
+    path = ROOT / "recipes" / "lm" / LLAMA_1B / "nl-rx-synth-from-scratch.yaml"
+    options = dict(parse_recipe(path, ["--use_cpu", "true"]).model.model_config or {})
     config = AutoConfig.for_model(options.pop("model_type"), **options, vocab_size=128_256)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -137,7 +138,7 @@ def test_the_head_of_a_recipe_says_what_it_is(path):
 def test_a_number_says_where_it_comes_from(recipe):
     """On its line, wherever a published recipe sets one of these."""
     numbers = ("learning_rate:", "jepa_weight:", "num_predictor_tokens:", "jepa_dropout:", "lora_r:")
-    lines = (ROOT / "recipes" / f"{recipe}.yaml").read_text().splitlines()
+    lines = (ROOT / "recipes" / "lm" / f"{recipe}.yaml").read_text().splitlines()
     found = [line for line in lines if line.startswith(numbers)]
     assert found and all(re.search(r"# .*(table|section) \d", line) for line in found)
 
@@ -160,7 +161,7 @@ def test_one_recipe_repeats_nothing_of_its_parent():
 def test_the_readme_is_up_to_date(capsys):
     assert table.main(check=True) == 0, capsys.readouterr().out
     text = table.README.read_text()
-    assert all(f"]({path.parent.name}/{path.name})" in text for path in RECIPES)
+    assert all(f"](lm/{path.parent.name}/{path.name})" in text for path in RECIPES)
 
 
 def test_a_stale_readme_is_found_and_mended(tmp_path, monkeypatch, capsys):

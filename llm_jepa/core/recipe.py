@@ -1,10 +1,10 @@
-"""Recipe YAML + command-line overrides -> dataclasses, strictly and before anything is loaded.
+"""Recipes: YAML files and command-line overrides become dataclasses, checked before anything is loaded.
 
-A recipe is one flat mapping of the field names in `llm_jepa.lm.arguments`, or in `llm_jepa.vl.arguments` where it names
-an x_encoder or a vl_model: then it trains a VL-JEPA. YAML is read by its 1.2 core rules (`no` is a
-word, `1e-5` a number), without anchors, tags or duplicate keys. Every value is checked against the field's type and
-choices, from the file and from the command line alike. `extends: FILE`, relative to the recipe, names one parent whose
-keys the recipe overrides; what comes out is the same as if it had been written out in full.
+A recipe is one flat mapping of keys. Which keys exist depends on its `family`; the caller hands in the family's three
+dataclasses (model, data, training) as `groups`. YAML follows the core rules of version 1.2 (`no` is a word, `1e-5` a
+number), without anchors, tags and duplicate keys. Every value is checked against the type and choices of its field.
+`extends: FILE`, relative to the recipe, names one parent. The recipe overrides the parent's keys; the result is the
+same as if everything were written in one file.
 """
 
 from __future__ import annotations
@@ -17,25 +17,21 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
 
-from ..lm.arguments import DataArguments, LLMJEPAConfig, ModelArguments
-from ..vl.arguments import VLDataArguments, VLJEPATrainingArguments, VLModelArguments
 from .errors import UserError
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 20
 MAX_FILES = 5  # a recipe, the file it extends, the file that one extends, ...
-EXTENDS = "extends"
-Groups = tuple[type, type, type]
-LLM_GROUPS: Groups = (ModelArguments, DataArguments, LLMJEPAConfig)
-VL_GROUPS: Groups = (VLModelArguments, VLDataArguments, VLJEPATrainingArguments)
-# Names that people bring along, and what became of them.
+EXTENDS, FAMILY = "extends", "family"  # keys of the recipe itself; no family has a field of these names
+Groups = tuple[type, type, type]  # dataclasses: model, data, training
+# Names from other tools and older versions, and what to write instead.
 RENAMED = {
     "warmup_ratio": "warmup_steps (a value below 1 is a ratio)",
     "torch_dtype": "dtype",
@@ -52,7 +48,7 @@ RENAMED = {
     "stop_gradient_target": "target_encoder: stop_gradient",
     "jepa_ratio": "jepa_dropout (1 - jepa_ratio)",
 }
-# How a run is watched and stored, not what it computes: free to differ between a run and its resumption.
+# Keys that say how a run is watched and stored, not what it computes. They may change when a run is resumed.
 BOOKKEEPING = {
     "dataloader_num_workers", "dataset_num_proc", "disable_tqdm", "feature_cache", "hub_model_id", "hub_private_repo",
     "hub_strategy", "log_level", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "push_to_hub",
@@ -62,100 +58,118 @@ BOOKKEEPING = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    model: Any  # the three groups of LLM_GROUPS, or of VL_GROUPS
-    data: Any
-    training: Any
-    given: dict[str, Any]  # what the file and the command line set, resolved
+class RecipeSource:
+    """A recipe as written: nothing is checked but the YAML and the form of the overrides."""
+
+    files: list[tuple[Path, dict[str, Any]]]  # the recipe first, then the file it extends, ...
+    overrides: dict[str, str]  # key -> its text on the command line
 
     @property
-    def is_vl(self) -> bool:
-        return isinstance(self.training, VLJEPATrainingArguments)
+    def path(self) -> Path:
+        return self.files[0][0]
+
+    @property
+    def keys(self) -> set[str]:
+        """Every key that the files or the command line name."""
+        return {key for _, keys in self.files for key in keys} | self.overrides.keys()
+
+    @property
+    def family(self) -> Any:
+        """The value of `family`: the command line wins, then the nearest file. None if nobody sets it."""
+        if FAMILY in self.overrides:
+            return self.overrides[FAMILY]
+        return next((keys[FAMILY] for _, keys in self.files if FAMILY in keys), None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    family: str
+    model: Any  # instances of the family's groups
+    data: Any
+    training: Any
+    given: dict[str, Any]  # the values that the files and the command line set, checked; without `family`
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be the same run; plain JSON."""
+        """The values that make two runs the same run; plain JSON. `family` follows from the keys, so it is left out."""
         same = {key: value for key, value in sorted(self.given.items()) if key not in BOOKKEEPING}
-        cached = (
-            {"feature_cache": True} if self.given.get("feature_cache") else {}
-        )  # wherever: its features are float16
-        return same | cached
+        if self.given.get("feature_cache"):
+            same["feature_cache"] = True  # its folder may change, but cached features are float16
+        return same
 
 
-def parse(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and `--field value` overrides. Raises UserError, one line, for anything that cannot be right."""
-    chain = _chain(Path(path))
-    flags = {word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
-    named = {key for _, own in chain for key in own} | flags
-    groups = VL_GROUPS if named & {"x_encoder", "predictor", "y_encoder", "vl_model"} else LLM_GROUPS
-    fields = recipe_fields(groups)
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource:
+    """Read a recipe, the files it extends and `--field value` overrides. Raises UserError, one line."""
+    return RecipeSource(_chain(Path(path)), _split_overrides(overrides))
+
+
+def parse(
+    source: RecipeSource, family: str, groups: Groups, *, owner: Callable[[str], str | None] = lambda key: None
+) -> Recipe:
+    """Check every value of a recipe and build its three groups.
+
+    Args:
+        family: the name of the family that `groups` belong to.
+        owner: key -> the other family that has such a key, or None. Only asked about unknown keys.
+
+    Raises UserError, one line, for anything that cannot be right.
+    """
+    path, fields = source.path, recipe_fields(groups)
+
+    def unknown(keys: Iterable[str], dashes: str = "") -> str:
+        return "; ".join(_unknown(key, list(fields), owner(key), family, dashes) for key in keys if key not in fields)
+
     values: dict[str, Any] = {}
-    for file, own in reversed(chain):  # the child's keys win
-        unknown = [key for key in own if key not in fields]
-        if unknown:
-            raise UserError(f"{file}: " + "; ".join(_unknown(key, list(fields)) for key in unknown))
-        values.update(own)
-    values.update(_parse_overrides(overrides, fields))
-    resolved = {key: coerce(key, value, fields[key][1]) for key, value in values.items()}
-    parts = [
-        {key: resolved[key] for key in resolved if key in {f.name for f in dataclasses.fields(group) if f.init}}
-        for group in groups
-    ]
+    for file, keys in reversed(source.files):  # the child's keys win
+        if message := unknown(key for key in keys if key != FAMILY):
+            raise UserError(f"{file}: {message}")
+        values |= keys
+    overrides = {key: text for key, text in source.overrides.items() if key != FAMILY}
+    if message := unknown(overrides, "--"):
+        raise UserError(message)
+    values |= {key: _override(key, text, fields[key][1]) for key, text in overrides.items()}
+    resolved = {key: coerce(key, value, fields[key][1]) for key, value in values.items() if key != FAMILY}
     if "train_data" not in resolved:
         raise UserError(f"{path} sets no train_data: name a .jsonl, .json, .csv or .parquet file or a Hub dataset.")
     if resolved.get("output_dir") is None:
         raise UserError(f"{path} sets no output_dir: name the folder the run is saved in.")
     try:
-        model, data, training = (group(**values) for group, values in zip(groups, parts, strict=True))
+        model, data, training = (_build(group, resolved) for group in groups)
     except UserError:
         raise
     except Exception as error:  # transformers' and TRL's own checks of their fields
         raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
-    if groups is VL_GROUPS and training.objective != "info_nce" and model.temperature != VLModelArguments.temperature:
-        raise UserError(
-            f"temperature: {model.temperature} would be ignored: it belongs to objective: info_nce; remove it."
-        )
-    return Recipe(model, data, training, resolved)
+    return Recipe(family, model, data, training, resolved)
 
 
-def recipe_fields(groups: Groups = LLM_GROUPS) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """name -> (field, resolved type) of everything a recipe of these groups may set."""
-    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+def recipe_fields(groups: Groups) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """name -> (field, resolved type) of every key that a recipe of these groups may set."""
+    fields: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     for group in groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
-            if field.init:
-                hint, choices = hints[field.name], field.metadata.get("choices")
-                if choices is not None and str in _options(hint):  # transformers' way to say what a text may be
-                    hint = Literal[tuple(choices)] if field.default is not None else Literal[tuple(choices)] | None
-                found[field.name] = (field, hint)
-    return found
+            if not field.init:
+                continue
+            hint, choices = hints[field.name], field.metadata.get("choices")
+            if choices is not None and str in _options(hint):  # transformers' way to list the allowed words
+                hint = Literal[tuple(choices)] if field.default is not None else Literal[tuple(choices)] | None
+            fields[field.name] = (field, hint)
+    return fields
 
 
-def describe_keys() -> str:
-    """Every key of ours with its type, default and meaning, for --help."""
-    lines = []
-    for groups, titles in (
-        (LLM_GROUPS, ("Model", "Data", "LLM-JEPA")),
-        (VL_GROUPS, ("VL-JEPA model", "Data", "VL-JEPA")),
-    ):
-        fields = recipe_fields(groups)
-        if groups is VL_GROUPS:
-            lines.append("\nA recipe that names an x_encoder or a vl_model trains a VL-JEPA, with these keys instead.")
-        for title, group in zip(titles, groups, strict=True):
-            lines.append(f"\n{title} keys:")
-            for name in group.__annotations__:
-                field, hint = fields[name]
-                default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
-                lines += [f"  {name} ({_describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
-        others = len(fields) - sum(len(group.__annotations__) for group in groups)
-        parent = "trl.SFTConfig and " if groups is LLM_GROUPS else ""
-        lines.append(f"\nAnd {others} keys of {parent}transformers.TrainingArguments.")
-    lines.append(
-        "\nThose are learning_rate, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, bf16,\n"
-        "eval_strategy, save_steps, report_to, ..."
-        f"\n\n`{EXTENDS}: FILE` in a recipe (relative to it) takes the keys of another one, which its own override."
-    )
-    return "\n".join(lines)
+def describe_keys(groups: Groups, titles: Sequence[str], parents: str) -> str:
+    """Every key of ours with its type, default and meaning, for --help.
+
+    `titles` name the groups; `parents` names the libraries' classes that the other keys come from.
+    """
+    fields, lines = recipe_fields(groups), []
+    for title, group in zip(titles, groups, strict=True):
+        lines.append(f"\n{title} keys:")
+        for name in group.__annotations__:
+            field, hint = fields[name]
+            default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
+            lines += [f"  {name} ({_describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
+    others = len(fields) - sum(len(group.__annotations__) for group in groups)
+    return "\n".join([*lines, f"\nAnd {others} keys of {parents}."])
 
 
 def coerce(key: str, value: Any, hint: Any) -> Any:
@@ -213,45 +227,58 @@ def _parent(path: Path, name: Any) -> Path:
     return parent
 
 
-def _parse_overrides(arguments: Sequence[str], fields: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """--field value, --field=value and --field-with-hyphens value; values are YAML scalars or flow collections."""
-    values: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
+def _split_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`--field value`, `--field=value` and `--field-with-hyphens value` -> {field: value as text}."""
+    texts: dict[str, str] = {}
+    words = list(arguments)
+    while words:
+        flag = words.pop(0)
         if not flag.startswith("--"):
             raise UserError(f"Unexpected argument {flag!r}; overrides are written --field value.")
         name, equals, text = flag[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} has no value; write --{name} VALUE.")
-            text = rest.pop(0)
+            text = words.pop(0)
         if name == EXTENDS:
             raise UserError(f"--{EXTENDS}: only a recipe file can extend another; on the command line give the keys.")
-        if name not in fields:
-            raise UserError(_unknown(name, list(fields), "--"))
-        if name in values:
+        if name in texts:
             raise UserError(f"--{name} is given twice.")
-        if text.lower() in ("none", "null"):
-            values[name] = None
-        elif _accept(text, fields[name][1])[0] and not _accept("", fields[name][1])[0]:
-            values[name] = text  # a choice such as `no`
-        elif _wants_text(fields[name][1]):
-            values[name] = text
-        else:
-            try:
-                values[name] = yaml.load(text, Loader=_StrictLoader)
-            except yaml.YAMLError:
-                raise UserError(f"--{name}: cannot read {text!r} as a value.") from None
-    return values
+        texts[name] = text
+    return texts
 
 
-def _unknown(key: str, known: list[str], dashes: str = "") -> str:
+def _override(name: str, text: str, hint: Any) -> Any:
+    """The value of an override: a YAML scalar or flow collection. A field that takes any text takes it literally."""
+    if text.lower() in ("none", "null"):
+        return None
+    is_choice = _accept(text, hint)[0] and not _accept("", hint)[0]  # such as `no`
+    if is_choice or _wants_text(hint):
+        return text
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        raise UserError(f"--{name}: cannot read {text!r} as a value.") from None
+
+
+def _build(group: type, resolved: Mapping[str, Any]) -> Any:
+    names = {field.name for field in dataclasses.fields(group) if field.init}
+    return group(**{key: value for key, value in resolved.items() if key in names})
+
+
+def _unknown(key: str, known: list[str], owner: str | None, family: str, dashes: str) -> str:
+    """Why a key cannot be used, and what to write instead."""
+    name = f"unknown key {dashes + key!r}"
     if key in RENAMED:
-        return f"unknown key {dashes + key!r}: use {RENAMED[key]}"
+        return f"{name}: use {RENAMED[key]}"
+    if owner is not None:
+        return (
+            f"{name} of family: {family}: it belongs to family: {owner}; write `family: {owner}` into the recipe to "
+            f"train one, or remove the key"
+        )
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {dashes + key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see llm-jepa train --help")
+    return f"{name}; did you mean {near[0]!r}?" if near else f"{name}; see llm-jepa train --help"
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -198,3 +198,11 @@ class VLJEPATrainingArguments(TrainingArguments):
                 raise UserError(f"{name}: {getattr(self, name)} would be ignored: it belongs to {where}; remove it.")
         if self.accelerator_config.dispatch_batches:
             raise UserError("accelerator_config.dispatch_batches cuts a batch by its rows, and pairs are not rows.")
+
+
+def check_together(model: VLModelArguments, training: VLJEPATrainingArguments) -> None:
+    """Refuse a temperature that the objective would ignore. Raises UserError."""
+    if training.objective != "info_nce" and model.temperature != VLModelArguments.temperature:
+        raise UserError(
+            f"temperature: {model.temperature} would be ignored: it belongs to objective: info_nce; remove it."
+        )

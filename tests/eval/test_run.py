@@ -87,6 +87,7 @@ def test_run_scores_a_trained_model_and_records_where_the_numbers_come_from(tmp_
     recipe.write_text(
         yaml.safe_dump(
             {
+                "family": "lm",
                 "model_config": LLAMA,
                 "tokenizer_vocab_size": 320,
                 "use_cpu": True,

@@ -678,6 +678,7 @@ def test_shared_rows_are_refused_where_the_model_cannot_have_them(options, datas
 
 
 RECIPE = {
+    "family": "lm",
     "model_config": LLAMA,
     "tokenizer_vocab_size": 320,
     "use_cpu": True,

@@ -26,7 +26,6 @@ from transformers import AutoModel
 
 import llm_jepa
 from llm_jepa.cli import main
-from llm_jepa.core.recipe import parse
 from llm_jepa.vl.arguments import VLJEPATrainingArguments, VLModelArguments
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
@@ -36,6 +35,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "
 VIT = {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8, "num_hidden_layers": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 RECIPE = {
+    "family": "vl",
     "x_encoder": VIT,
     "predictor": {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "num_hidden_layers": 2},
     "y_encoder": {"model_type": "bert", **SMALL, **NO_DROPOUT, "num_hidden_layers": 1},
@@ -200,29 +200,6 @@ def test_help_names_the_keys_of_both(capsys):
     out = capsys.readouterr().out
     for name in [*VLModelArguments.__annotations__, *VLJEPATrainingArguments.__annotations__, "jepa_weight"]:
         assert f"  {name} (" in out, name
-
-
-@pytest.mark.parametrize(
-    ("keys", "is_vl"),
-    [
-        ({"vl_model": "x"}, True),
-        ({"--vl-model": "x"}, True),
-        ({"--vl_model=x": None}, True),
-        # A word that is a value is no key.
-        ({"model_name_or_path": "m", "--run_name": "vl_model"}, False),
-        ({"model_name_or_path": "m", "--output_dir": "x_encoder"}, False),
-    ],
-)
-def test_a_recipe_that_names_a_vision_part_is_a_vl_recipe(keys, is_vl, tmp_path):
-    path, words = tmp_path / "r.yaml", []
-    own = {"train_data": "d.jsonl", "output_dir": "o", "use_cpu": True}
-    for key, value in keys.items():
-        if key.startswith("--"):
-            words += [key] if value is None else [key, value]
-        else:
-            own[key] = value
-    path.write_text(yaml.safe_dump(own))
-    assert parse(path, words).is_vl == is_vl
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

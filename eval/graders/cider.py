@@ -1,4 +1,4 @@
-"""CIDEr-D: how much a caption sounds like the human ones, n-gram by n-gram, rare n-grams first.
+"""CIDEr-D: similarity of a caption to human captions, by their n-grams, weighted by how rare these are.
 
 (Vedantam et al. 2015, arXiv:1411.5726, sections 4 and 5; the details are those of coco-caption's `Cider`, which
 computes CIDEr-D under that name.) A score is in 0..10 and already has the factor 10; human captions of COCO are near 1.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,16 +34,16 @@ def cider_d(
                     * sum of min(g(c), g(r)) * g(r) / (||g(c)|| ||g(r)||)
 
     tf is the count of an n-gram, idf = ln(documents / max(1, documents with the n-gram)), and a document is all the
-    references of one item. A pair without n-grams of some n counts 0 there, so a perfect caption of three words has
-    7.5.
+    references of one item. A pair that lacks n-grams of some n counts 0 for it, so a perfect caption of three words
+    scores 7.5.
 
     Args:
         candidates: one caption per item.
         references: per item one or more captions.
-        document_frequency: documents to count instead of `references`, for few items. An n-gram of none of them
-            weighs as much as one of a single one.
+        document_frequency: documents to count instead of `references`, for few items. An n-gram that none of
+            them has weighs as much as one that a single document has.
 
-    Raises ValueError if the lengths differ, an item has no reference, or there is one document only: then every idf is
+    Raises ValueError if the lengths differ, an item has no reference, or there is only one document: every idf would be
     0, and no score is defined.
     """
     documents = references if document_frequency is None else document_frequency
@@ -58,16 +58,19 @@ def cider_d(
             f"{len(candidates)} item(s), {len(documents)} document(s): an n-gram's idf is ln(documents / documents "
             "with it), 0 for one document. Pass document_frequency=<references of a larger set>."
         )
-    seen: Ngrams = Counter()
+    idf = _inverse_frequency(documents)
+    scores = []
+    for candidate, texts in zip(candidates, references, strict=True):
+        scores.append(np.mean([_similarity(candidate, text, idf) for text in texts]))
+    return float(np.mean(scores)), np.array(scores)
+
+
+def _inverse_frequency(documents: Sequence[Sequence[str]]) -> Callable[[tuple[str, ...]], float]:
+    """idf of an n-gram."""
+    num_with: Ngrams = Counter()
     for texts in documents:
-        seen.update({gram for text in texts for gram in _ngrams(text)})
-    scores = np.array(
-        [
-            np.mean([_similarity(candidate, text, seen, len(documents)) for text in texts])
-            for candidate, texts in zip(candidates, references, strict=True)
-        ]
-    )
-    return float(scores.mean()), scores
+        num_with.update(set().union(*map(_ngrams, texts)))
+    return lambda gram: math.log(len(documents) / max(1, num_with[gram]))
 
 
 def tokenize(text: str) -> list[str]:
@@ -80,23 +83,30 @@ def tokenize(text: str) -> list[str]:
 
 
 def _ngrams(text: str) -> Ngrams:
+    """How often the text has each n-gram, for n = 1..MAX_N."""
     words = tokenize(text)
-    return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
+    grams: Ngrams = Counter()
+    for n in range(1, MAX_N + 1):
+        grams.update(zip(*(words[start:] for start in range(n)), strict=False))
+    return grams
 
 
-def _similarity(candidate: str, reference: str, seen: Ngrams, num_documents: int) -> float:
-    c, r = (
-        {gram: count * math.log(num_documents / max(1, seen[gram])) for gram, count in _ngrams(text).items()}
-        for text in (candidate, reference)
-    )
+def _tf_idf(text: str, n: int, idf: Callable[[tuple[str, ...]], float]) -> dict[tuple[str, ...], float]:
+    return {gram: count * idf(gram) for gram, count in _ngrams(text).items() if len(gram) == n}
+
+
+def _norm(weights: dict[tuple[str, ...], float]) -> float:
+    return math.sqrt(sum(weight**2 for weight in weights.values()))
+
+
+def _similarity(candidate: str, reference: str, idf: Callable[[tuple[str, ...]], float]) -> float:
     total = 0.0
     for n in range(1, MAX_N + 1):
-        norms = [math.sqrt(sum(weight**2 for gram, weight in v.items() if len(gram) == n)) for v in (c, r)]
-        if all(norms):
+        c, r = _tf_idf(candidate, n, idf), _tf_idf(reference, n, idf)
+        norms = _norm(c) * _norm(r)
+        if norms > 0:
             # min: repeating a word of the reference gains nothing (the D of CIDEr-D)
-            overlap = sum(
-                min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in c.items() if len(gram) == n
-            )
-            total += overlap / (norms[0] * norms[1])
+            overlap = sum(min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in c.items())
+            total += overlap / norms
     gap = len(tokenize(candidate)) - len(tokenize(reference))
     return 10 * total / MAX_N * math.exp(-(gap**2) / (2 * SIGMA**2))

@@ -1,4 +1,4 @@
-"""What llm_jepa_nl_rx.yaml calls. The harness loads this file by its path, so the repository is put on the path."""
+"""Functions of llm_jepa_nl_rx.yaml. The harness loads this file by its path, so it puts the repository on sys.path."""
 
 from __future__ import annotations
 
@@ -20,26 +20,20 @@ TASK = TASKS["nl_rx"]
 
 
 def load(nl_rx: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
-    """One row a wording. `--metadata` comes in here, together with the harness's model arguments."""
+    """NL-RX, one row for each wording. The harness passes `--metadata` to it, together with its model arguments."""
     folder = nl_rx or os.environ.get("LLM_JEPA_NL_RX")
     if not folder:
-        raise UserError("Where is NL-RX? Give --metadata nl_rx=FOLDER, or set LLM_JEPA_NL_RX.")
-    rows = [
-        {
-            "group": group.id,
-            "wording": wording,
-            "user": last_text(prompt),
-            "gold": group.answer,
-            "degenerate": group.extra["degenerate"],
-        }
-        for group in TASK.load(folder).groups
-        for wording, prompt in zip(group.wordings, group.prompts, strict=True)
-    ]
+        raise UserError("The folder of NL-RX is not known. Give --metadata nl_rx=FOLDER, or set LLM_JEPA_NL_RX.")
+    rows = []
+    for group in TASK.load(folder).groups:
+        same = {"gold": group.answer, "degenerate": group.extra["degenerate"]}
+        for wording, prompt in zip(group.wordings, group.prompts, strict=True):
+            rows.append({"group": group.id, "wording": wording, "user": last_text(prompt), **same})
     return {"test": datasets.Dataset.from_list(rows)}
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Scores of one wording; for figures of groups the whole sample, which the aggregations below put together."""
+    """The scores of one wording. Figures of groups get the whole sample; the aggregations below combine them."""
     group = Group(doc["group"], (), (), doc["gold"], {"degenerate": doc["degenerate"]})
     scores, key = TASK.grade(group, results[0].strip(), True)
     sample = {"group": doc["group"], "wording": doc["wording"], "scores": scores, "answer_key": key}

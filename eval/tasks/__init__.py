@@ -261,7 +261,9 @@ def _databases(root: str) -> Databases:
 
 
 def _grade_spider(group: Group, text: str, stopped: bool) -> Grade:
-    return graders.sql(_databases(group.extra["databases"]).grade(group.extra["db_id"], group.answer, text), stopped)
+    return graders.sql_execution(
+        _databases(group.extra["databases"]).grade(group.extra["db_id"], group.answer, text), stopped
+    )
 
 
 # -- NQ-Open ----------------------------------------------------------------------------------------------------------

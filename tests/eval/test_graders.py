@@ -156,7 +156,7 @@ def test_sql_by_execution(tmp_path):
         connection.executemany("INSERT INTO items VALUES (?, ?)", [("cup", 3), ("pot", 9)])
     connection.close()
     with Databases(tmp_path) as databases:
-        grade = lambda answer: graders.sql(  # noqa: E731
+        grade = lambda answer: graders.sql_execution(  # noqa: E731
             databases.grade("shop", "SELECT name FROM items WHERE price > 5", answer), True
         )
         right = grade("SELECT name FROM items WHERE price = 9")
@@ -223,7 +223,7 @@ def load(tmp_path_factory):
     """`evaluate.load` of a folder of ours, offline, with its caches elsewhere."""
     evaluate = pytest.importorskip("evaluate")
     caches = tmp_path_factory.mktemp("evaluate")
-    folder = Path(graders.__file__).parent / "metrics"
+    folder = Path(graders.__file__).parents[1] / "metrics"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(caches / "modules"))

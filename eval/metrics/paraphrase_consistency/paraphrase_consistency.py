@@ -1,10 +1,10 @@
-"""Do the wordings of a question get the same answer, and the right one?
+"""Do the wordings of a question get the same answer, and the right one? A metric of Hugging Face `evaluate`.
 
     metric = evaluate.load("eval/metrics/paraphrase_consistency")
     metric.compute(predictions=["4", "four"], references=["4", "4"], groups=["q1", "q1"], grader="exact")
 
-Offline; `evaluate` copies this file before it imports it, so the repository's root must be on the path (run Python
-there). One module a line: its scanner of imports reads no other form.
+Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. Keep one module
+a line in the imports: the scanner of `evaluate` reads no other form.
 """
 
 import collections
@@ -18,7 +18,7 @@ from eval.tasks import nearest
 from llm_jepa import UserError
 
 DESCRIPTION = "Per group of wordings, averaged over groups:\n" + "\n".join(
-    f"{name}: {what}." for name, what in DEFINITIONS.items()
+    f"{name}: {definition}." for name, definition in DEFINITIONS.items()
 )
 
 
@@ -29,7 +29,8 @@ class ParaphraseConsistency(evaluate.Metric):
             citation="",
             inputs_description=(
                 "predictions, references: answers, one for each wording. groups: the question each belongs to; its "
-                f"first wording is the original. grader: {', '.join(BY_NAME)} (what is right, what is the same)."
+                "first wording is the original. grader: decides which answers are right and which are the same, one of "
+                f"{', '.join(BY_NAME)}."
             ),
             features=datasets.Features(
                 {name: datasets.Value("string") for name in ("predictions", "references", "groups")}
@@ -46,5 +47,5 @@ class ParaphraseConsistency(evaluate.Metric):
             scores = {"correct": float(right)}
             rows.append({"group": group, "wording": str(seen[group]), "scores": scores, "answer_key": key})
             seen[group] += 1
-        found = figures(read_answers(rows, "correct"))
-        return {name: found["metrics", name] for name in DEFINITIONS}
+        estimates = figures(read_answers(rows, "correct"))
+        return {name: estimates["metrics", name] for name in DEFINITIONS}

@@ -1,21 +1,23 @@
-"""Do predicted queries return the rows of the gold ones?
+"""Share of predicted queries that return the rows of the gold queries, as a metric of Hugging Face `evaluate`.
 
     metric = evaluate.load("eval/metrics/sql_execution")
     metric.compute(predictions=["SELECT 1"], references=["SELECT 2 - 1"], db_ids=["shop"], databases="spider/database")
 
-Offline; `evaluate` copies this file before it imports it, so the repository's root must be on the path (run Python
-there). One module a line: its scanner of imports reads no other form.
+Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. Keep one module
+a line in the imports: the scanner of `evaluate` reads no other form.
 """
+
+import statistics
 
 import datasets
 import evaluate  # type: ignore[import-untyped]
 
-from eval.graders import sql
+from eval.graders import sql_execution
 from eval.graders.sql import Databases
 
 DESCRIPTION = """\
-execution: share of predictions that run and give the rows of their reference (in order, where it asks for one).
-failed: share of predictions that do not run. A missing database or a reference that fails is an error.
+execution: share of predictions that run and return the rows of their reference (in order, if it asks for an order).
+failed: share of predictions that do not run. A missing database or a failing reference is an error.
 """
 
 
@@ -40,7 +42,7 @@ class SqlExecution(evaluate.Metric):
     def _compute(self, predictions, references, db_ids, databases):
         with Databases(databases) as connections:
             grades = [
-                sql(connections.grade(db_id, gold, text), True).scores
+                sql_execution(connections.grade(db_id, gold, text), True).scores
                 for db_id, gold, text in zip(db_ids, references, predictions, strict=True)
             ]
-        return {name: sum(scores[name] for scores in grades) / len(grades) for name in ("execution", "failed")}
+        return {name: statistics.fmean([scores[name] for scores in grades]) for name in ("execution", "failed")}

@@ -1,0 +1,65 @@
+"""Answers that are numbers: read out of a text, and compared as decimal strings."""
+
+from __future__ import annotations
+
+import re
+
+from .text import Grade
+
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-\u2212])?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+
+
+def number(text: str, *, last: bool = False) -> str | None:
+    """The first (or last) number in `text` as a canonical decimal string: `$1,234.50.` is `1234.5`. None without one.
+
+    Strings instead of floats avoid rounding: 0.1 stays 0.1, and 30 digits stay 30 digits. `5-3` holds 5 and 3, not -3.
+    """
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    digits = numbers[-1 if last else 0].replace(",", "").replace("$", "")
+    negative = digits[0] in "-\u2212"
+    whole, _, fraction = digits.lstrip("-\u2212").partition(".")
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    value = f"{whole}.{fraction}" if fraction else whole
+    return f"-{value}" if negative and value != "0" else value
+
+
+def marked_number(text: str) -> str | None:
+    """The number after the first `####`, on the same line: the answer format of GSM8K.
+
+    A text that continues with other problems is judged by its first answer.
+    """
+    match = re.search(r"####([^\n]*)", text)
+    return number(match.group(1)) if match else None
+
+
+def gsm8k(gold: str, text: str, stopped: bool) -> Grade:
+    """Grade an answer of GSM8K.
+
+    number       the number after `####` is the gold's
+    last_number  the same, but an answer without a `####` number is judged by its last number. A separate metric,
+                 because it also rewards a number that is last by chance.
+    """
+    right, marked = marked_number(gold), marked_number(text)
+    assert right is not None, "checked when the data is loaded"
+    loose = marked if marked is not None else number(text, last=True)
+    scores = {
+        "number": float(marked == right),
+        "last_number": float(loose == right),
+        "stop_rate": float(stopped),
+    }
+    return Grade(scores, _key(marked, text))
+
+
+def same_number(gold: str, text: str) -> tuple[bool, str]:
+    """The `####` number, or else the last number, of the text is that of the gold (a number, or a text with `####`)."""
+    value = marked_number(text) or number(text, last=True)
+    right = marked_number(gold) or number(gold, last=True)
+    return value is not None and value == right, _key(value, text)
+
+
+def _key(value: str | None, text: str) -> str:
+    return f"text:{text.strip()}" if value is None else f"number:{value}"

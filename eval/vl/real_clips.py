@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.stream.frames import open_frames
+from llm_jepa.stream.opening import open_frames
 from llm_jepa.stream.segments import (
     boundary_f1,
     segment_offline,

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from llm_jepa.core.files import write_json
+from llm_jepa.stream.decoder import SelectiveDecoder
 from llm_jepa.stream.segments import (
     Segment,
-    SelectiveDecoder,
     WardSegmenter,
     boundary_f1,
     segment_at,

@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..stream.frames import open_frames
-    from ..stream.segments import SelectiveDecoder, WardSegmenter, segment_offline
+    from ..stream.decoder import SelectiveDecoder
+    from ..stream.opening import open_frames
+    from ..stream.segments import WardSegmenter, segment_offline
     from .arguments import VLJEPATrainingArguments
     from .configuration import VLJEPAConfig
     from .data import Clip, ClipDataset, Pair
@@ -26,7 +27,7 @@ _HOMES = {
     "Clip": ".data",
     "ClipDataset": ".data",
     "Pair": ".data",
-    "SelectiveDecoder": "..stream.segments",
+    "SelectiveDecoder": "..stream.decoder",
     "VLJEPA": ".inference",
     "VLJEPAConfig": ".configuration",
     "VLJEPAModel": ".modeling",
@@ -34,7 +35,7 @@ _HOMES = {
     "VLJEPATrainer": ".trainer",
     "VLJEPATrainingArguments": ".arguments",
     "WardSegmenter": "..stream.segments",
-    "open_frames": "..stream.frames",
+    "open_frames": "..stream.opening",
     "segment_offline": "..stream.segments",
 }
 __all__ = [

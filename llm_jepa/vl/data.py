@@ -23,7 +23,9 @@ from torch.utils.data import Dataset
 
 from ..core.errors import UserError
 from ..core.files import file_sha256
-from ..stream.frames import IMAGE_SUFFIXES, Limits, read_clip
+from ..stream.clips import read_clip
+from ..stream.frames import Limits
+from ..stream.opening import IMAGE_SUFFIXES
 from .features import FeatureCache
 from .processing import VLJEPAProcessor
 

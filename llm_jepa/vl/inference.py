@@ -19,7 +19,8 @@ from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError
-from ..stream.frames import IMAGE_SUFFIXES, read_clip
+from ..stream.clips import read_clip
+from ..stream.opening import IMAGE_SUFFIXES
 from .configuration import VLJEPAConfig
 from .modeling import VLJEPAModel
 from .processing import Frames, VLJEPAProcessor

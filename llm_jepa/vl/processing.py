@@ -15,6 +15,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from ..core.errors import UserError
+from ..stream.clips import sample_frames
+from ..stream.frames import to_rgb
 from .configuration import VLJEPAConfig
 
 Frames = Any  # [T, H, W, 3] uint8 array or tensor, or a list of T PIL images or [H, W, 3] arrays
@@ -94,12 +96,12 @@ class VLJEPAProcessor(ProcessorMixin):
         if shape is None and not isinstance(frames, (list, tuple)):
             raise UserError(
                 f"Clip {index} is a {type(frames).__name__}: give an array [frames, height, width, 3] or a list of "
-                "images; read files with llm_jepa.stream.frames.read_clip, and give single images as images=."
+                "images; read files with llm_jepa.stream.clips.read_clip, and give single images as images=."
             )
         if not len(frames):
             raise UserError(f"Clip {index} has no frames.")
         if len(frames) > self.num_frames:
-            chosen = ((np.arange(self.num_frames) + 0.5) * len(frames) / self.num_frames).astype(int)
+            chosen = sample_frames(len(frames), self.num_frames)
             frames = frames[chosen] if shape is not None else [frames[i] for i in chosen]
         if len(frames) > 1 and len(frames) % self.frames_multiple:
             raise UserError(
@@ -117,7 +119,7 @@ class VLJEPAProcessor(ProcessorMixin):
             raise UserError(
                 f"Clips of {lengths[0]} and of {lengths[-1]} frames cannot share a batch; sample them alike."
             )
-        frames = [_rgb(frame) for clip in clips for frame in clip]
+        frames = [to_rgb(frame) for clip in clips for frame in clip]
         processor = self.image_processor
         if processor.do_resize or getattr(processor, "do_center_crop", False):
             pixels = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
@@ -202,21 +204,6 @@ def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:
         resample=PILImageResampling.BILINEAR,
         **{"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, **options},
     )
-
-
-def _rgb(frame: Any) -> np.ndarray:
-    """[H, W, 3] uint8 of a PIL image of 8 bits a channel, or of a grey, RGB or RGBA array."""
-    if hasattr(frame, "convert"):
-        if frame.mode.startswith(("I", "F")):  # PIL would clip its values at 255: nearly white
-            raise UserError(f"An image of mode {frame.mode} has more than 8 bits a channel. Convert it to 8-bit RGB.")
-        frame = frame.convert("RGB")
-    image = np.asarray(frame)
-    image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[-1] not in (3, 4) or image.dtype != np.uint8:
-        raise UserError(
-            f"A frame is {image.dtype} of shape {image.shape}; give PIL images, or uint8 arrays [height, width, 3]."
-        )
-    return image[..., :3]
 
 
 def _tokens(name: str, texts: list[str], tokenizer: Any, limit: int) -> tuple[Tensor, Tensor]:

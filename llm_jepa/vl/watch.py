@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..core.errors import UserError
+from ..stream.decoder import Caption, SelectiveDecoder
 from ..stream.frames import Frame, FrameSource, Window, windows, without_leaps
-from ..stream.segments import Caption, SelectiveDecoder, WardSegmenter
+from ..stream.segments import WardSegmenter
 from .watch_page import Timeline, one_line
 
 if TYPE_CHECKING:  # they import torch, and `llm-jepa --help` should not

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from ..core.errors import UserError
 from ..core.files import write_whole
-from ..stream.frames import Limits, open_frames, source_name
-from ..stream.segments import Caption
+from ..stream.decoder import Caption
+from ..stream.frames import Limits, source_name
+from ..stream.opening import open_frames
 from .watch import MIN_DURATION, WatchResult, default_fps, to_json, to_srt, watch
 from .watch_page import Timeline, clock, one_line, write_report
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..core.files import write_whole
+from ..stream.decoder import Caption
 from ..stream.frames import Frame
-from ..stream.segments import Caption
 
 MAX_THUMBNAILS = 400  # of 4 to 8 kB each: 2 to 4 MB of page
 THUMBNAIL_PX = 160

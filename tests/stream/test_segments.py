@@ -1,4 +1,4 @@
-"""Claims about cutting a stream of embeddings into scenes, and about what is decoded, how often and when."""
+"""Claims about cutting a stream of embeddings into scenes."""
 
 from __future__ import annotations
 
@@ -11,67 +11,14 @@ from hypothesis import strategies as st
 
 from llm_jepa.stream import segments as sd
 from llm_jepa.stream.segments import (
-    Caption,
     Segment,
-    SelectiveDecoder,
     WardSegmenter,
     boundary_f1,
     segment_at,
     segment_offline,
     segment_uniform,
 )
-
-D = 48
-A, B, C = np.eye(D)[:3]
-
-
-def noisy(rng, centre, count, noise):
-    """[count, D]: `noise` is the expected length of what is added."""
-    return centre + noise / math.sqrt(D) * rng.standard_normal((count, D))
-
-
-def push_all(segmenter, embeddings, times=None, *, flush=True):
-    times = 0.5 * np.arange(len(embeddings)) if times is None else times
-    segments = [closed for z, t in zip(embeddings, times, strict=True) if (closed := segmenter.push(z, t))]
-    return segments + [segmenter.flush()] if flush and len(embeddings) else segments
-
-
-def cuts(segments):
-    return [segment.start_s for segment in segments[1:]]
-
-
-def unit(v):
-    return v / np.linalg.norm(v, axis=-1, keepdims=True)
-
-
-def video(seed, *, window_s=2.0, stride_s=0.5, noise=0.02, frame_noise=0.0, seconds=120, rest_s=(4, 12)):
-    """Windows over frames at 8 per second: rests, between them events of 1-1.8 s; each rest a little unlike the last.
-
-    -> embeddings [T, D], centres [T], true edges. `frame_noise` is shared by the windows that share frames.
-    """
-    rng = np.random.default_rng(seed)
-
-    def like(v, cosine):
-        other = rng.standard_normal(D)
-        return cosine * v + math.sqrt(1 - cosine**2) * unit(other - other @ v * v)
-
-    rest, frames, edges = unit(rng.standard_normal(D)), [], []
-    while len(frames) < seconds * 8:
-        frames += [rest] * int(rng.uniform(*rest_s) * 8)
-        edges.append(len(frames) / 8)
-        frames += [like(rest, 0.5)] * int(rng.uniform(1, 1.8) * 8)
-        edges.append(len(frames) / 8)
-        rest = like(rest, 0.9)
-    width = int(window_s * 8)
-    latent = np.array(frames[: seconds * 8])
-    latent = latent + frame_noise * math.sqrt(width / D) * rng.standard_normal(latent.shape)
-    first = range(0, len(latent) - width + 1, int(stride_s * 8))
-    z = np.array([unit(latent[i : i + width].mean(axis=0)) for i in first]) + noise / math.sqrt(
-        D
-    ) * rng.standard_normal((len(first), D))
-    edges = [edge for edge in edges if window_s / 2 < edge < seconds - window_s / 2]
-    return unit(z), np.array([(i + width / 2) / 8 for i in first]), edges
-
+from tests.stream.streams import A, B, C, D, cuts, noisy, push_all, unit, video
 
 # --- offline
 
@@ -164,7 +111,7 @@ def test_uniform_and_oracle_by_hand():
     oracle = segment_at(x, times, boundaries_s=[2, 4.5])
     assert [s.num_windows for s in oracle] == [2, 3, 2] and cuts(oracle) == [1.5, 4.5]
     for empty in ([2.1, 2.9], [0.0], [7.0], [4.0, 2.0]):
-        with pytest.raises(ValueError, match="No window lies"):
+        with pytest.raises(ValueError, match="has no window"):
             segment_at(x, times, boundaries_s=empty)
 
 
@@ -360,11 +307,6 @@ def test_what_was_emitted_does_not_depend_on_the_future(seed, known):
     one, two = WardSegmenter(), WardSegmenter()
     for a, b, t in zip(z[:known], other[:known], times, strict=False):
         assert described(one.push(a, t)) == described(two.push(b, t))
-    captions = [
-        [decoder.step(row, t - 1, t + 1) for row, t in zip(x, times, strict=True)][:known]
-        for decoder, x in ((decoder_of(), z), (decoder_of(), other))
-    ]
-    assert captions[0] == captions[1]
 
 
 def inner(x):
@@ -481,105 +423,6 @@ def test_arguments_out_of_range_are_refused(bad):
         WardSegmenter(**bad)
 
 
-# --- captions
-
-
-def decoder_of(calls=None, **options):
-    def decode(embedding):
-        if calls is not None:
-            calls.append(embedding)
-        return f"scene {int(np.argmax(embedding))}", float(np.max(embedding))
-
-    return SelectiveDecoder(lambda window: window, decode, WardSegmenter(), **options)
-
-
-def run(decoder, z):
-    """2 s windows every 0.5 s: window i is i / 2 .. i / 2 + 2, its centre i / 2 + 1."""
-    captions = [caption for i, row in enumerate(z) for caption in decoder.step(row, i / 2, i / 2 + 2)]
-    return captions + decoder.finish()
-
-
-def scenes(*lengths):
-    rng = np.random.default_rng(0)
-    return np.concatenate([noisy(rng, v, n, 0.05) for v, n in zip((A, B, C), lengths, strict=False)])
-
-
-def test_a_still_scene_is_decoded_once_and_captioned_early_and_finally():
-    calls = []
-    decoder = decoder_of(calls)
-    early, late = run(decoder, scenes(200))
-    assert (early.start_s, early.end_s, early.emitted_s, early.final) == (1, 2, 3, False)  # 3 windows: 1 s of centres
-    assert (late.start_s, late.end_s, late.emitted_s, late.final) == (1, 100.5, 101.5, True)
-    assert early.text == late.text == "scene 0" and early.score == late.score == pytest.approx(1, abs=0.05)
-    assert len(calls) == decoder.num_decodes == 1 and decoder.num_windows == 200
-
-
-def test_without_provisional_captions_there_is_one_decode_per_segment():
-    calls = []
-    decoder = decoder_of(calls, provisional_after_s=None)
-    z = scenes(20, 10, 20)
-    captions = run(decoder, z)
-    assert [(c.text, c.start_s, c.end_s, c.final) for c in captions] == [
-        ("scene 0", 1, 10.75, True),
-        ("scene 1", 10.75, 15.75, True),
-        ("scene 2", 15.75, 25.5, True),
-    ]
-    assert [c.emitted_s for c in captions] == [13.5, 18.5, 26.5]  # the 4th window after each change ends there
-    assert len(calls) == decoder.num_decodes == 3
-    np.testing.assert_allclose(calls[0], z[1:19].mean(axis=0), atol=1e-6)
-    assert run(decoder_of(provisional_after_s=None), z) == captions
-    assert decoder.finish() == []
-
-
-def test_a_provisional_caption_follows_the_cut_and_is_never_edited():
-    """The second scene has 4 windows when it is known, 1.75 s from its edge: both captions come in one step."""
-    decoder = decoder_of()
-    steps = [decoder.step(row, i / 2, i / 2 + 2) for i, row in enumerate(scenes(20, 20))]
-    assert [i for i, captions in enumerate(steps) if captions] == [2, 23]
-    final, provisional = steps[23]
-    assert (final.text, final.final, provisional.text, provisional.final) == ("scene 0", True, "scene 1", False)
-    assert (provisional.start_s, provisional.end_s, provisional.emitted_s) == (10.75, 12.5, 13.5)
-    with pytest.raises(AttributeError):
-        final.text = "other"
-    (last,) = decoder.finish()
-    assert last.text == "scene 1" and last.final and decoder.num_decodes == 2
-
-
-@pytest.mark.parametrize(("reuse", "decodes"), [(0.99, 1), (1.1, 2), (-1.0, 1)])
-def test_the_provisional_text_is_kept_while_the_mean_points_the_same_way(reuse, decodes):
-    decoder = decoder_of(reuse_cosine=reuse)
-    run(decoder, scenes(50))
-    assert decoder.num_decodes == decodes
-
-
-def test_a_scene_that_drifts_away_is_decoded_again():
-    """Nothing is cut, but the mean turns from A to about (A + 3 B) / 4: cosine 0.32 with what was said."""
-    calls = []
-    decoder = SelectiveDecoder(
-        lambda w: w, lambda e: calls.append(e) or f"{np.argmax(e)}", WardSegmenter(threshold=1e9), reuse_cosine=0.99
-    )
-    early, late = run(decoder, np.stack([A] * 20 + [B] * 60))
-    assert (early.text, late.text, early.score, late.score) == ("0", "1", None, None) and len(calls) == 2
-    np.testing.assert_allclose(calls[1], (19 * A + 59 * B) / 78, atol=1e-7)
-
-
-def test_a_provisional_text_is_not_carried_into_the_next_scene():
-    """Reuse at any cosine: each scene still says its own first text."""
-    captions = run(decoder_of(reuse_cosine=-1.0), scenes(20, 10, 20))
-    assert [c.text for c in captions if c.final] == ["scene 0", "scene 1", "scene 2"]
-    assert [c.text for c in captions if not c.final] == ["scene 0", "scene 1", "scene 2"]
-
-
-def test_a_window_without_duration_is_refused_and_not_embedded():
-    decoder = decoder_of()
-    for end in (1.0, 0.5, math.nan):
-        with pytest.raises(ValueError, match="no duration"):
-            decoder.step(A, 1.0, end)
-    assert decoder.num_windows == 0 and decoder.finish() == []
-    with pytest.raises(ValueError, match="provisional_after_s"):
-        decoder_of(provisional_after_s=-1.0)
-
-
 def test_selective_decoding_needs_fewer_decodes_than_a_uniform_stride_for_the_same_scenes():
     """Decodes until every event has a segment whose mean is nearer to it than to the rest."""
     z, times, edges = video(1, noise=0.05)
@@ -629,10 +472,7 @@ def test_boundary_matching_is_the_largest_one(found, true, tolerance):
         )
 
 
-def test_types_are_exported_frozen():
-    caption = Caption(0, 1, 1, "a", None, True)
-    with pytest.raises(AttributeError):
-        caption.text = "b"
+def test_segments_are_frozen():
     segment = Segment(0, 1, *[np.zeros(1, np.float32)] * 3, 1)
     with pytest.raises(AttributeError):
         segment.start_s = 2

@@ -23,8 +23,10 @@ from transformers import BertConfig, LlamaConfig, ViTConfig, ViTImageProcessorPi
 
 from llm_jepa.core.errors import UserError
 from llm_jepa.lm.from_scratch import train_tokenizer
-from llm_jepa.stream.frames import Frame, open_frames, source_name, windows
-from llm_jepa.stream.segments import Caption, SelectiveDecoder, WardSegmenter
+from llm_jepa.stream.decoder import Caption, SelectiveDecoder
+from llm_jepa.stream.frames import Frame, source_name, windows
+from llm_jepa.stream.opening import open_frames
+from llm_jepa.stream.segments import WardSegmenter
 from llm_jepa.vl import watch_command
 from llm_jepa.vl import watch_page as report
 from llm_jepa.vl.inference import VLJEPA

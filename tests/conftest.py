@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from hypothesis import settings
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from llm_jepa.lm.arguments import LLMJEPAConfig
@@ -118,6 +119,27 @@ MORE_FAMILIES = {
     "recurrent_gemma": {**BASE, "lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 256},
 }  # fmt: skip
+
+
+# How far two computations of the same number may be apart, relative to it. Measured: 1e-15 after a few steps of SGD in
+# float64, on the largest weight. A wrong factor or a missing pair changes 1e-3 and more.
+EXACT = 1e-12  # both in float64
+LOGGED = 1e-6  # training losses in the log: sums of a few micro-batches in float32, each rounded by up to 6e-8
+
+
+def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = EXACT) -> None:
+    """Weights (or gradients) by name differ by at most `bound` times the largest value of the same tensor.
+
+    Relative to the tensor, not to each value: rounding follows the largest terms of a sum, even if they cancel.
+    """
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if bound == EXACT:
+            assert tensor.dtype == torch.float64, f"{name} is {tensor.dtype}: compare in float64, or say a bound"
+        largest = float(tensor.abs().max())
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=0, atol=bound * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture(scope="session")

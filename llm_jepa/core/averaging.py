@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .distributed import reshard
+from .losses import at_least_float32
 
 
 class MovingAverage:
-    """Exponential moving average of a model's trainable weights, in float32, sharded as they are.
+    """Exponential moving average of a model's trainable weights, in float32 (float64 if they are), sharded as they are.
 
     decay(t) = 1 - (1 - decay) * (cos(pi * t) + 1) / 2 with t = step / steps: from `decay` to 1 (BYOL,
     arXiv:2006.07733, section 3.2).
@@ -25,7 +26,7 @@ class MovingAverage:
         self._model = model
         reshard(model)
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {name: _local(p).detach().float().clone() for name, p in self._weights.items()}
+        self._average = {name: at_least_float32(_local(p).detach()).clone() for name, p in self._weights.items()}
 
     def decay_at(self, progress: float) -> float:
         return 1 - (1 - self.decay) * (math.cos(math.pi * min(progress, 1.0)) + 1) / 2
@@ -35,7 +36,7 @@ class MovingAverage:
         """Once per optimizer step, after it."""
         weight = 1 - self.decay_at(progress)
         for name, average in self._average.items():
-            average.lerp_(_local(self._weights[name]).float(), weight)
+            average.lerp_(at_least_float32(_local(self._weights[name])), weight)
 
     @contextlib.contextmanager
     def in_place_of_weights(self) -> Iterator[None]:

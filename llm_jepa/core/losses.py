@@ -42,7 +42,7 @@ def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine") ->
     Raises ValueError for an unknown `kind` or shapes that differ.
     """
     _check_shapes(predicted, target)
-    z, s = _wide(predicted), _wide(target)
+    z, s = at_least_float32(predicted), at_least_float32(target)
     if kind == "cosine":
         return 1 - F.cosine_similarity(z, s, dim=-1, eps=1e-6)
     if kind == "l2":
@@ -80,8 +80,8 @@ def info_nce(
     _check_shapes(predicted, target)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0; CLIP starts at 0.07.")
-    z = F.normalize(_wide(predicted), dim=-1, eps=1e-6)
-    s = F.normalize(_wide(target), dim=-1, eps=1e-6)
+    z = F.normalize(at_least_float32(predicted), dim=-1, eps=1e-6)
+    s = F.normalize(at_least_float32(target), dim=-1, eps=1e-6)
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ s.T / temperature  # [B, B]
     if target_key is None:
@@ -124,7 +124,7 @@ def vicreg(embeddings: Tensor) -> Tensor:
     """
     if embeddings.dim() != 2 or len(embeddings) < 2:
         raise ValueError(f"embeddings {tuple(embeddings.shape)} must be [B, D] with B >= 2: one row has no variance.")
-    x = _wide(embeddings)
+    x = at_least_float32(embeddings)
     x = x - x.mean(dim=0)
     variance = x.square().sum(dim=0) / (len(x) - 1)  # [D]
     with torch.autocast(x.device.type, enabled=False):
@@ -154,7 +154,7 @@ def sigreg(embeddings: Tensor, slices: Tensor) -> Tensor:
         raise ValueError(
             f"embeddings {tuple(embeddings.shape)} and slices {tuple(slices.shape)} must be [B, D] and [D, M], B >= 1."
         )
-    x = _wide(embeddings)
+    x = at_least_float32(embeddings)
     # 17 points and -5..5 are the paper's advice (section 6.1). The integrand is even, so all 17 go to t >= 0 (section
     # 5.1; algorithm 1 has them on -5..5). A spacing h takes x that are 2 pi / h apart for equal: here 20, there 10.
     t = torch.linspace(0, 5, 17, dtype=x.dtype, device=x.device)
@@ -176,7 +176,8 @@ def random_slices(dim: int, count: int, *, seed: int, step: int, device: torch.d
     return F.normalize(drawn, dim=0).to(device)
 
 
-def _wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged if it is float64: a check in float64 must not be rounded on the way."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -33,9 +33,12 @@ class ModelArguments:
     tokenizer_vocab_size: int = field(
         default=640, metadata={"help": "Size of the byte-level BPE trained on the training rows (from scratch only)."}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
         default="float32",
-        metadata={"help": "Dtype of the master weights. Keep float32 under bf16: pure bf16 rounds small steps away."},
+        metadata={
+            "help": "Dtype of the master weights. Keep float32 under bf16: pure bf16 rounds small steps away. "
+            "float64 is for checks, e.g. that two ranks compute the gradient of one process."
+        },
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = field(
         default=None,

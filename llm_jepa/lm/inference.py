@@ -18,6 +18,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from ..core.errors import UserError
+from ..core.losses import at_least_float32
 from .batching import evaluating
 from .views import end_of_turn_ids
 
@@ -250,7 +251,7 @@ def choose_batches(
         with torch.inference_mode(), evaluating(model):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored).logits
             logits = logits.reshape(-1, logits.shape[-1])  # [choice tokens of the batch, V]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = at_least_float32(logits)
             suppressed = getattr(model.generation_config, "suppress_tokens", None) or []
             logits[:, suppressed] = -torch.inf
             targets = ids[:, 1:][scored[:, :-1]]

@@ -28,16 +28,19 @@ EVALUATION = -1  # the "step" of evaluations: tubes and slices stay the same fro
 
 
 class Objective:
-    """Args: the run's configuration, the width of the hidden states, the device of this rank."""
+    """Args: the run's configuration, the width of the hidden states, the device of this rank, the model's dtype."""
 
-    def __init__(self, args: LLMJEPAConfig, hidden_size: int, device: torch.device) -> None:
+    def __init__(
+        self, args: LLMJEPAConfig, hidden_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.args = args
         self.average: MovingAverage | None = None
         self.projector: torch.nn.Linear | None = None
         if args.uses_views and args.regularizer is not None and args.projector_dim:
             with torch.random.fork_rng(devices=[]):  # the run's own seed stays unmoved
                 torch.random.default_generator.manual_seed(args.seed)  # torch.manual_seed is that of the GPUs as well
-                self.projector = torch.nn.Linear(hidden_size, args.projector_dim).to(device)
+                self.projector = torch.nn.Linear(hidden_size, args.projector_dim)
+            self.projector.to(device, torch.promote_types(dtype, torch.float32))
 
     def weight(self, progress: float) -> float:
         """`jepa_weight`, or where the straight line from it to `jepa_weight_end` is at `progress` in 0..1."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.distributed import gather_with_grad
 from ..core.errors import UserError
+from ..core.losses import at_least_float32
 from .batching import embed_targets, evaluating, rows_apart
 
 
@@ -24,7 +25,10 @@ def target_table(
     readout: str = "last",
     layer: int = -1,
 ) -> Tensor:
-    """Embeddings [N, D] float32, on the CPU, of N token sequences; the ranks share the work. Evaluation mode."""
+    """Embeddings [N, D] of N token sequences in evaluation mode, on the CPU; the ranks share the work.
+
+    In float32, or in float64 if the model is.
+    """
     device = next(model.parameters()).device
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -36,7 +40,7 @@ def target_table(
         for start in range(0, len(mine), batch_size):
             batch = rows_apart([sequences[i] for i in mine[start : start + batch_size]], pad_token_id, readout)
             batch = {key: value.to(device) for key, value in batch.items()}
-            parts.append(embed_targets(model, batch, layer=layer).float())
+            parts.append(at_least_float32(embed_targets(model, batch, layer=layer)))
     found, _ = gather_with_grad(torch.cat(parts))
     order, _ = gather_with_grad(torch.tensor(mine, device=device))
     table = torch.empty_like(found, device="cpu")

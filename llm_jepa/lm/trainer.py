@@ -42,6 +42,7 @@ from ..core import checkpoint
 from ..core.diagnostics import has_collapsed, space_diagnostics
 from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
+from ..core.losses import at_least_float32
 from ..core.trainer import SafeTrainer
 from .arguments import LLMJEPAConfig
 from .batching import (
@@ -194,7 +195,7 @@ class LLMJEPATrainer(SafeTrainer, SFTTrainer):
         self._sums = torch.zeros(7, device=args.device)
         self._eval_examples: list[Tensor] = []
         config = model.config.get_text_config()
-        self.objective = Objective(args, config.hidden_size, args.device)
+        self.objective = Objective(args, config.hidden_size, args.device, model.dtype)
         self._is_fsdp = self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
         if args.uses_jepa:
             sharded = self._is_fsdp or self.is_deepspeed_enabled
@@ -317,8 +318,9 @@ class LLMJEPATrainer(SafeTrainer, SFTTrainer):
                 keep = no_logits(self.args.device)
                 hidden = self._call(model, batch, keep).hidden_states[self.args.readout_layer]
                 target = self.objective.target_without_gradient(model, batch)  # last: it is not run again
-            predicted = read(hidden, batch["context_at"]).float()
-            found.append((predicted, (read(hidden, batch["target_at"]) if target is None else target).float()))
+            predicted = at_least_float32(read(hidden, batch["context_at"]))
+            target = read(hidden, batch["target_at"]) if target is None else target
+            found.append((predicted, at_least_float32(target)))
         self.objective.compare_all(batches, found, step=self.state.global_step)
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ class LLMJEPATrainer(SafeTrainer, SFTTrainer):
         ):
             output = self._call(model, inputs, has_label)
         logits = output.logits.reshape(-1, output.logits.shape[-1])  # [labels, V]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(logits)
         if self._masked_ids:
             # Inputs only: with their logits out of the softmax the LM term is the baseline's function. In place, as
             # a copy of [labels, V] is what a big vocabulary cannot spare; unseen by autograd, because the gradient of a

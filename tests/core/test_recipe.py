@@ -339,7 +339,7 @@ def test_values_of_another_type_are_refused_and_never_converted(value, hint, mes
         ("use_peft: yes", "use_peft: expected true or false"),
         ("use_peft: 1", "use_peft: expected true or false"),
         ("model_revision: 123", "model_revision: expected str"),
-        ("dtype: float8", "expected one of float32, bfloat16, float16"),
+        ("dtype: float8", "expected one of float32, bfloat16, float16, float64"),
         ("objective: cos", "expected one of info_nce, cosine, l2, mse, smooth_l1"),
         ("lora_target_modules: [q_proj, 3]", "lora_target_modules: expected str or list"),
         ("model_config: llama", "model_config: expected dict or null"),

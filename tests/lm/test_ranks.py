@@ -1,7 +1,8 @@
-"""Claim: two gloo ranks are one process, in gradient. Through the real command line, as a user would start it.
+"""Claim: two gloo ranks compute the gradient of one process. Through the real command line, as a user would start it.
 
-A wrong gather or a wrong factor can leave the printed loss alone and change the gradient by a quarter; so weights after
-plain SGD steps are compared, and the ranks must have been two.
+A wrong gather or a wrong factor can leave the printed loss unchanged and change the gradient by a quarter. So weights
+after plain SGD steps are compared, and the test checks that there were two ranks. In float64: two ranks add up in
+another order, and with a gradient norm of 170 that moves a float32 weight by 1e-6 to 7e-6, depending on the processor.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
 from llm_jepa.cli import main
-from tests.conftest import LLAMA
+from tests.conftest import EXACT, FAMILIES, LLAMA, LOGGED, assert_same_weights
 
 RECIPE = {
     "family": "lm",
@@ -44,9 +44,10 @@ RECIPE = {
     "save_strategy": "no",
 }
 
-
+# GPT-2, because its norms compute in float64: the RMS norms of transformers round to float32.
+FLOAT64 = {"model_config": FAMILIES["gpt2"], "dtype": "float64"}
 CASES = {
-    # Three of these four steps have the term: ranks that tossed a coin each would wait for each other for ever.
+    # Three of these four steps have the term: ranks that each tossed their own coin would wait for each other.
     "a coin and a moving average": {
         "target_encoder": "ema", "ema_decay": 0.5, "jepa_dropout": 0.4, "seed": 9, "max_steps": 4, "eval_steps": 4,
         "gradient_checkpointing": True,
@@ -65,7 +66,14 @@ BATCHES = {"negatives of all ranks and micro-batches": (2, 2)}
 def recipe_file(tmp_path, rows, name, case, **changes):
     data, recipe = tmp_path / "train.jsonl", tmp_path / f"{name}.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {**RECIPE, **CASES[case], "train_data": str(data), "output_dir": str(tmp_path / name), **changes}
+    values = {
+        **RECIPE,
+        **FLOAT64,
+        **CASES[case],
+        "train_data": str(data),
+        "output_dir": str(tmp_path / name),
+        **changes,
+    }
     recipe.write_text(yaml.safe_dump(values))
     return str(recipe), tmp_path / name
 
@@ -96,17 +104,15 @@ def test_two_ranks_are_one_process(case, rows, tmp_path):
     if "save_steps" in CASES[case]:
         files.append("checkpoint-3/jepa_state.safetensors")
     for file in files:
-        a, b = load_file(folder_one / file), load_file(folder_two / file)
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=4e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert_same_weights(load_file(folder_two / file), load_file(folder_one / file))
 
-    keys = ["loss", "lm_loss", "jepa_loss", "grad_norm", "num_tokens", "eval_lm_loss"]
+    bounds = {"loss": LOGGED, "lm_loss": LOGGED, "jepa_loss": LOGGED}
+    bounds |= {"num_tokens": 0, "grad_norm": EXACT, "eval_lm_loss": EXACT}
     if "ema" in CASES[case].values():  # elsewhere pairs meet in evaluation too, and a row that is repeated joins them
-        keys += ["eval_loss", "eval_jepa_loss"]
-    for key in keys:
+        bounds |= {"eval_loss": EXACT, "eval_jepa_loss": EXACT}
+    for key, bound in bounds.items():
         ours, theirs = ([entry[key] for entry in log(folder) if key in entry] for folder in (folder_one, folder_two))
-        assert ours and theirs == pytest.approx(ours, rel=2e-4), key
+        assert ours and theirs == pytest.approx(ours, rel=bound, abs=0), key
     model_card = (folder_two / "README.md").read_text()
     assert f"{batch} x {accumulation} x 2" in model_card, "the second run did not have two ranks"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_jepa import UserError
@@ -193,26 +193,6 @@ def per_group(answers: Answers) -> dict[str, Array]:
         "consistency": same / pairs,
         "consistent_and_correct": right / pairs,
     }
-
-
-def posix(
-    log_probs: Sequence[ArrayLike], lengths: Sequence[ArrayLike], *, num_resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Prompt sensitivity index (POSIX, arXiv:2410.02185, eq. 1): 0 = the wording does not matter. In nats.
-
-    psi = 1 / (k (k - 1)) sum_ij |log P(y_j | x_i) - log P(y_j | x_j)| / length(y_j), averaged over groups.
-
-    Args:
-        log_probs: a matrix [k, k] per group; [i, j] = log-probability of the answer to wording j, given wording i.
-        lengths: [k] per group, tokens of each answer.
-    """
-    figures = []
-    for index, (matrix, tokens) in enumerate(zip(log_probs, lengths, strict=True)):
-        p, n = np.asarray(matrix, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-        if p.shape != (len(n), len(n)) or len(n) < 2 or not (n > 0).all():
-            raise UserError(f"Group {index}: log-probabilities {p.shape} and lengths {n.shape} are no [k, k] and [k].")
-        figures.append((np.abs(p - np.diag(p)) / n).sum() / (len(n) * (len(n) - 1)))
-    return bootstrap(figures, num_resamples=num_resamples, seed=seed)
 
 
 @torch.no_grad()

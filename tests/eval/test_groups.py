@@ -16,7 +16,6 @@ from eval.figures.groups import (
     embedding_view,
     figures,
     per_group,
-    posix,
     read_answers,
     robustness,
 )
@@ -154,16 +153,6 @@ def test_relations_that_hold_for_all_answers(table):
     for name, value in estimates(one).items():
         if name != "drop_rate":
             assert backwards[name] == pytest.approx(value), name
-
-
-def test_posix_worked_by_hand():
-    """k = 2: |log P(y2 | x1) - log P(y2 | x2)| / 2 = |-6 + 2| / 2 = 2 and |-3 + 1| / 4 = 1/2 -> (2 + 1/2) / 2 = 1.25.
-    A group whose wordings give equal probabilities adds 0: the mean is 0.625."""
-    matrix = [[-1.0, -6.0], [-3.0, -2.0]]
-    level = [[-1.0, -5.0, -2.0]] * 3
-    assert posix([matrix, level], [[4, 2], [1, 2, 3]]).estimate == pytest.approx(0.625)
-    with pytest.raises(UserError, match="Group 0"):
-        posix([[[-1.0]]], [[2]])
 
 
 def test_groups_that_a_metric_does_not_count_are_left_out_and_counted():

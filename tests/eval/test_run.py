@@ -59,7 +59,10 @@ def test_metrics_of_answers_worked_by_hand():
     [
         ({}, "holds neither"),
         ({"synth_test": [("a", "r")]}, "lacks turk_test.jsonl, synth_train.jsonl, turk_train.jsonl"),
-        ({"synth_test": [("a", "r")], "turk_test": [], "synth_train": [], "turk_train": []}, "no pairs"),
+        (
+            {"synth_test": [("a", "r")], "turk_test": [], "synth_train": [], "turk_train": []},
+            "must ask for the same regex",
+        ),
         (
             {"synth_test": [("a", "r")], "turk_test": [("b", "q")], "synth_train": [], "turk_train": []},
             "Line 1 of synth_test.jsonl and turk_test.jsonl ask for different regexes",

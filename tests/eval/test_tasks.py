@@ -143,7 +143,7 @@ def test_official_spider_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "said"),
+    ("name", "row", "message"),
     [
         ("hellaswag", messages("s", "q", "E"), "row 1: the answer 'E' is none of the choices; known: A, B, C, D"),
         ("rotten_tomatoes", messages("s", "q", "Goood"), "did you mean 'Good'"),
@@ -156,16 +156,16 @@ def test_official_spider_columns(tmp_path):
         ("groups", {"id": "1", "prompts": [], "answer": "b"}, "row 1 has no prompts"),
         ("groups", {"id": "1", "prompts": ["a", " "], "answer": "b"}, "none of them empty"),
         ("groups", {"id": "1", "prompts": ["a"], "answer": "b", "grader": "regx"}, "did you mean 'regex'"),
-        ("groups", {"id": "1", "prompts": ["a"], "answer": "b(", "grader": "regex"}, "the answer is no regex"),
+        ("groups", {"id": "1", "prompts": ["a"], "answer": "b(", "grader": "regex"}, "the answer is not a regex"),
         ("groups", {"id": "1", "prompts": ["a"], "answer": "b", "grader": "number"}, "holds no number"),
         ("groups", {"id": "1", "prompts": ["a"], "answer": "yess", "choices": ["yes", "no"]}, "did you mean 'yes'"),
         ("groups", {"id": "1", "prompts": ["a"], "answer": "y", "wordings": ["0", "1"]}, "each of the 1 prompts"),
-        ("groups", {"id": "1", "prompts": ["a", "b"], "answer": "y", "wordings": ["x", "x"]}, "a name of its own"),
+        ("groups", {"id": "1", "prompts": ["a", "b"], "answer": "y", "wordings": ["x", "x"]}, "a different name"),
         ("paws", {"prompt": "a"}, "has the columns"),
     ],
 )
-def test_data_that_cannot_be_graded(name, row, said, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_data_that_cannot_be_graded(name, row, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         TASKS[name].load(write(tmp_path / "rows.jsonl", [row]))
 
 
@@ -203,7 +203,7 @@ def test_a_gold_of_nl_rx_that_is_no_regex_is_named(tmp_path):
         write(tmp_path / f"{name}.jsonl", [messages("s", text, "(a")])
     for name in ("synth_train", "turk_train"):
         (tmp_path / f"{name}.jsonl").write_text("")
-    with pytest.raises(UserError, match="synth_test.jsonl, line 1: the gold is no regex"):
+    with pytest.raises(UserError, match="synth_test.jsonl, line 1: the gold is not a regex"):
         TASKS["nl_rx"].load(str(tmp_path))
 
 

@@ -1,0 +1,149 @@
+"""What a task is made of, and the reader of its rows.
+
+A group is one meaning in k wordings with one gold answer. Benchmarks with one wording have groups of one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_jepa import UserError
+from llm_jepa.core.files import file_sha256
+from llm_jepa.lm.inference import Prompt
+from llm_jepa.lm.loading import FILE_READERS, data_sha256, read_rows
+from llm_jepa.lm.views import as_example
+
+from ..graders import Grade
+
+LLM_JEPA = "LLM-JEPA (arXiv:2509.14252"  # of published figures; the table follows
+
+
+@dataclass(frozen=True)
+class Group:
+    """One meaning: its wordings, and the answer that all of them ask for.
+
+    If `extra` has `choices`, the answer is the likeliest of these; otherwise it is generated.
+    """
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    wordings: tuple[str, ...]  # a name for each prompt
+    answer: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Data:
+    groups: tuple[Group, ...]
+    sha256: dict[str, str]  # of each file that was read, or of the rows if the source is a Hub id
+    dropped: int = 0  # left out because they are in the training data
+    unusable: int = 0  # left out, with a warning, because nothing can be graded against their gold answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """`load` and `grade` raise UserError for data that cannot be used."""
+
+    name: str
+    load: Callable[[str], Data]
+    grade: Callable[[Group, str, bool], Grade]  # (group, text of the answer, whether it ended by itself)
+    metric: str  # the primary one
+    max_new_tokens: int
+    published: str  # figure and source, for orientation
+    trap: str  # of the evaluator that made it
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: `; did you mean 'x'?`, or all known words."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}."
+
+
+def last_text(prompt: Prompt) -> str:
+    """A plain prompt, or the content of the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def read(source: str, name: str, split: str, config: str | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(rows, hashes) of a file, of the test file in a folder, or of a Hub data set."""
+    path = Path(source)
+    if path.is_dir():
+        path = _file_in(path, name, split)
+    elif path.suffix not in FILE_READERS and (path.is_absolute() or source.startswith(".") or source.count("/") != 1):
+        raise UserError(f"There is no data at {source}; give a file, a folder, or a Hub id such as owner/name.")
+    rows = read_rows(str(path), split=split, config=config)
+    hashes = {path.name: file_sha256(path)} if path.is_file() else {source: str(data_sha256(rows))}
+    return list(rows), hashes
+
+
+def _file_in(folder: Path, name: str, split: str) -> Path:
+    stems = tuple(dict.fromkeys((f"{name}_{split}", f"{name}_test", split, "test", name)))
+    for stem in stems:
+        for suffix in FILE_READERS:
+            path = folder / f"{stem}{suffix}"
+            if path.is_file():
+                return path
+    raise UserError(
+        f"{folder} holds no {name} data: looked for {', '.join(stems)} as {', '.join(FILE_READERS)}; name the file "
+        "itself if it has another name."
+    )
+
+
+def read_questions(
+    source: str,
+    name: str,
+    *,
+    system: str,
+    columns: Sequence[str],
+    ask: Callable[[dict[str, Any]], tuple[str, str]],
+    extra: Callable[[str, str], dict[str, Any]],
+    split: str = "test",
+    config: str | None = None,
+) -> Data:
+    """Groups of one wording.
+
+    Rows in a format of training (`messages`, or prompt and completion: the files of LLM-JEPA's authors) are used as
+    they are. From the raw columns of a Hub data set, the same prompts are built.
+
+    Args:
+        system: the system message of prompts that are built.
+        columns: the raw columns that `ask` needs.
+        ask: (user turn, answer) of a row of raw columns.
+        extra: the `extra` of a group, from (user turn, answer).
+
+    `ask` and `extra` raise ValueError for a row that cannot be graded; it becomes a UserError that names the row.
+    """
+    rows, hashes = read(source, name, split, config)
+    groups = []
+    for index, row in enumerate(rows):
+        where = f"{next(iter(hashes))}, row {index + 1}"
+        try:
+            if row.get("messages") is not None or {"prompt", "completion"} <= set(row):
+                example = as_example(row, where)
+                prompt: Prompt = example.prompt
+                answer = last_text(example.completion)
+            else:
+                _check_columns(row, columns, name, where)
+                user, answer = ask(row)
+                prompt = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+            details = extra(last_text(prompt), answer)
+        except UserError:  # it names the row already
+            raise
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        groups.append(Group(str(index), (prompt,), ("0",), answer, details))
+    return Data(tuple(groups), hashes)
+
+
+def _check_columns(row: dict[str, Any], columns: Sequence[str], name: str, where: str) -> None:
+    missing = [column for column in columns if row.get(column) is None]
+    if missing:
+        raise UserError(
+            f"{where} has the columns {sorted(row)}, {name} needs 'messages' or {', '.join(columns)} "
+            f"(missing: {', '.join(missing)})."
+        )

@@ -41,7 +41,7 @@ from .figures.robustness_report import (
     summary,
 )
 from .provenance import environment
-from .run import BACKENDS, evaluate_model
+from .run import evaluate_model
 from .tasks import TASKS, Group, task_named
 
 SCHEMA = 1
@@ -353,7 +353,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", help="of the task's metrics (default: its primary one)")
     parser.add_argument("--limit", type=int, help="use the first N groups only")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--backend", default="transformers", choices=BACKENDS)
     parser.add_argument("--embeddings", action="store_true", help="also look at where the prompts lie")
     parser.add_argument("--write-card", action="store_true", help="put the figures into each model's README.md")
     return _run(parser.parse_args(argv))
@@ -388,7 +387,6 @@ def _run(options: argparse.Namespace) -> int:
                 samples=folder / SAMPLES,
                 batch_size=options.batch_size,
                 limit=options.limit,
-                backend=options.backend,
             )
             view = embed_prompts(source, groups, folder, batch_size=options.batch_size) if options.embeddings else None
             arms[name].append(Run(result, samples, view))

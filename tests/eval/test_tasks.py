@@ -472,12 +472,10 @@ def test_help_lists_the_tasks(capsys):
         ({"batch_size": 0}, "--batch_size must be 1 or more"),
         ({"limit": -1}, "--limit must be 1 or more"),
         ({"task": "paws"}, "unknown"),
-        ({"task": "rotten_tomatoes", "data": "{}/r.jsonl", "backend": "vllm"}, "compares log-likelihoods"),
     ],
 )
 def test_one_line_exit_2_and_nothing_written(changes, said, model_dir, tmp_path, capsys):
     group_file(tmp_path / "g.jsonl", 3)
-    write(tmp_path / "r.jsonl", [RAW_AND_SHIPPED["rotten_tomatoes"][0]])
     changes = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
     if changes == {"task": "paws"}:
         said = "paws needs 'messages' or sentence1, sentence2, label"
@@ -486,18 +484,6 @@ def test_one_line_exit_2_and_nothing_written(changes, said, model_dir, tmp_path,
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1, error
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_without_vllm_the_backend_says_how_to_install_it(model_dir, tmp_path, capsys):
-    try:
-        import vllm  # noqa: F401
-
-        pytest.skip("vLLM is installed")
-    except ImportError:
-        pass
-    write(tmp_path / "g.jsonl", [{"id": "1", "prompts": ["a"], "answer": "b"}])
-    assert run.main(command(tmp_path, backend="vllm")) == 2
-    assert "pip install vllm" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_template_is_named(model_dir, tokenizer, tmp_path, capsys):

@@ -1,0 +1,114 @@
+"""The files of a scored run: its result, its samples, and the part of them that a run cut short leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_jepa import UserError
+from llm_jepa.core.files import write_json
+
+Row = dict[str, Any]
+
+
+class RunFiles:
+    """FILE.json with the result and, next to it, one line a question.
+
+    While a run is not finished, its samples are in `<samples>.partial`; the first line of that file is the run.
+    Raises UserError if a file could not be written. The check writes nothing.
+    """
+
+    def __init__(self, out: Path, samples: Path | None = None):
+        self.out = out
+        self.samples = samples or out.with_suffix(".samples.jsonl")
+        self.partial = self.samples.with_name(self.samples.name + ".partial")
+        for path in (self.out, self.samples):
+            _check_writable(path)
+
+    def finished(self, run: Row) -> tuple[Row, list[Row]] | None:
+        """(result, samples) if the run was finished before. Raises UserError if `out` holds another run."""
+        if not self.out.exists():
+            return None
+        try:
+            result = json.loads(self.out.read_text())
+            rows = [json.loads(line) for line in self.samples.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.out} exists, but it is not a run with its samples ({error}); remove it or choose another name."
+            ) from None
+        change = _difference(run, result)
+        if change:
+            raise UserError(f"{self.out} holds another run ({change}); remove it or choose another --out.")
+        print(f"{self.out} holds this run already; remove it to run again.")
+        return result, rows
+
+    def resume(self, run: Row) -> dict[tuple[str, str], Row]:
+        """The samples of a run that was cut short, by (group, wording); starts the file if there are none.
+
+        Cuts off a last line that was being written when the run ended. Raises UserError if the file belongs to another
+        run.
+        """
+        if not self.partial.exists():
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            _write_lines(self.partial, [run])
+            return {}
+        whole = [line for line in self.partial.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        try:
+            before, *rows = [json.loads(line) for line in whole]
+        except ValueError:
+            raise UserError(f"{self.partial} is not a run that was cut short; remove it.") from None
+        change = _difference(run, before)
+        if change:
+            raise UserError(
+                f"{self.partial} belongs to another run ({change}); remove it to start afresh, or use another --out."
+            )
+        with open(self.partial, "r+b") as file:
+            file.truncate(sum(map(len, whole)))
+        return {(row["group"], row["wording"]): row for row in rows}
+
+    def append(self, rows: Sequence[Row]) -> None:
+        _append(self.partial, rows)
+
+    def finish(self, result: Row, samples: Sequence[Row]) -> None:
+        """Write the samples, then the result: a result file is complete or does not exist."""
+        _write_lines(self.samples, samples)
+        write_json(self.out, result)
+        self.partial.unlink(missing_ok=True)
+
+
+def _difference(run: Row, other: Row) -> str | None:
+    """The first setting in which another run differs, in words, or None."""
+    for key, value in json.loads(json.dumps(run)).items():
+        before = other.get(key)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            inner = next(k for k in {**value, **before} if value.get(k) != before.get(k))
+            return f"{key}.{inner} is {before.get(inner)!r:.80}, now {value.get(inner)!r:.80}"
+        return f"{key} is {before!r:.80}, now {value!r:.80}"
+    return None
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_lines(path: Path, rows: Sequence[Row]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("")
+    _append(temporary, rows)
+    os.replace(temporary, path)
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; choose another file.")
+    nearest = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
+    if not (path.exists() or nearest.is_dir()) or not os.access(nearest, os.W_OK):
+        raise UserError(f"{path} cannot be written ({nearest} is in the way); choose another file.")

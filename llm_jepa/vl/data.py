@@ -1,8 +1,10 @@
-"""Clips with their (query, target) pairs, and the batches a VL-JEPA step takes.
+"""Clips with their (query, target) pairs, and the batches of a VL-JEPA step.
 
-A row is one clip and everything that is asked about it: a caption is a target without a query, an answer is a target
-with one. The x_encoder is most of a step's cost and does not see the query, so a batch holds each of its clips once,
-however many pairs of it are drawn; and each of its target texts once.
+A row is one clip with everything that is asked about it: a caption is a target without a query, an answer is a target
+with one. The x_encoder is most of a step's cost and does not see the query. So a batch holds each of its clips once,
+however many pairs of it are drawn, and each of its target texts once.
+
+    ClipDataset[i] -> ClipItem (frames or features of clip i, and the pairs drawn of it) -> ClipCollator -> tensors
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core.errors import UserError
-from ..core.files import file_sha256
+from ..core.files import file_sha256, text_key
 from ..stream.clips import read_clip
 from ..stream.frames import Limits
 from ..stream.opening import IMAGE_SUFFIXES
@@ -39,8 +41,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """video: a path of a video or an image, or the frames [T, H, W, 3] uint8 ([H, W, 3]: an image).
-    start_s, end_s: which part of a file."""
+    """A video or an image with its pairs.
+
+    video: a path, or the frames [T, H, W, 3] uint8 ([H, W, 3] for an image).
+    start_s, end_s: the part of a file to use; None for its start and end.
+    """
 
     video: Any
     pairs: tuple[Pair, ...]
@@ -48,17 +53,27 @@ class Clip:
     end_s: float | None = None
 
 
+class ClipItem(NamedTuple):
+    """A clip of a batch: the pairs drawn of it, and its features [N, D_x] or else its frames [T, H, W, 3] uint8."""
+
+    pairs: list[Pair]
+    frames: Any = None
+    features: Tensor | None = None
+
+
 class ClipDataset(Dataset):
-    """Item i: clip i and up to `pairs_per_clip` of its pairs, others in every epoch.
+    """Item i: clip i and up to `pairs_per_clip` of its pairs, drawn anew in every epoch.
 
-    Which ones depends on (seed, epoch, i) alone, so a resumed run draws what the uninterrupted one would have drawn.
-    They have different queries: two captions of a clip under one query have one prediction and would be negatives of
-    each other. And each query is as likely as another, so that 24 wordings of a caption do not drown one question; but
-    where several are drawn, the clip's first query, its caption as a rule, is one of them, so that 20 questions do not
-    drown the caption.
+    The draw depends on (seed, epoch, i) alone, so a resumed run draws the same pairs as an uninterrupted one.
 
-    features: the visual features [clips, N, D_x] where they are known already; then no video is read. A `FeatureCache`,
-    or a tensor.
+    - Drawn pairs have different queries. Two captions of a clip under one query have one prediction, so they would be
+      negatives of each other.
+    - Each query is equally likely, however many targets it has: 24 wordings of a caption do not crowd out one question.
+    - If several pairs are drawn, the clip's first query (usually its caption) is one of them, so that 20 questions do
+      not crowd out the caption.
+
+    features: visual features [clips, N, D_x] that are known already, as a `FeatureCache` or a tensor; then no video is
+    read.
     """
 
     def __init__(
@@ -71,30 +86,23 @@ class ClipDataset(Dataset):
         limits: Limits | None = None,
         features: FeatureCache | Tensor | None = None,
     ) -> None:
-        if not len(clips):
-            raise UserError("There are no clips.")
-        for index, clip in enumerate(clips):
-            if not clip.pairs:
-                raise UserError(f"Clip {index} has no target: give it a pair of a query (or none) and a target text.")
-        images = sum(_is_image(clip.video) for clip in clips)
-        if images and images < len(clips) and num_frames > 1:
-            raise UserError(
-                f"{images} images among {len(clips) - images} videos: a batch cannot hold both; train on the images "
-                "in a stage of their own, before the videos."
-            )
+        _check_clips(clips, num_frames)
         if pairs_per_clip < 1:
             raise UserError(f"pairs_per_clip={pairs_per_clip} must be 1 or more.")
-        self.clips, self.num_frames, self.pairs_per_clip, self.seed = clips, num_frames, pairs_per_clip, seed
         if features is not None and len(features) != len(clips):
             raise UserError(f"{len(features)} visual features for {len(clips)} clips; give one for each.")
+        self.clips, self.num_frames, self.pairs_per_clip, self.seed = clips, num_frames, pairs_per_clip, seed
         self.limits, self.features = limits or Limits(), features
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"clip": index, "pairs": self.draw(index), "source": self}
+    def __getitem__(self, index: int) -> ClipItem:
+        pairs = self.draw(index)
+        if self.features is not None:
+            return ClipItem(pairs, features=self.features[[index]][0])
+        return ClipItem(pairs, frames=self.frames(index))
 
     def draw(self, index: int) -> list[Pair]:
         """At most `pairs_per_clip` pairs, each of another query, in the order of the clip."""
@@ -102,9 +110,11 @@ class ClipDataset(Dataset):
         targets: dict[str | None, list[str]] = {}
         for query, target in self.clips[index].pairs:
             targets.setdefault(query, []).append(target)
-        first, *others = targets
-        always, others = ([first], others) if self.pairs_per_clip > 1 else ([], [first, *others])
-        chosen = {*always, *rng.sample(others, min(self.pairs_per_clip - len(always), len(others)))}
+        others = list(targets)
+        chosen: set[str | None] = set()
+        if self.pairs_per_clip > 1:
+            chosen.add(others.pop(0))
+        chosen.update(rng.sample(others, min(self.pairs_per_clip - len(chosen), len(others))))
         return [Pair(query, rng.choice(targets[query])) for query in targets if query in chosen]
 
     def frames(self, index: int) -> Any:
@@ -116,12 +126,12 @@ class ClipDataset(Dataset):
         return read_clip(str(clip.video), count, start_s=clip.start_s, end_s=clip.end_s, limits=self.limits)[0]
 
     def identity(self) -> Iterator[bytes]:
-        """What the pixels of each clip are, without decoding them: content of arrays; path, size and time of files."""
+        """Bytes that determine the pixels of each clip: the content of an array; path, size and time of a file."""
         for clip in self.clips:
             if isinstance(clip.video, (str, Path)):
                 stat = Path(clip.video).stat()
-                what = f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {clip.start_s} {clip.end_s} {self.num_frames}"
-                yield what.encode()
+                known = f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {clip.start_s} {clip.end_s} {self.num_frames}"
+                yield known.encode()
             else:
                 frames = np.asarray(clip.video)
                 yield str(frames.shape).encode() + hashlib.sha256(frames.tobytes()).digest()
@@ -129,11 +139,14 @@ class ClipDataset(Dataset):
 
 @dataclass(frozen=True)
 class ClipCollator:
-    """Items of a `ClipDataset` -> what `VLJEPAModel.forward` takes, and `target_key` [B] for the loss.
+    """Items of a `ClipDataset` -> the inputs of `VLJEPAModel.forward`, and `target_key` [B] for the loss.
 
-    pixel_values_videos [C, T, 3, H, W] or visual_features [C, N, D_x], C clips; query_ids, query_mask [B, Q] and
-    clip_of_pair [B], B pairs; target_ids, target_mask [U, L] or target_features [U, D_y], and target_of_pair [B], U
-    distinct texts.
+    For C clips, B pairs and U distinct target texts:
+
+        pixel_values_videos [C, T, 3, H, W] or visual_features [C, N, D_x]
+        query_ids, query_mask [B, Q], left out if no pair has a query
+        target_ids, target_mask [U, L] or target_features [U, D_y]
+        clip_of_pair, target_of_pair [B]: row of the clip and of the target text of each pair
 
     texts: pooled states of a frozen y_encoder, by text.
     """
@@ -141,41 +154,41 @@ class ClipCollator:
     processor: VLJEPAProcessor
     texts: Mapping[str, Tensor] | None = None
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        pairs = [(row, pair) for row, item in enumerate(items) for pair in item["pairs"]]
-        texts = list(dict.fromkeys(pair.target for _, pair in pairs))
-        place = {text: i for i, text in enumerate(texts)}
-        batch: dict[str, Tensor] = {}
-        if self.texts is not None and all(text in self.texts for text in texts):  # not so for clips given to `evaluate`
-            batch["target_features"] = torch.stack([self.texts[text] for text in texts])
-        else:
-            batch |= self.processor(target=texts)
-        if any(pair.query for _, pair in pairs):
-            batch |= self.processor(query=[pair.query or "" for _, pair in pairs])
-        source = items[0]["source"]
-        if source.features is not None:
-            batch["visual_features"] = source.features[[item["clip"] for item in items]]
-        else:
-            batch |= self.processor(videos=[source.frames(item["clip"]) for item in items])
-        batch["clip_of_pair"] = torch.tensor([row for row, _ in pairs])
-        batch["target_of_pair"] = torch.tensor([place[pair.target] for _, pair in pairs])
-        batch["target_key"] = torch.tensor([text_key(text) for text in texts])[batch["target_of_pair"]]
+    def __call__(self, items: Sequence[ClipItem]) -> dict[str, Tensor]:
+        clip_of_pair = [row for row, item in enumerate(items) for _ in item.pairs]
+        pairs = [pair for item in items for pair in item.pairs]
+        texts = list(dict.fromkeys(pair.target for pair in pairs))
+        row_of_text = {text: row for row, text in enumerate(texts)}
+        target_of_pair = torch.tensor([row_of_text[pair.target] for pair in pairs])  # [B]
+        batch = self._targets(texts)
+        if any(pair.query for pair in pairs):
+            batch |= self.processor(query=[pair.query or "" for pair in pairs])
+        batch |= self._vision(items)
+        batch["clip_of_pair"] = torch.tensor(clip_of_pair)  # [B]
+        batch["target_of_pair"] = target_of_pair
+        batch["target_key"] = torch.tensor([text_key(text) for text in texts])[target_of_pair]
         return batch
+
+    def _targets(self, texts: list[str]) -> dict[str, Tensor]:
+        # `evaluate` may be given clips with texts that the trainer did not know when it pooled its own.
+        if self.texts is not None and all(text in self.texts for text in texts):
+            return {"target_features": torch.stack([self.texts[text] for text in texts])}  # [U, D_y]
+        return dict(self.processor(target=texts))
+
+    def _vision(self, items: Sequence[ClipItem]) -> dict[str, Tensor]:
+        features = [item.features for item in items if item.features is not None]
+        if features:  # a data set has features of all its clips, or of none
+            return {"visual_features": torch.stack(features)}  # [C, N, D_x]
+        return dict(self.processor(videos=[item.frames for item in items]))
 
 
 def is_text(text: Any) -> bool:
-    """Neither blank nor with half of a surrogate pair, which JSON can spell and no tokenizer reads."""
+    """Not blank, and without half of a surrogate pair, which JSON can spell and no tokenizer reads."""
     return isinstance(text, str) and bool(text.strip()) and not re.search("[\ud800-\udfff]", text)
 
 
-def _is_image(video: Any) -> bool:
-    if isinstance(video, (str, Path)):
-        return Path(video).suffix.lower() in IMAGE_SUFFIXES
-    return getattr(video, "ndim", 4) == 3
-
-
 def clips_sha256(clips: Sequence[Clip]) -> str:
-    """Hash of the texts and of the files' contents, wherever they lie."""
+    """Hash of the texts and of the files' contents; it does not depend on the files' folder."""
     digest, seen = hashlib.sha256(), {}
     for clip in clips:
         if clip.video not in seen:
@@ -184,13 +197,8 @@ def clips_sha256(clips: Sequence[Clip]) -> str:
     return digest.hexdigest()
 
 
-def text_key(text: str) -> int:
-    """63 bits, equal for equal texts on every rank and machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
 def read_clips(path: str | Path) -> list[Clip]:
-    """A JSON-lines manifest -> clips. Rows of one file and time span become one clip, in the order of the first.
+    """Read clips from a JSON-lines manifest. Rows of one file and time span become one clip, in the order of the first.
 
     A line is {"video" or "image": path relative to the manifest, "target": text or [texts], "query": text or absent,
     "start_s", "end_s": optional}. Raises UserError with the line for anything else.
@@ -198,40 +206,67 @@ def read_clips(path: str | Path) -> list[Clip]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No manifest at {path}; it holds one JSON object a line, with 'video' and 'target'.")
-    found: dict[tuple[str, float | None, float | None], list[Pair]] = {}
+    pairs_of: dict[tuple[str, float | None, float | None], list[Pair]] = {}  # by file, start and end
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON in UTF-8: {error}.") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where} must hold a JSON object, found {type(row).__name__}.")
-            known = {"video", "image", "target", "query", "start_s", "end_s"}
-            if unknown := sorted(set(row) - known):
-                raise UserError(f"{where} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-            media = row.get("video", row.get("image"))
-            targets = row.get("target")
-            targets = [targets] if isinstance(targets, str) else targets
-            query = None if row.get("query") == "" else row.get("query")  # both ask nothing
-            texts = targets if isinstance(targets, list) else [None]
-            good = all(is_text(text) for text in texts) and (query is None or is_text(query))
-            if not isinstance(media, str) or not targets or not good:
-                raise UserError(f"{where} needs 'video' (a path) and 'target' (a text or texts); 'query' is a text.")
-            if "video" in row and "image" in row:
-                raise UserError(f"{where} has a 'video' and an 'image'; a row is one of them.")
-            span = [row.get("start_s"), row.get("end_s")]
-            if not all(time is None or isinstance(time, (int, float)) and time >= 0 for time in span):
-                raise UserError(f"{where}: start_s and end_s are seconds from the start of the video.")
-            if row.get("end_s") is not None and (row.get("start_s") or 0) >= row["end_s"]:
-                raise UserError(f"{where}: start_s={row.get('start_s')} is not before end_s={row['end_s']}.")
-            file_name = path.parent / media
-            if not file_name.is_file():
-                raise UserError(f"{where} names {media}, which is no file beside the manifest.")
-            found.setdefault((str(file_name), span[0], span[1]), []).extend(Pair(query, target) for target in targets)
-    if not found:
+            if line.strip():
+                clip = _read_row(line, path.parent, f"{path}, line {number}")
+                pairs_of.setdefault((clip.video, clip.start_s, clip.end_s), []).extend(clip.pairs)
+    if not pairs_of:
         raise UserError(f"The manifest {path} holds no rows.")
-    return [Clip(video, tuple(dict.fromkeys(pairs)), start, end) for (video, start, end), pairs in found.items()]
+    return [Clip(video, tuple(dict.fromkeys(pairs)), start, end) for (video, start, end), pairs in pairs_of.items()]
+
+
+def _read_row(line: bytes, folder: Path, place: str) -> Clip:
+    """A line of a manifest as a clip with the pairs of this row. place: file and line, for messages."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON in UTF-8: {error}.") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place} must hold a JSON object, found {type(row).__name__}.")
+    known = {"video", "image", "target", "query", "start_s", "end_s"}
+    if unknown := sorted(set(row) - known):
+        raise UserError(f"{place} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    media = row.get("video", row.get("image"))
+    targets = row.get("target")
+    if isinstance(targets, str):
+        targets = [targets]
+    query = row.get("query")
+    if query == "":  # asks nothing, as an absent query does
+        query = None
+    are_texts = isinstance(targets, list) and all(is_text(text) for text in targets)
+    if not isinstance(media, str) or not targets or not are_texts or not (query is None or is_text(query)):
+        raise UserError(f"{place} needs 'video' (a path) and 'target' (a text or texts); 'query' is a text.")
+    if "video" in row and "image" in row:
+        raise UserError(f"{place} has a 'video' and an 'image'; keep one of them.")
+    start, end = row.get("start_s"), row.get("end_s")
+    for time in (start, end):
+        if time is not None and not (isinstance(time, (int, float)) and time >= 0):
+            raise UserError(f"{place}: start_s and end_s are seconds from the start of the video.")
+    if end is not None and (start or 0) >= end:
+        raise UserError(f"{place}: start_s={start} is not before end_s={end}.")
+    file_name = folder / media
+    if not file_name.is_file():
+        raise UserError(f"{place} names {media}, but there is no such file next to the manifest.")
+    return Clip(str(file_name), tuple(Pair(query, target) for target in targets), start, end)
+
+
+def _check_clips(clips: Sequence[Clip], num_frames: int) -> None:
+    if not len(clips):
+        raise UserError("There are no clips.")
+    for index, clip in enumerate(clips):
+        if not clip.pairs:
+            raise UserError(f"Clip {index} has no target: give it a pair of a query (or none) and a target text.")
+    images = sum(_is_image(clip.video) for clip in clips)
+    if images and images < len(clips) and num_frames > 1:
+        raise UserError(
+            f"{images} images among {len(clips) - images} videos: a batch cannot hold both; train on the images "
+            "in a separate stage, before the videos."
+        )
+
+
+def _is_image(video: Any) -> bool:
+    if isinstance(video, (str, Path)):
+        return Path(video).suffix.lower() in IMAGE_SUFFIXES
+    return getattr(video, "ndim", 4) == 3

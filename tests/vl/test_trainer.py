@@ -29,13 +29,14 @@ from transformers import AutoConfig, set_seed
 
 from llm_jepa.core import checkpoint
 from llm_jepa.core.errors import NonFiniteLossError, UserError
+from llm_jepa.core.files import text_key
 from llm_jepa.core.losses import info_nce, jepa_distance, random_slices, sigreg, vicreg
 from llm_jepa.core.pairs import SLICES, compare_pairs
 from llm_jepa.lm.from_scratch import train_tokenizer
 from llm_jepa.vl import features as features_module
 from llm_jepa.vl import trainer as trainer_module
 from llm_jepa.vl.arguments import VLDataArguments, VLJEPATrainingArguments, VLModelArguments
-from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair, clips_sha256, read_clips, text_key
+from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair, clips_sha256, read_clips
 from llm_jepa.vl.features import FeatureCache, cache_features, encoder_sha256
 from llm_jepa.vl.loading import load_clips, plain_frames
 from llm_jepa.vl.modeling import VLJEPAModel
@@ -353,8 +354,8 @@ def test_a_draw_depends_on_seed_epoch_and_clip_alone():
 
 def test_a_clip_of_few_pairs_gives_all_of_them_in_order():
     dataset = ClipDataset(make_clips(3), num_frames=2, pairs_per_clip=3)
-    assert [tuple(item["pairs"]) for item in dataset] == [clip.pairs for clip in dataset.clips]
-    assert [len(item["pairs"]) for item in dataset] == [1, 2, 3]
+    assert [tuple(item.pairs) for item in dataset] == [clip.pairs for clip in dataset.clips]
+    assert [len(item.pairs) for item in dataset] == [1, 2, 3]
 
 
 def test_the_trainer_tells_the_data_set_its_epoch(tmp_path):
@@ -387,7 +388,7 @@ def test_pairs_that_share_a_clip_or_a_text_are_what_they_are_alone(x):
     model.eval()
     dataset = ClipDataset(make_clips(6), num_frames=2, pairs_per_clip=3)
     items = [dataset[i] for i in (0, 1, 2, 4, 5)]
-    pairs = [(i, pair) for i, item in zip((0, 1, 2, 4, 5), items, strict=True) for pair in item["pairs"]]
+    pairs = [(i, pair) for i, item in zip((0, 1, 2, 4, 5), items, strict=True) for pair in item.pairs]
     batch = ClipCollator(processor)(items)
     assert len(batch["pixel_values_videos"]) == 5 and len(batch["query_ids"]) == len(pairs) == 11
     assert len(batch["target_ids"]) == len({pair.target for _, pair in pairs}) < 6
@@ -497,7 +498,7 @@ def test_uneven_micro_batches(tmp_path):
             continue
         assert apart > 1e-2
         first, second = gradients(trainer, [items[:3]]), gradients(trainer, [items[3:]])
-        counts = [sum(len(item["pairs"]) for item in some) for some in (items[:3], items[3:])]
+        counts = [sum(len(item.pairs) for item in some) for some in (items[:3], items[3:])]
         assert counts[0] / 3 != counts[1] / 5
         for name in whole:
             mean = (counts[0] * first[name] + counts[1] * second[name]) / sum(counts)
@@ -1093,7 +1094,7 @@ def test_rows_of_one_file_and_span_become_one_clip(folder):
         ({"image": "a.png", "target": "x", "query": 3}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "target": "x", "query": 0}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "video": "c.mp4", "target": "x"}, "line 2.*video.*image"),
-        ({"image": "z.png", "target": "x"}, "line 2 names z.png, which is no file beside the manifest"),
+        ({"image": "z.png", "target": "x"}, "line 2 names z.png, but there is no such file next to the manifest"),
         ({"image": ".", "target": "x"}, "line 2 names"),
         ({"video": "c.mp4", "target": "x", "start_s": -1}, "line 2: start_s and end_s are seconds"),
         ({"video": "c.mp4", "target": "x", "end_s": "1"}, "line 2: start_s and end_s are seconds"),
@@ -1133,7 +1134,7 @@ def test_an_image_is_one_frame_and_a_video_num_frames(tmp_path):
     dataset = ClipDataset(videos, num_frames=4)
     assert np.abs(dataset.frames(0).astype(int) - array).max() < 8 and dataset.frames(1) is array
     ClipDataset(images + videos, num_frames=1)  # one frame of each
-    with pytest.raises(UserError, match="2 images among 2 videos.*stage of their own"):
+    with pytest.raises(UserError, match="2 images among 2 videos.*in a separate stage"):
         ClipDataset(images + videos, num_frames=4)
 
 

@@ -1,0 +1,137 @@
+"""The loss of pairs: one process against closed forms, two ranks against one process."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing import start_processes
+
+from llm_jepa.core.losses import info_nce, jepa_distance, random_slices, sigreg, vicreg
+from llm_jepa.core.pairs import SLICES, compare_pairs
+
+
+def two_sides(rows: int = 6, dim: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    z, s = torch.randn(2, rows, dim, generator=draw, dtype=torch.float64)
+    return z, s, torch.tensor([4, 9, 4, 1, 9, 4])[:rows]
+
+
+def test_two_orthogonal_pairs_and_two_that_share_a_target():
+    """z = s = I, t = 0.5: ln(1 + e^-2). With one key for both, either is right: 0. Pairs by themselves: 1 - cos."""
+    eye, keys = torch.eye(2), torch.tensor([3, 8])
+    loss = compare_pairs(eye, eye, keys, objective="info_nce", temperature=0.5)
+    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-2))] * 2, abs=1e-6)
+    assert compare_pairs(eye, eye, keys * 0, objective="info_nce", temperature=0.5).abs().max() < 1e-6
+    z = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert compare_pairs(z, eye, keys, objective="cosine").tolist() == pytest.approx([0.0, 0.2])
+    assert compare_pairs(z, eye, keys, objective="l2").tolist() == pytest.approx([0.0, math.sqrt(18)])
+
+
+@pytest.mark.parametrize("objective", ["info_nce", "cosine", "mse"])
+@pytest.mark.parametrize("regularizer", [None, "vicreg", "sigreg"])
+def test_one_process_is_the_distance_plus_the_mean_of_the_sides(objective, regularizer):
+    z, s, key = two_sides()
+    if objective == "info_nce":
+        distance = info_nce(z, s, temperature=0.3, target_key=key)
+    else:
+        distance = jepa_distance(z, s, kind=objective)
+    slices = random_slices(5, SLICES, seed=7, step=3, device="cpu")
+    term = {None: lambda x: x.new_zeros(()), "vicreg": vicreg, "sigreg": lambda x: sigreg(x, slices)}[regularizer]
+    options = {"objective": objective, "temperature": 0.3, "regularizer": regularizer, "seed": 7, "step": 3}
+    both = compare_pairs(z, s, key, regularizer_weight=0.4, **options)
+    torch.testing.assert_close(both, distance + 0.4 * (term(z) + term(s)) / 2)
+    torch.testing.assert_close(compare_pairs(z, s, key, both_sides=False, **options), distance + term(z))
+    if regularizer is not None:
+        assert (term(z) - term(s)).abs() > 1e-3, "the sides weigh the same: which is taken is not tested"
+    if regularizer == "sigreg":
+        assert not torch.equal(both, compare_pairs(z, s, key, regularizer_weight=0.4, **{**options, "step": 4}))
+
+
+def test_a_single_pair_has_no_spread_to_regularize():
+    z, s, key = two_sides(1)
+    assert compare_pairs(z, s, key, objective="cosine", regularizer="vicreg").equal(jepa_distance(z, s))
+
+
+def test_the_gradient_of_the_temperature_is_that_of_finite_differences():
+    z, s, key = two_sides()
+
+    def loss(log_temperature: Tensor) -> Tensor:
+        return compare_pairs(z, s, key, objective="info_nce", temperature=log_temperature.exp()).mean()
+
+    at = torch.tensor(math.log(0.3), dtype=torch.float64, requires_grad=True)
+    loss(at).backward()
+    with torch.no_grad():
+        slope = (loss(at + 1e-5) - loss(at - 1e-5)) / 2e-5
+    assert at.grad.item() == pytest.approx(slope.item(), rel=1e-7) and abs(slope) > 0.1
+
+
+SPLITS = [(4, 2), (1, 5), (3, 3)]  # pairs of the two ranks; equal keys lie on different ones
+
+
+CASES = [("info_nce", None), ("info_nce", "vicreg"), ("cosine", "sigreg"), ("cosine", None), ("mse", "vicreg")]
+
+
+class Sides(torch.nn.Module):
+    """Two linear maps and a temperature, which is part of the output as it is in `VLJEPAModel`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.z, self.s = torch.nn.Linear(5, 4).double(), torch.nn.Linear(5, 4).double()
+        self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(0.3), dtype=torch.float64))
+
+    def forward(self, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.z(z), self.s(s), self.log_temperature.exp()
+
+
+def sides_and_loss(module, rows: slice, case: tuple[str, str | None]) -> Tensor:
+    z, s, key = (side[rows] for side in two_sides())
+    z, s, temperature = module(z, s)
+    objective, regularizer = case
+    return compare_pairs(
+        z, s, key, objective=objective, temperature=temperature, regularizer=regularizer, regularizer_weight=0.3
+    )
+
+
+def one_rank(rank: int, folder: str) -> None:
+    meet, patience = f"file://{folder}/meet", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=patience)
+    torch.save(found_by(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()  # last: a DistributedDataParallel that outlives its group may never end (test_gather)
+
+
+def found_by(rank: int) -> dict[str, dict[str, Tensor | None]]:
+    found = {}
+    for split in SPLITS:
+        rows = slice(0, split[0]) if rank == 0 else slice(split[0], 6)
+        for case in CASES:
+            module = torch.nn.parallel.DistributedDataParallel(Sides(), find_unused_parameters=True)
+            value = sides_and_loss(module, rows, case)
+            (value.sum() / 6 * 2).backward()  # as compute_loss does
+            gradients = {name: weight.grad for name, weight in module.module.named_parameters()}
+            found[f"{split} {case}"] = {"value": value.detach(), **gradients}
+    return found
+
+
+def test_two_ranks_of_uneven_pairs_are_one_process(tmp_path):
+    """Loss and gradients, that of the temperature among them; equal targets on different ranks are positives."""
+    start_processes(one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for case in CASES:
+        whole = Sides()
+        value = sides_and_loss(whole, slice(0, 6), case)
+        value.mean().backward()
+        for split in SPLITS:
+            here = [found[f"{split} {case}"] for found in ranks]
+            torch.testing.assert_close(torch.cat([found["value"] for found in here]), value.detach())
+            for name, weight in whole.named_parameters():
+                for found in here:
+                    if weight.grad is None:  # the temperature of cosine
+                        assert found[name] is None or found[name] == 0
+                    else:
+                        torch.testing.assert_close(found[name], weight.grad, msg=lambda m, n=name: f"{n}: {m}")

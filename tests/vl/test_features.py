@@ -1,0 +1,212 @@
+"""A cached feature is the feature; a cache belongs to its clips, weights and preprocessing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from llm_jepa.core.errors import UserError
+from llm_jepa.vl import features as features_module
+from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair
+from llm_jepa.vl.features import FeatureCache, cache_features, encoder_sha256
+from llm_jepa.vl.loading import plain_frames
+from tests.vl.runs import make_clips, parts, processor_of
+
+
+def cache_of(folder, dataset=None, model=None, processor=None, **options):
+    """A cache of the clips, and how many clips its encoder was given."""
+    if model is None:
+        model, processor = parts()
+    given: list[int] = []
+
+    def encode(pixels: Tensor) -> Tensor:
+        given.append(len(pixels))
+        return model.eval().encode_frames(pixels)
+
+    dataset = dataset or ClipDataset(make_clips(), num_frames=2)
+    options = {"encoder_hash": encoder_sha256(model.x_encoder), "batch_size": 4, **options}
+    return cache_features(encode, dataset, processor, folder, **options), given
+
+
+@pytest.mark.parametrize("x", ["vit", "vjepa2", "resnet"])
+def test_cached_features_are_the_features(x, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SHARD", 4)  # 10 clips: 4, 4, 2
+    model, processor = parts(x)
+    fresh = model.eval().encode_frames(processor(videos=[clip.video for clip in make_clips()])["pixel_values_videos"])
+    exact, given = cache_of(tmp_path, model=model, processor=processor, dtype=torch.float32, batch_size=3)
+    assert given == [3, 1, 3, 1, 2] and len(exact) == 10
+    chosen = [9, 0, 3, 4, 7, 3]
+    assert exact[chosen].dtype == torch.float32
+    torch.testing.assert_close(exact[chosen], fresh[chosen], rtol=1e-6, atol=1e-6)
+    half, _ = cache_of(tmp_path, model=model, processor=processor)
+    assert torch.equal(half[chosen], exact[chosen].half().float())
+    assert not torch.equal(half[chosen], exact[chosen])
+    for wrong in (-1, 10):
+        with pytest.raises(IndexError):
+            exact[[wrong]]
+
+
+def test_a_cache_is_used_again_and_only_for_what_it_was_made(tmp_path):
+    """Clips, weights, preprocessing, number of frames, type: any other one makes another cache."""
+    model, processor = parts()
+
+    def made(count: int, **options) -> Path:
+        cache, given = cache_of(tmp_path, **{"model": model, "processor": processor, **options})
+        assert sum(given) == count, options
+        return cache.folder
+
+    folders = [made(10)]
+    assert made(0) == folders[0]
+    clips = make_clips()
+    clips[7].video[1, 2, 3, 0] ^= 1
+    folders.append(made(10, dataset=ClipDataset(clips, num_frames=2)))
+    folders.append(made(10, dataset=ClipDataset(make_clips()[::-1], num_frames=2)))
+    folders.append(made(9, dataset=ClipDataset(make_clips()[:9], num_frames=2)))
+    folders.append(made(10, dtype=torch.float32))
+    other = plain_frames(16)
+    other.image_mean = [0.5, 0.5, 0.4]
+    folders.append(made(10, processor=processor_of(model, frames=other)))
+    processor.num_frames = 1
+    folders.append(made(10))
+    processor.num_frames = 2
+    with torch.no_grad():
+        model.x_encoder.layernorm.bias[3] += 1e-3
+    folders.append(made(10))
+    assert len(set(folders)) == len(folders)
+    assert made(0) == folders[-1]
+
+
+def test_frames_of_the_same_bytes_in_another_shape_are_other_frames(tmp_path):
+    """What is black or white throughout, or was reshaped, has the same bytes."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    pairs = (Pair(None, "blue"),)
+    sets = [ClipDataset([Clip(video, pairs)], num_frames=2) for video in (frames, frames.reshape(2, 32, 8, 3))]
+    caches = [cache_of(tmp_path, dataset)[0] for dataset in sets]
+    assert not torch.equal(caches[0][[0]], caches[1][[0]])
+
+
+def test_files_are_known_by_size_time_and_span(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(make_clips(1)[0].video[0]).save(path)
+    os.utime(path, ns=(0, 10**18))
+
+    def folder(**options) -> Path:
+        clip = Clip(str(path), (Pair(None, "blue"),), **options)
+        return cache_of(tmp_path / "cache", ClipDataset([clip], num_frames=2))[0].folder
+
+    first = folder()
+    assert folder() == first
+    assert folder(end_s=5.0) != first and folder(start_s=0.0) != first
+    os.utime(path, ns=(0, 10**18 + 1))
+    assert folder() != first
+
+
+def test_an_interrupted_build_goes_on_at_its_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    model, processor = parts()
+    whole, _ = cache_of(tmp_path / "whole", model=model, processor=processor)
+    encode, given = model.encode_frames, []
+
+    def stops(pixels: Tensor) -> Tensor:
+        given.append(len(pixels))
+        if len(given) == 4:  # 4 clips of the first shard in 2 + 2, then 2 of the second
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    options = {"encoder_hash": encoder_sha256(model.x_encoder), "batch_size": 2}
+    dataset = ClipDataset(make_clips(), num_frames=2)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(stops, dataset, processor, tmp_path / "cut", **options)
+    assert len(list((tmp_path / "cut").rglob("*.safetensors"))) == 1
+    with pytest.raises(OSError):  # not yet a cache
+        cache_features(stops, dataset, processor, tmp_path / "cut", is_main=False, **options)
+    given.clear()
+    cut, _ = cache_of(tmp_path / "cut", dataset, model, processor, batch_size=2)
+    assert torch.equal(cut[range(10)], whole[range(10)])
+
+
+def test_a_torn_shard_of_an_unfinished_build_is_made_again(tmp_path, monkeypatch):
+    """A machine that lost power may leave a file of the right name and half its bytes."""
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    model, processor = parts()
+    cache, _ = cache_of(tmp_path, model=model, processor=processor)
+    expected = cache[range(10)]
+    torn = cache.folder / "features-00001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-9])
+    with pytest.raises(Exception, match="(?i)incomplete|invalid|safetensor"):  # finished, and damaged since: never read
+        FeatureCache(cache.folder)[[5]]
+    (cache.folder / "manifest.json").unlink()
+    (cache.folder / "features-00002.tmp").write_bytes(b"half of it")
+    again, given = cache_of(tmp_path, model=model, processor=processor)
+    assert given == [4] and torch.equal(again[range(10)], expected)
+
+
+def test_two_runs_may_build_one_cache_at_the_same_time(tmp_path, monkeypatch):
+    """A sweep starts several at once. Here the second run starts, and ends, while the first writes its shard."""
+    model, processor = parts()
+    real, others = features_module.save_file, []
+
+    def save_file(tensors, path):
+        if not others:
+            others.append(None)
+            others[0], _ = cache_of(tmp_path, model=model, processor=processor)
+        real(tensors, path)
+
+    monkeypatch.setattr(features_module, "save_file", save_file)
+    cache, _ = cache_of(tmp_path, model=model, processor=processor)
+    assert torch.equal(cache[range(10)], others[0][range(10)])
+    names = []
+    monkeypatch.setattr(features_module, "save_file", lambda tensors, path: (names.append(path), real(tensors, path)))
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        cache_of(tmp_path / str(pid), model=model, processor=processor)
+    assert len({Path(name).name for name in names}) == 2, "both would write into one file"
+
+
+def test_features_beyond_float16_are_refused_and_float32_keeps_them(tmp_path):
+    _, processor = parts()
+    dataset, options = ClipDataset(make_clips(3), num_frames=2), {"encoder_hash": "x"}
+
+    def large(pixels: Tensor) -> Tensor:
+        return torch.full((len(pixels), 2, 4), 65_600.0)
+
+    with pytest.raises(UserError, match="6.56e.04 does not fit float16; use float32"):
+        cache_features(large, dataset, processor, tmp_path, **options)
+    kept = cache_features(large, dataset, processor, tmp_path, dtype=torch.float32, **options)
+    assert kept[[1]].max() == 65_600
+
+
+def test_clips_whose_features_differ_in_shape_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SHARD", 2)
+    clips = make_clips(4)
+    clips[3] = Clip(clips[3].video[:1], clips[3].pairs)
+    with pytest.raises(UserError, match="Clips 3-3 give features .* earlier ones"):
+        cache_of(tmp_path, ClipDataset(clips, num_frames=2), batch_size=1)
+
+
+def test_a_cache_is_read_in_workers_and_survives_pickling(tmp_path):
+    model, processor = parts()
+    cache, _ = cache_of(tmp_path, model=model, processor=processor)
+    expected = cache[range(10)]
+    dataset = ClipDataset(make_clips(), num_frames=2, pairs_per_clip=3, features=cache)
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=ClipCollator(processor))
+    assert torch.equal(torch.cat([batch["visual_features"] for batch in loader]), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(cache))[range(10)], expected)
+
+
+def test_a_cache_names_its_clips_and_is_no_pickle(tmp_path):
+    cache, _ = cache_of(tmp_path)
+    assert sorted(path.suffix for path in cache.folder.iterdir()) == [".json", ".safetensors"]
+    head = (cache.folder / "features-00000.safetensors").read_bytes()
+    length = struct.unpack("<Q", head[:8])[0]
+    assert json.loads(head[8 : 8 + length])["features"]["shape"] == [10, *cache.manifest["shape"]]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from eval import robustness
 from eval.figures.groups import embedding_view
-from eval.figures.robustness_report import plot_phrasing, plot_worst, report
+from eval.figures.robustness_plots import plot_phrasing, plot_worst
+from eval.figures.robustness_report import report
 from eval.robustness import analyse, main, parse_arms, read_scored
 from llm_jepa import UserError
 from llm_jepa.lm.from_scratch import random_model, train_tokenizer
@@ -101,7 +102,7 @@ def test_the_command_writes_the_figures_of_the_answers(command, tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert shown in said and shown in text
     for needed in ("12 requests, each in 3 wordings (plain, polite, terse", "McNemar", "Published: none: your data",
-                   "## What cannot be concluded", "these very weights"):  # fmt: skip
+                   "## What cannot be concluded", "these trained weights"):  # fmt: skip
         assert needed in text
     for plot in ("accuracy-worst.png", "phrasing.png"):
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in text
@@ -220,8 +221,8 @@ def test_runs_that_are_not_alike_are_refused(changes, said, command, tmp_path):
         (("--models", "x=@a,@a"), "names a run twice"),
         (("--models", "@a", "--baseline", "sft"), "none of a"),
         (("--models", "@nothing"), "No model folder"),
-        (("--models", "me/hub-model", "--write-card"), "me/hub-model is none"),
-        ((), "Which models?"),
+        (("--models", "me/hub-model", "--write-card"), "me/hub-model is not a folder"),
+        ((), "No model is given"),
         (("--samples", "@a"), "There is no"),
         (("--samples", "@a", "--embeddings"), "--embeddings goes with --models"),
         (("--models", "@a", "--metric", "bleu"), "No sample has the metric 'bleu'; there is contains, correct"),
@@ -270,7 +271,7 @@ def test_what_a_report_warns_of_depends_on_what_was_measured(tmp_path):
     analysis = analyse(arms, baseline="other", metric="exact")
     text = report(analysis)
     assert "only the first 4 groups" in text and "chat template" in text
-    assert "None of 4 leaves room for 52.7 %" in text  # (1 - 0.527)^4 = 0.05
+    assert "0 of 4 is compatible with a true rate of up to 52.7 %" in text  # (1 - 0.527)^4 = 0.05
     figures = analysis["models"]["constant"]["metrics"]
     assert (figures["consistency"]["estimate"], figures["consistent_and_correct"]["estimate"]) == (1, 0)
     assert figures["drop_rate"] == {"estimate": None, "low": None, "high": None, "by_seed": [None]}
@@ -278,7 +279,7 @@ def test_what_a_report_warns_of_depends_on_what_was_measured(tmp_path):
     same = scored(tmp_path / "same", groups=6)
     alone = report(analyse({"m": [read_scored(same)]}, baseline="m", metric="exact"))
     assert (
-        "leaves room" not in alone
+        "is compatible with" not in alone
         and "only the first" not in alone
         and "chat template" not in alone
         and "Holm" not in alone
@@ -339,7 +340,7 @@ def test_embeddings_are_those_of_the_prompts_by_group(command, tmp_path):
     for name, interval in expected.items():
         assert figures[name]["estimate"] == pytest.approx(interval.estimate), name
         assert (figures[name]["low"] is None) == math.isnan(interval.low)
-    assert "Where the prompts lie" in (tmp_path / "out" / "report.md").read_text()
+    assert "Embeddings of the prompts" in (tmp_path / "out" / "report.md").read_text()
     before = path.stat().st_mtime_ns
     assert command("--models", "@a", "--embeddings")[0] == 0
     assert path.stat().st_mtime_ns == before and sorted(p.name for p in path.parent.iterdir()) == [

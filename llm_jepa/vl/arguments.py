@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..core.errors import UserError
+from .configuration import HELP
 
 
 @dataclass
@@ -16,7 +17,7 @@ class VLModelArguments:
     """> The parts of a new model, or a model to go on with."""
 
     vl_model: str | None = field(
-        default=None, metadata={"help": "A trained VL-JEPA to go on with (folder or Hub id), instead of the parts."}
+        default=None, metadata={"help": "A trained VL-JEPA to continue with (folder or Hub id), instead of the parts."}
     )
     x_encoder: str | dict | None = field(
         default=None,
@@ -30,44 +31,36 @@ class VLModelArguments:
     predictor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
     y_encoder_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
     num_predictor_layers: int | None = field(
-        default=None, metadata={"help": "Keep the last so many layers of the predictor (paper: 8 of 16); null: all."}
+        default=None, metadata={"help": "Keep this many last layers of the predictor (paper: 8 of 16); null: all."}
     )
-    shared_dim: int = field(default=1536, metadata={"help": "Size of predicted and target embeddings (paper: 1536)."})
+    shared_dim: int = field(default=1536, metadata={"help": HELP["shared_dim"]})
     num_frames: int | None = field(
-        default=None,
-        metadata={"help": "Frames of a clip, sampled uniformly; 1 for images. null: 16, or as vl_model has it."},
+        default=None, metadata={"help": HELP["num_frames"] + " null: 16, or the number of vl_model."}
     )
     frame_size: int | None = field(
         default=None,
-        metadata={"help": "An x_encoder with random weights: frames are resized to so many pixels, mean and std 0.5."},
+        metadata={
+            "help": "For an x_encoder with random weights: frames are resized to this many pixels a side and scaled to "
+            "mean and std 0.5."
+        },
     )
-    token_merge: list[int] | None = field(
-        default=None, metadata={"help": "[t, h, w]: blocks of visual tokens that become one; null: none do (paper)."}
-    )
-    pool_frames: bool = field(
-        default=False, metadata={"help": "The mean of each frame's visual tokens in their place: small and coarse."}
-    )
-    grid_positions: bool = field(
-        default=False, metadata={"help": "Learn where on the grid a visual token is: for CNNs, which do not say."}
-    )
-    motion_dim: int = field(
-        default=0,
-        metadata={"help": "Hidden units that see how the frames token_merge merges change; 0: a linear map (paper)."},
-    )
+    token_merge: list[int] | None = field(default=None, metadata={"help": HELP["token_merge"] + " null: [1, 1, 1]."})
+    pool_frames: bool = field(default=False, metadata={"help": HELP["pool_frames"]})
+    grid_positions: bool = field(default=False, metadata={"help": HELP["grid_positions"]})
+    motion_dim: int = field(default=0, metadata={"help": HELP["motion_dim"]})
     y_pooling: Literal["mean", "first", "last"] | None = field(
-        default=None, metadata={"help": "How the y_encoder's states become one; null: as its folder says, else mean."}
+        default=None, metadata={"help": HELP["y_pooling"] + " null: as the y_encoder's folder says, else mean."}
     )
-    project_targets: bool = field(
-        default=True, metadata={"help": "A linear map from y_encoder to shared space; false: shared_dim is its own."}
-    )
-    max_query_tokens: int = field(default=512, metadata={"help": "Longer queries are refused (paper: 512)."})
-    max_target_tokens: int = field(default=512, metadata={"help": "Longer targets are refused (paper: 512)."})
-    default_query: str = field(
-        default="What happens in the video?", metadata={"help": "Asked where no question is: retrieval, captions."}
-    )
-    temperature: float = field(default=0.07, metadata={"help": "Of info_nce: where it starts, or stays."})
+    project_targets: bool = field(default=True, metadata={"help": HELP["project_targets"]})
+    max_query_tokens: int = field(default=512, metadata={"help": HELP["max_query_tokens"]})
+    max_target_tokens: int = field(default=512, metadata={"help": HELP["max_target_tokens"]})
+    default_query: str = field(default="What happens in the video?", metadata={"help": HELP["default_query"]})
+    temperature: float = field(default=0.07, metadata={"help": HELP["temperature"]})
     tokenizer_vocab_size: int = field(
-        default=4096, metadata={"help": "A predictor or y_encoder with random weights: BPE trained on the rows' texts."}
+        default=4096,
+        metadata={
+            "help": "For a predictor or y_encoder with random weights: size of a BPE trained on the rows' texts."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -75,15 +68,11 @@ class VLModelArguments:
             raise UserError(f"num_frames={self.num_frames} must be 1 or more.")
         parts = {name: getattr(self, name) for name in ("x_encoder", "predictor", "y_encoder")}
         if self.vl_model is not None:
-            given = [
-                name
-                for name, option in type(self).__dataclass_fields__.items()
-                if name not in ("vl_model", "num_frames") and getattr(self, name) != option.default
-            ]
-            if given:
-                raise UserError(
-                    f"{given[0]} belongs to a new model, and vl_model names a trained one; remove one of them."
-                )
+            for name, option in type(self).__dataclass_fields__.items():
+                if name not in ("vl_model", "num_frames") and getattr(self, name) != option.default:
+                    raise UserError(
+                        f"{name} belongs to a new model, and vl_model names a trained one; remove one of them."
+                    )
             return
         missing = [name for name, part in parts.items() if part is None]
         if missing:
@@ -95,7 +84,8 @@ class VLModelArguments:
                 raise UserError(f"{name}_revision would be ignored: {name} is a config, not a checkpoint; remove it.")
         if (self.frame_size is not None) != isinstance(self.x_encoder, dict):
             raise UserError(
-                "frame_size goes with an x_encoder of random weights, and only with one: a checkpoint brings its own."
+                "frame_size goes with an x_encoder of random weights: set it for such an x_encoder, and leave it out "
+                "for a checkpoint, which brings its own."
             )
 
 

@@ -1,4 +1,4 @@
-"""`VLJEPAConfig`: the three parts of a VL-JEPA, the space they share, and what a clip must look like."""
+"""`VLJEPAConfig`: the three parts of a VL-JEPA, the space they share, and the shape of a clip."""
 
 from __future__ import annotations
 
@@ -11,36 +11,45 @@ from transformers.configuration_utils import SubConfigSpec
 
 MIN_TEMPERATURE = 0.01  # CLIP's floor (logit scale 100): below it a learnt temperature runs away
 
+# The options that a recipe may set, each described once: here, and as the help of `VLModelArguments`.
+HELP = {
+    "shared_dim": "Size D of predicted and target embeddings (paper: 1536).",
+    "num_frames": "Frames of a clip; longer clips are sampled down to it uniformly. 1 for images.",
+    "token_merge": "[t, h, w]: merge each t x h x w block of visual tokens into one, their channels side by side, "
+    "before the projection. [1, 1, 1]: every token goes to the predictor (paper).",
+    "pool_frames": "Replace the visual tokens of each frame (tubelet) by their mean, as image classifiers do.",
+    "grid_positions": "Add to each (merged) visual token a learnt embedding of its place on the grid. For CNNs, whose "
+    "features do not encode their position; V-JEPA 2's do. The predictor adds the order in time.",
+    "motion_dim": "Width of an MLP over the differences between the frames that token_merge merges. "
+    "0 = linear projection only (paper).",
+    "y_pooling": "How the y_encoder's states become one vector: the mean over real tokens, the first or the last real "
+    "token. The paper does not say; similar models take the mean.",
+    "project_targets": "Map the y_encoder linearly to the shared space. false: its own space is the shared space, and "
+    "shared_dim must be its size.",
+    "max_query_tokens": "Longer queries are refused (paper: 512).",
+    "max_target_tokens": "Longer targets are refused (paper: 512).",
+    "default_query": "The query if none is given: in retrieval, classification and captions. The paper has such a "
+    "prompt and does not print it.",
+    "temperature": "Temperature of info_nce: the value at which learning starts, or the fixed value. Not in the paper; "
+    "0.07 is CLIP's start.",
+}
+
 
 @strict
 class VLJEPAConfig(PreTrainedConfig):
     """Configuration of `VLJEPAModel`  (VL-JEPA, arXiv:2512.10942v2, section 3.1).
 
     Args:
-        x_encoder_config: of V-JEPA 2 (sees the clip as a whole) or of an image encoder (sees each frame by itself).
+        x_encoder_config: of V-JEPA 2 (encodes the clip as a whole) or of an image encoder (encodes each frame alone).
         predictor_config: of the decoder layers that become the predictor, made bidirectional (`is_causal=False`).
         y_encoder_config: of the text encoder of the targets.
-        shared_dim: D, the size of predicted and target embeddings. The paper: 1536.
-        visual_dim: size of a visual token as the x_encoder gives it; None reads it off `x_encoder_config`.
+        visual_dim: size of a visual token from the x_encoder; None takes it from `x_encoder_config`.
         visual_grid: [height, width] of the tokens of one frame (of one tubelet, for V-JEPA 2), for `token_merge`.
-        pool_frames: the mean of each frame's (tubelet's) visual tokens in their place, as image classifiers do.
-        token_merge: [t, h, w]: each t x h x w block of visual tokens becomes one, its channels laid side by side
-            before the projection. [1, 1, 1] is the paper's: every token goes to the predictor.
-        grid_positions: add a learnt embedding of its place on the grid to each (merged) visual token. For CNNs, whose
-            features do not say where they are; the paper's V-JEPA 2 does. Order in time is left to the predictor.
-        motion_dim: hidden units of a second, nonlinear projection, of how frames merged by `token_merge` differ from
-            their mean. A linear one sees that a thing moves left, but not that it turns, wherever the turn starts; this
-            one does, and what stands still looks alike to it, whatever it is. 0 for none, as in the paper.
-        num_frames: frames of a clip; longer clips are sampled down to it. 1 = images.
-        y_pooling: how the y_encoder's states become one: "mean" over real tokens, "first" or "last" real token. The
-            paper does not say; its peers take the mean.
-        project_targets: a linear map from the y_encoder to the shared space. False: they share the y_encoder's own
-            space, and shared_dim must be its size.
-        max_query_tokens, max_target_tokens: longer texts are refused. The paper: 512 each.
-        default_query: what is asked where no query is given: embeddings for retrieval and classification, captions.
-            The paper has such a prompt and does not print it.
-        temperature: where the learnable one starts, or the fixed one. Not in the paper; 0.07 is CLIP's start.
-        revisions: part -> {"name", "revision"}, what `from_parts` loaded.
+        revisions: part -> {"name", "revision"} that `from_parts` loaded.
+        shared_dim ... temperature: see `HELP`.
+
+    Why motion_dim: a linear projection can detect translation but not rotation from an arbitrary starting angle; this
+    MLP can. It ignores anything static.
     """
 
     model_type = "vl_jepa"
@@ -82,7 +91,7 @@ class VLJEPAConfig(PreTrainedConfig):
         if self.shared_dim < 1 or self.num_frames < 1 or self.max_query_tokens < 1 or self.max_target_tokens < 1:
             return "shared_dim, num_frames, max_query_tokens and max_target_tokens must be 1 or more."
         if not self.temperature >= MIN_TEMPERATURE:
-            return f"temperature={self.temperature} must be > 0, and {MIN_TEMPERATURE} or more; CLIP starts at 0.07."
+            return f"temperature={self.temperature} must be {MIN_TEMPERATURE} or more; CLIP starts at 0.07."
         if self.y_pooling not in ("mean", "first", "last"):  # `strict` does not read annotations that are strings
             return f"y_pooling={self.y_pooling!r} is unknown; choose mean, first or last."
         if len(self.token_merge) != 3 or min(self.token_merge) < 1:
@@ -90,11 +99,13 @@ class VLJEPAConfig(PreTrainedConfig):
         if self.pool_frames and self.token_merge[1:] != [1, 1]:
             return f"token_merge={self.token_merge} merges rows and columns, and pool_frames leaves none; use one."
         if self.grid_positions and (self.visual_grid is None or self.pool_frames):
-            return "grid_positions needs the tokens of a frame on a grid: visual_grid, and pool_frames off."
-        if self.motion_dim < 0 or (self.motion_dim and self.token_merge[0] == 1):
+            return "grid_positions needs the tokens of a frame on a grid: set visual_grid, and pool_frames to false."
+        if self.motion_dim < 0:
+            return f"motion_dim={self.motion_dim} must be 0 or more."
+        if self.motion_dim and self.token_merge[0] == 1:
             return (
-                f"motion_dim={self.motion_dim} must be 0, or 1 or more where token_merge puts the frames of several "
-                f"moments into one token; it is {self.token_merge}."
+                f"motion_dim={self.motion_dim} needs several frames in one token, and token_merge={self.token_merge} "
+                "puts one into each; raise its first number, or set motion_dim to 0."
             )
         y_dim = self.y_encoder_config.hidden_size
         if not self.project_targets and self.shared_dim != y_dim:
@@ -105,7 +116,7 @@ class VLJEPAConfig(PreTrainedConfig):
         return None
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The predictor's: it reads the query."""
+        """The predictor's, because the predictor reads the query."""
         return self.predictor_config
 
 
@@ -114,7 +125,7 @@ def _visual_dim(config: PreTrainedConfig) -> int:
         return int(config.hidden_size)
     if getattr(config, "hidden_sizes", None):
         return int(config.hidden_sizes[-1])
-    raise ValueError(f"Cannot tell the size of a {config.model_type} feature from its config; give visual_dim.")
+    raise ValueError(f"The config of {config.model_type} does not say how large its features are; give visual_dim.")
 
 
 AutoConfig.register(VLJEPAConfig.model_type, VLJEPAConfig)

@@ -449,7 +449,7 @@ def expect_refusal(capsys, argv, *said):
         ({"num_predictor_layers": 3}, "the predictor has 2 layers"),
         ({"project_targets": False}, "without project_targets"),
         ({"shared_dim": 0}, "shared_dim"),
-        ({"temperature": 0.0}, "temperature=0.0 must be > 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be 0.01 or more"),
         ({"max_target_tokens": 2}, "the limit is 2"),
         ({"max_query_tokens": 2}, "the limit is 2"),
         ({"tokenizer_vocab_size": 100}, "tokenizer_vocab_size=100"),

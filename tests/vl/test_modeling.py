@@ -806,7 +806,7 @@ def test_a_part_that_cannot_be_loaded_is_named(part: str, tmp_path: Path) -> Non
         ({"token_merge": [2, 2]}, "three numbers"),
         ({"grid_positions": True, "pool_frames": True}, "tokens of a frame on a grid"),
         ({"token_merge": [1, 0, 1]}, "1 or more"),
-        ({"motion_dim": 8}, "motion_dim=8 must be 0, or 1 or more where token_merge"),
+        ({"motion_dim": 8}, "motion_dim=8 needs several frames in one token"),
         ({"motion_dim": -1, "token_merge": [2, 1, 1]}, "motion_dim=-1"),
     ],
 )

@@ -29,6 +29,7 @@ class Family:
     groups: tuple[str, str, str]  # dataclasses of `arguments`: model, data, training
     titles: tuple[str, str, str]  # of the groups, for --help
     parents: str  # the libraries' classes that the other training keys come from
+    verbs: dict[str, str]  # its commands besides `train` -> help in a few words
     check: str | None = None  # function of `arguments`: (model, training) -> None, for keys of both that must agree
 
 
@@ -39,6 +40,7 @@ FAMILIES = {
         groups=("ModelArguments", "DataArguments", "LLMJEPAConfig"),
         titles=("Model", "Data", "LLM-JEPA"),
         parents="trl.SFTConfig and transformers.TrainingArguments",
+        verbs={"generate": "decode greedily", "embed": "embed the context and target view of rows"},
     ),
     "vl": Family(
         trains="trains a vision-language model (VL-JEPA)",
@@ -46,6 +48,10 @@ FAMILIES = {
         groups=("VLModelArguments", "VLDataArguments", "VLJEPATrainingArguments"),
         titles=("VL-JEPA model", "Data", "VL-JEPA"),
         parents="transformers.TrainingArguments",
+        verbs={
+            "train-decoder": "give a VL-JEPA its y_decoder, on text alone",
+            "watch": "caption a video or camera as its scenes change",
+        },
         check="check_together",
     ),
 }
@@ -71,6 +77,11 @@ def groups_of(name: str) -> Groups:
     arguments = _room(name, "arguments")
     model, data, training = (getattr(arguments, group) for group in FAMILIES[name].groups)
     return model, data, training
+
+
+def commands_of(name: str) -> ModuleType:
+    """The module of a family's commands: `train(recipe)`, `dry_run(recipe)`, `build_trainer(recipe)` and its VERBS."""
+    return _room(name, "commands")
 
 
 def describe_keys() -> str:

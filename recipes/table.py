@@ -10,7 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from llm_jepa.core.recipe import EXTENDS, read_yaml
+from llm_jepa.core.recipe import EXTENDS
+from llm_jepa.core.strict_yaml import read_yaml
 from llm_jepa.families import parse_recipe
 
 HERE = Path(__file__).parent

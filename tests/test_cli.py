@@ -324,7 +324,7 @@ def test_unreadable_data_files(content, said, recipe, tmp_path, capsys):
         (["extra"], "Unexpected argument 'extra'"),
         (["--max_steps", "many"], "max_steps: expected int"),
         (["--num_processes", "2"], "--num_processes needs --launch"),
-        (["--launch", "tpu"], "'tpu' is none of cpu, ddp, fsdp2, zero3"),
+        (["--launch", "tpu"], "'tpu' is not one of cpu, ddp, fsdp2, zero3"),
         (["--launch", "cpu", "--num_processes", "none"], "must be a whole number"),
         (["--launch", "fsdp2"], "needs GPUs"),
         (["--launch", "ddp"], "needs GPUs"),

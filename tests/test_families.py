@@ -12,7 +12,7 @@ import pytest
 
 from llm_jepa.cli import main
 from llm_jepa.core.recipe import FAMILY, read_recipe, recipe_fields
-from llm_jepa.families import FAMILIES, PLANNED, groups_of, parse_recipe
+from llm_jepa.families import FAMILIES, PLANNED, commands_of, groups_of, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 OWN = {
@@ -40,6 +40,9 @@ def warnings_of(caplog) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_family_has_its_modules_and_no_field_of_the_recipes_own_keys(name):
+    commands = commands_of(name)
+    assert all(callable(getattr(commands, function)) for function in ("train", "build_trainer", "dry_run"))
+    assert commands.VERBS.keys() == FAMILIES[name].verbs.keys()
     assert not {"extends", FAMILY} & recipe_fields(groups_of(name)).keys()
     assert all(isinstance(group, type) for group in groups_of(name))
 

@@ -25,6 +25,7 @@ HEAVY = {
     "safetensors",
     "tokenizers",
     "yaml",
+    "ruamel",
     "numpy",
 } | {"PIL", "av"}
 
@@ -204,7 +205,10 @@ def dangers(tree: ast.AST) -> list[str]:
                 found.append(called)
             if called == "torch.load" and not any(keyword.arg == "weights_only" for keyword in node.keywords):
                 found.append(called)
-            if called == "yaml.load" and "Strict" not in ast.unparse(node):
+            safe_yaml = any(
+                keyword.arg == "typ" and ast.unparse(keyword.value) == "'safe'" for keyword in node.keywords
+            )
+            if called == "yaml.load" or called.endswith("YAML") and not safe_yaml:
                 found.append(called)
         elif isinstance(node, ast.Dict):
             pairs = [
@@ -236,6 +240,8 @@ def dangers(tree: ast.AST) -> list[str]:
         "import pickle",
         "def f():\n    from pickle import loads",
         "yaml.load(x, Loader=yaml.UnsafeLoader)",
+        "YAML()",
+        "ruamel.yaml.YAML(typ='unsafe')",
         "eval(x)",
         "subprocess.run(x, shell=True)",
     ],

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_jepa.core.recipe import EXTENDS, read_yaml
+from llm_jepa.core.recipe import EXTENDS
+from llm_jepa.core.strict_yaml import read_yaml
 from llm_jepa.families import parse_recipe
 from recipes import table
 

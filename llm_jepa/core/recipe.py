@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-import yaml
+from ruamel.yaml import YAMLError
 
-from .errors import UserError
+from .errors import UserError, one_line
+from .strict_yaml import load_yaml, read_yaml
 
-MAX_BYTES = 100_000
-MAX_DEPTH = 20
 MAX_FILES = 5  # a recipe, the file it extends, the file that one extends, ...
 EXTENDS, FAMILY = "extends", "family"  # keys of the recipe itself; no family has a field of these names
 Groups = tuple[type, type, type]  # dataclasses: model, data, training
@@ -137,7 +136,7 @@ def parse(
     except UserError:
         raise
     except Exception as error:  # transformers' and TRL's own checks of their fields
-        raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"{path}: {one_line(error, 400)}") from None
     return Recipe(family, model, data, training, resolved)
 
 
@@ -178,22 +177,6 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     if not accepted:
         raise UserError(f"{key}: expected {_describe(hint)}, got {value!r} ({type(value).__name__}).")
     return result
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A flat YAML mapping of a trusted size and shape. Raises UserError."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"No recipe at {path}; write llm-jepa train RECIPE.yaml --field value, the recipe first.")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes; a recipe is a page of YAML (limit {MAX_BYTES}).")
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold `key: value` lines, found {type(value).__name__}.")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,8 +240,8 @@ def _override(name: str, text: str, hint: Any) -> Any:
     if is_choice or _wants_text(hint):
         return text
     try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except YAMLError:
         raise UserError(f"--{name}: cannot read {text!r} as a value.") from None
 
 
@@ -335,64 +318,3 @@ def _describe(hint: Any) -> str:
         return getattr(typing.get_origin(option) or option, "__name__", str(option))
 
     return " or ".join(dict.fromkeys(name(option) for option in _options(hint)))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 core scalars; no anchors, aliases, tags, merges or duplicate keys; limited depth."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
-        if getattr(event, "tag", None):
-            raise yaml.YAMLError(f"tags are not allowed (line {event.start_mark.line + 1})")
-        if self.depth >= MAX_DEPTH:
-            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels (line {event.start_mark.line + 1})")
-        self.depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-                raise yaml.YAMLError(f"keys must be words (line {key_node.start_mark.line + 1})")
-            if key in seen:
-                raise yaml.YAMLError(f"{key!r} is given twice (line {key_node.start_mark.line + 1})")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
-    )
-
-
-def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    if len(node.value) > 40:
-        raise yaml.YAMLError(f"a number of {len(node.value)} digits (line {node.start_mark.line + 1})")
-    return int(str(loader.construct_scalar(node)))  # YAML 1.1 would read 010 as 8
-
-
-def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _int)
-_StrictLoader.add_constructor("tag:yaml.org,2002:float", _float)

@@ -45,6 +45,10 @@ class SafeTrainer(Trainer):
         if not self._load_by_name(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def load_weights(self, folder: str) -> None:
+        """Load the weights of one of this run's checkpoints."""
+        self._load_from_checkpoint(folder)
+
     def _load_best_model(self) -> None:
         if not self._load_by_name(str(self.state.best_model_checkpoint)):
             super()._load_best_model()

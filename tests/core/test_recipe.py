@@ -19,14 +19,12 @@ from llm_jepa.core.errors import UserError
 from llm_jepa.core.recipe import (
     BOOKKEEPING,
     EXTENDS,
-    MAX_BYTES,
-    MAX_DEPTH,
     MAX_FILES,
     RENAMED,
     coerce,
-    read_yaml,
     recipe_fields,
 )
+from llm_jepa.core.strict_yaml import MAX_BYTES, MAX_DEPTH, read_yaml
 from llm_jepa.families import describe_keys, groups_of
 from llm_jepa.families import parse_recipe as parse
 from llm_jepa.lm.arguments import LLMJEPAConfig

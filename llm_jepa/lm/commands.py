@@ -1,0 +1,230 @@
+"""What the command line does for `family: lm`: train, dry run, `generate` and `embed`.
+
+Modules that need torch are imported inside the functions, so that help and wrong arguments are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..core.recipe import Recipe
+    from ..core.trainer import SafeTrainer
+    from .trainer import LLMJEPATrainer
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe) -> None:
+    """Train as the recipe says. Leaves a plain causal LM in output_dir: LoRA merged, the adapter saved beside it."""
+    from ..core import run
+
+    trainer, resume = build_trainer(recipe)
+    run.train(trainer, resume, before_saving=_merge_adapter)
+
+
+def build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
+    """The trainer and the checkpoint to resume from. Raises UserError before anything is written."""
+    from transformers import set_seed
+
+    from ..core import run
+    from .loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
+    from .trainer import LLMJEPATrainer
+
+    training = recipe.training
+    set_seed(training.seed)
+    rows, validation = load_data(recipe.data, seed=run.data_seed(recipe))
+    identity, resume = run.identify(recipe, data_sha256(rows), data_sha256(validation))
+    tokenizer = load_tokenizer(recipe.model, training, rows)
+    model = load_model(recipe.model, tokenizer, seed=training.seed)
+    with run.library_refusals():
+        trainer = LLMJEPATrainer(model, training, rows, validation, tokenizer, peft_config=lora_config(recipe.model))
+    run.claim(trainer, identity)
+    return trainer, resume
+
+
+def _merge_adapter(trainer: SafeTrainer) -> None:
+    """Save a LoRA adapter into output_dir/adapter and merge it into the model; nothing for other models."""
+    from peft import PeftModel
+
+    if not isinstance(trainer.model, PeftModel):
+        return
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir) / "adapter"
+        trainer.model.save_pretrained(folder)
+        # The adapter needs the tokenizer: who loads it must resize the base model's vocabulary to its length.
+        trainer.processing_class.save_pretrained(folder)
+    trainer.model = trainer._base_model = trainer.model.merge_and_unload()
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the first row as the trainer would pack it, and the cost in tokens. Trains and writes nothing."""
+    from ..core.run import data_seed
+    from .dry_run import describe_row, token_cost
+    from .loading import load_data, load_tokenizer
+    from .predictor_tokens import predictor_token_names
+
+    training = recipe.training
+    rows, _ = load_data(recipe.data, seed=data_seed(recipe))
+    tokenizer = load_tokenizer(recipe.model, training, rows)
+    tokenizer.pad_token = training.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    predictors = predictor_token_names(training.num_predictor_tokens) if training.uses_views else []
+    tokenizer.add_tokens(predictors, special_tokens=True)
+    print("# The first row, packed\n" + describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty()))
+    print("\n# Cost\n" + token_cost(rows, tokenizer, training))
+
+
+# -- generate and embed -----------------------------------------------------------------------------------------------
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `llm-jepa generate`."""
+    parser.add_argument("model", help="model folder or Hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="a user turn (repeatable)")
+    source.add_argument("--input", help="rows with 'prompt' or 'messages' (a last assistant turn is left out)")
+    parser.add_argument("--system", help="system prompt for --prompt")
+    parser.add_argument("--output", help="write JSON lines here instead of printing")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Continue each prompt greedily; print the texts or write JSON lines."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {options.max_new_tokens} must be 1 or more.")
+    if options.system and options.input:
+        raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
+    _check_output(options)
+    from . import inference
+    from .loading import read_rows
+
+    rows = read_rows(options.input) if options.input is not None else None
+    model, tokenizer = _load(options.model)
+    prompts = _prompts_of_options(options, tokenizer) if rows is None else _prompts_of_rows(rows)
+    generations = inference.generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        progress=len(prompts) > options.batch_size,
+    )
+    if options.output:
+        lines = []
+        for prompt, generation in zip(prompts, generations, strict=True):
+            line = {"prompt": prompt, "text": generation.text, "stopped": generation.stopped}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        Path(options.output).write_text("".join(lines))
+        print(f"Wrote {len(lines)} generations to {options.output}")
+        return
+    for prompt, generation in zip(prompts, generations, strict=True):
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        cut = "" if generation.stopped else f"  [cut at {options.max_new_tokens} tokens]"
+        print(f"{question!r} -> {generation.text!r}{cut}")
+
+
+def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `llm-jepa embed`."""
+    parser.add_argument("model", help="model folder or Hub id")
+    parser.add_argument("--input", required=True, help="rows with 'prompt' and 'completion', or 'messages'")
+    parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, both [N, D]")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Write the embeddings of both views of each row, read as the model was trained to read them."""
+    _check_output(options)
+    from safetensors.torch import save_file
+
+    from .batching import JEPACollator, embed_pairs
+    from .loading import read_rows
+    from .predictor_tokens import predictor_token_ids
+    from .probe import choose_layout
+    from .views import add_view_columns
+
+    rows = read_rows(options.input)
+    model, tokenizer = _load(options.model)
+    how = getattr(model.config, "llm_jepa", None)
+    if how is None:
+        print("Note: this model was not trained by llm-jepa; reading both views at their last content token.")
+        how = {"num_predictor_tokens": 0, "context_view": "prefix"}
+    layout = choose_layout(model, how["num_predictor_tokens"])
+    predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    views = [
+        add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"])
+        for index, row in enumerate(rows)
+    ]
+    readout = {key: how[key] for key in ("readout", "predictor_position", "direction") if key in how}
+    collator = JEPACollator(tokenizer.pad_token_id, predictors, layout=layout, **readout)
+    size = options.batch_size
+    batches = [collator(views[start : start + size]) for start in range(0, len(views), size)]
+    context, target, _ = embed_pairs(model, model, batches, layer=how.get("readout_layer", -1))  # [N, D] each
+    save_file({"context": context.cpu(), "target": target.cpu()}, options.output)
+    print(f"Wrote context and target {tuple(context.shape)} to {options.output}")
+
+
+VERBS = {"generate": (add_generate_arguments, generate), "embed": (add_embed_arguments, embed)}
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size {options.batch_size} must be 1 or more.")
+    if options.output and not Path(options.output).absolute().parent.is_dir():
+        raise UserError(f"No folder for --output {options.output}; make it first.")
+    if options.output and Path(options.output).exists():
+        raise UserError(f"--output {options.output} exists; name a new file.")
+
+
+def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+
+    from .loading import model_from, tokenizer_from
+
+    tokenizer = tokenizer_from(source)
+    on_gpu = torch.cuda.is_available()
+    model = model_from(source, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+def _prompts_of_options(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The prompts of --prompt and --system: as messages if the tokenizer has a chat template, else as text."""
+    if tokenizer.chat_template is None:
+        if options.system:
+            raise UserError("--system needs a tokenizer with a chat template; put it into --prompt.")
+        return list(options.prompt)
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [[*system, {"role": "user", "content": text}] for text in options.prompt]
+
+
+def _prompts_of_rows(rows: Dataset) -> list[Any]:
+    """The prompt of each row: its text, or its messages without a last assistant turn."""
+    prompts: list[Any] = []
+    for index, row in enumerate(rows):
+        prompt = row.get("messages") or row.get("prompt")
+        if not prompt:
+            raise UserError(f"row {index} has neither 'prompt' nor 'messages'.")
+        if isinstance(prompt, str) and not row.get("messages"):
+            prompts.append(prompt)
+        elif isinstance(prompt, list) and all(_is_turn(turn) for turn in prompt):
+            is_answered = row.get("messages") and prompt[-1].get("role") == "assistant"
+            prompts.append(prompt[:-1] if is_answered else prompt)
+        else:
+            raise UserError(f"row {index}: give 'prompt' as text, or turns of {{'role', 'content'}}.")
+    return prompts
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("content"), str)

@@ -22,6 +22,8 @@ from llm_jepa import UserError
 
 from .cost import step_cost
 from .experiments import paraphrases, replication
+from .experiments.paraphrases import analysis as paraphrase_analysis
+from .experiments.replication import analysis as replication_analysis
 
 ROOT = Path(__file__).parent.parent
 README, PAGES, CARDS = ROOT / "README.md", ROOT / "docs" / "results", ROOT / "model_cards"
@@ -258,8 +260,8 @@ def decoding_line(runs: Sequence[dict[str, Any]]) -> str:
 def paraphrase_tables() -> str:
     """Markdown: the plan's analysis of the confirmatory runs, and what the embeddings were good for."""
     plan = yaml.safe_load(paraphrases.PLAN.read_text())
-    runs = paraphrases.confirmed(plan)
-    figures = paraphrases.analyse(plan)
+    runs = paraphrase_analysis.confirmed(plan)
+    figures = paraphrase_analysis.analyse(plan)
     commits = sorted({run["environment"]["commit"][:7] for run in runs.values()})
     same = figures["primary"]["equivalence"]
     inside = "lies" if same["within_margin"] else "does not lie"
@@ -267,7 +269,7 @@ def paraphrase_tables() -> str:
     clean, once = extra["language not in base"], extra["each language once"]
     return "\n".join(
         [
-            paraphrases.table(figures),
+            paraphrase_analysis.table(figures),
             "",
             f"Mean ± sd over {len(figures['seeds'])} seeds of {len(plan['seeds'])} planned, {figures['lines']:,} test "
             f"lines of {extra['languages']} languages. Equivalence: the 90 % interval of the primary difference, "
@@ -279,7 +281,7 @@ def paraphrase_tables() -> str:
             f"{once['estimate']:+.1f} ({once['low']:+.1f} to {once['high']:+.1f}) if each language counts once. Commit "
             f"{', '.join(commits)}; plan: `eval/plans/paraphrases.yaml`; a file a run: `eval/results/paraphrases/`.",
             "",
-            paraphrases.space_table([run for run in runs.values() if run["space"]]),
+            paraphrase_analysis.space_table([run for run in runs.values() if run["space"]]),
             "",
             f"In %, the first {plan['rerank']['lines']} test lines in turk wording. AURC: mean error over all "
             "coverages, answering the best-scored first; smaller is better.",
@@ -291,11 +293,12 @@ def paraphrase_tables() -> str:
 def replication_tables() -> str:
     """Markdown: the plan's analysis over the whole seeds there are."""
     plan = yaml.safe_load(replication.PLAN.read_text())
-    figures = replication.analyse(plan, replication.RESULTS)
+    figures = replication_analysis.analyse(plan, replication.RESULTS)
+    seeds = replication_analysis.seeds_of(figures, plan)
     return (
-        f"{replication.table(figures)}\n\nMean ± sd over {replication.seeds_of(figures, plan)}. In brackets the 95 % t "
-        "interval over seeds; *detectable*: found with 80 % power at the level that the first of the adjusted tests "
-        "must pass. Plan: `eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
+        f"{replication_analysis.table(figures)}\n\nMean ± sd over {seeds}. In brackets the 95 % t interval over seeds; "
+        "*detectable*: found with 80 % power at the level that the first of the adjusted tests must pass. Plan: "
+        "`eval/plans/replication.yaml`; a file a run: `eval/results/replication/`."
     )
 
 

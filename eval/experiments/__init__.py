@@ -1,1 +1,1 @@
-"""Planned experiments."""
+"""The committed experiments: each one trains its arms, judges them, and writes one result file for each run."""

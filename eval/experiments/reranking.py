@@ -1,8 +1,9 @@
-"""Can a checkpoint's own embeddings tell its right answers from its wrong ones?
+"""Can a checkpoint's own embeddings separate its right answers from its wrong ones?
 
-Two uses on the same samples: *reranking* (which of 8 sampled answers?) and *abstention* (answer at all?), each by
-embedding similarity, log-probability and majority vote. For a model without a JEPA term the similarity comes from a
-contrastive head trained on its frozen states afterwards, so that the term is compared with what is free without it.
+Two uses of the same samples: *reranking* (which of 8 sampled answers?) and *abstention* (answer at all?). Each is tried
+with embedding similarity, log-probability and majority vote. For a model without a JEPA term, the similarity comes from
+a contrastive head that is trained on its frozen states afterwards. So the term is compared with an alternative that
+needs no change of training.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def sample(
     max_new_tokens: int,
     seed: int,
 ) -> list[list[str]]:
-    """`num_samples` answers to each prompt at temperature 1, from the whole vocabulary but for predictor tokens."""
+    """Sample `num_samples` answers to each prompt at temperature 1, from all tokens except predictor tokens."""
     stop = end_of_turn_ids(tokenizer)
     encoded = encode(tokenizer, prompts)
     torch.manual_seed(seed)
-    found: list[list[str]] = []
+    samples: list[list[str]] = []
     for start in range(0, len(encoded), BATCH):
         batch = {"input_ids": encoded[start : start + BATCH]}
         inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
@@ -62,30 +63,33 @@ def sample(
             )
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         answers = [read(tokenizer, row, stop).text for row in rows]
-        found += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
-    return found
+        samples += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
+    return samples
 
 
 @torch.inference_mode()
 def log_probabilities(model: PreTrainedModel, views: Sequence[dict[str, Any]], pad_token_id: int) -> Tensor:
-    """[N] mean log-probability in nats of the completion's tokens, its end of turn included; rows of views."""
+    """[N] mean log-probability, in nats a token, of each row's completion with its end of turn.
+
+    views: rows with the columns of `add_view_columns`.
+    """
     model.eval()
-    found = []
+    means = []
     for start in range(0, len(views), BATCH):
         rows = JEPACollator(pad_token_id, with_views=False)(list(views[start : start + BATCH]))
         batch = {name: value.to(model.device) for name, value in rows.items()}
         logits = model(**model_inputs(batch, model)).logits[:, :-1].float()
         label = batch["labels"][:, 1:]
         token = logits.log_softmax(dim=-1).gather(-1, label.clamp(min=0)[..., None])[..., 0]
-        there = label != IGNORE
-        found.append(token.masked_fill(~there, 0).sum(dim=1) / there.sum(dim=1))
-    return torch.cat(found)
+        has_label = label != IGNORE
+        means.append(token.masked_fill(~has_label, 0).sum(dim=1) / has_label.sum(dim=1))
+    return torch.cat(means)
 
 
 def embedded(
     model: PreTrainedModel, views: Sequence[dict[str, Any]] | Dataset, collator: JEPACollator
 ) -> tuple[Tensor, Tensor]:
-    """`predicted`, `target` [N, D] of rows of views."""
+    """(`predicted`, `target`), both [N, D], of rows of views."""
     batches = (
         collator([views[i] for i in range(start, min(start + 128, len(views)))]) for start in range(0, len(views), 128)
     )
@@ -96,7 +100,7 @@ def embedded(
 def contrastive_head(
     predicted: Tensor, target: Tensor, target_key: Tensor, *, dim: int = 64, steps: int = 500, seed: int = 0
 ) -> Similarity:
-    """A linear map of either side, trained with InfoNCE (temperature 0.07) on frozen states [N, D] of pairs."""
+    """Train one linear map for each side with InfoNCE (temperature 0.07) on frozen states [N, D] of pairs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,14 +119,17 @@ def contrastive_head(
 
 
 def rerank(scores: Sequence[Sequence[float]], correct: Sequence[Sequence[bool]]) -> float:
-    """Accuracy of the best-scored sample of each group; the first of equal ones."""
-    return float(np.mean([row[int(np.argmax(score))] for score, row in zip(scores, correct, strict=True)]))
+    """The accuracy of the sample with the best score of each group. Of equal scores the first one counts."""
+    best = [row[int(np.argmax(score))] for score, row in zip(scores, correct, strict=True)]
+    return float(np.mean(best))
 
 
 def risk_coverage(scores: Sequence[float], correct: Sequence[bool]) -> dict[str, float]:
-    """Answer the best-scored first: `aurc`, the mean error over all coverages 1/n .. 1 (Geifman et al. 2019,
-    arXiv:1805.08206; smaller is better), and `accuracy_at_half`, that of the better half. Equal scores share their
-    mean error, whatever their order.
+    """Risk and coverage if the answers with the best scores are given first.
+
+    `aurc` is the mean error over all coverages 1/n .. 1 (Geifman et al. 2019, arXiv:1805.08206); smaller is better.
+    `accuracy_at_half` is the accuracy of the better half. Equal scores share their mean error, so their order does not
+    matter.
     """
     score, wrong = np.asarray(scores, dtype=np.float64), 1.0 - np.asarray(correct, dtype=np.float64)
     _, group = np.unique(-score, return_inverse=True)

@@ -1,4 +1,4 @@
-"""What the committed experiments share: a small run from rows of views to judged answers, and many of them at once."""
+"""Train a small model on rows of views, judge its answers, and run many such runs in parallel."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ RUN = {
 
 
 def arguments(output_dir: Path, steps: int, **options: Any) -> LLMJEPAConfig:
+    """The training arguments of a small run; `options` override RUN."""
     return LLMJEPAConfig(
         str(output_dir),
         max_steps=steps,
@@ -51,23 +52,30 @@ def arguments(output_dir: Path, steps: int, **options: Any) -> LLMJEPAConfig:
 
 
 def train(trainer: LLMJEPATrainer) -> dict[str, Any]:
-    """Runs it; returns what it cost: steps, tokens (padding aside), process seconds, and ten lines of its log."""
+    """Train; return the cost: steps, tokens without padding, process seconds, and ten lines of the log."""
     started = time.process_time()
     trainer.train()
     history = trainer.state.log_history
+    losses = [entry for entry in history if "lm_loss" in entry]
     return {
         "steps": trainer.state.max_steps,
         "tokens": max(entry["num_tokens"] for entry in history if "num_tokens" in entry),
         "process_seconds": round(time.process_time() - started, 1),
-        "log": [{k: e[k] for k in ("step", "lm_loss", "jepa_loss") if k in e} for e in history if "lm_loss" in e],
+        "log": [_only(entry, ("step", "lm_loss", "jepa_loss")) for entry in losses],
     }
 
 
+def _only(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: entry[name] for name in names if name in entry}
+
+
 def tokens_of(rows: Dataset, args: LLMJEPAConfig, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Tokens of a row in the mean, as the trainer will count them: those of its views included, padding not. From 2,048
-    rows: within half a per cent of all."""
+    """The mean number of tokens in a row, counted as the trainer does: with views, without padding.
+
+    From at most 2,048 rows: within half a per cent of the mean over all.
+    """
     rows = rows.shuffle(seed=0).select(range(min(len(rows), 2048)))
-    predictors = [0] * (args.num_predictor_tokens if args.uses_views else 0)  # their number is all that matters
+    predictors = [0] * (args.num_predictor_tokens if args.uses_views else 0)  # only their number matters here
     collator = training_collator(pair_collator(args, tokenizer.pad_token_id, predictors), args)
     tokens = 0
     for start in range(0, len(rows), 512):
@@ -77,33 +85,41 @@ def tokens_of(rows: Dataset, args: LLMJEPAConfig, tokenizer: PreTrainedTokenizer
 
 
 def refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError if the result file holds a run with other settings: it would be taken for this one."""
-    found = json.loads(path.read_text())
-    other = [name for name, value in settings.items() if found.get(name) != value]
-    if other:
-        shown = ", ".join(f"{name} {found.get(name)!r} instead of {settings[name]!r}" for name in other)
-        raise UserError(f"{path} holds another run ({shown}); move it away, or write to another folder.")
+    """Raise UserError if the result file is that of a run with other settings. It would be mistaken for this one."""
+    result = json.loads(path.read_text())
+    differences = [
+        f"{name} {result.get(name)!r} instead of {value!r}"
+        for name, value in settings.items()
+        if result.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{path} holds another run ({', '.join(differences)}); move it away, or write to another folder."
+        )
 
 
 def with_targets_of(rows: Dataset, source: Sequence[int]) -> Dataset:
-    """The same rows; row i predicts what row source[i] says. The LM row, so the LM loss, stays as it is."""
-    wrong = rows.select(source)
+    """The same rows, but row i gets the target of row source[i]. The LM rows, and so the LM loss, stay unchanged."""
+    others = rows.select(source)
     for name in ("targets", "target_key"):
-        column = wrong[name][:]
+        column = others[name][:]
         rows = rows.remove_columns(name).add_column(name, column)
     return rows
 
 
 def derangement(items: Sequence[int], rng: random.Random) -> dict[int, int]:
-    """Every item gets another one: the next in a random round."""
+    """Give every item another item: the next one in a random order, and the last item the first."""
     order = rng.sample(items, len(items))
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
 class Judged(NamedTuple):
-    """`metrics`: by wording, then by metric of `graders.regex`; where there are several, under "both" the share
-    of requests with the same answer, and with the right one, in all of them. `correct`: "0" or "1" a request by wording
-    (equal language)."""
+    """Judged answers.
+
+    metrics: by wording, then by metric of `graders.regex`. With several wordings also "both": the shares of requests
+        that have the same answer, and the right answer, in all wordings.
+    correct: by wording, one "0" or "1" for each request (1: a regex for the same language).
+    """
 
     metrics: dict[str, dict[str, float]]
     correct: dict[str, str]
@@ -115,25 +131,30 @@ def judge(
     prompts: Mapping[str, Sequence[list[dict[str, Any]]]],
     golds: Sequence[str],
 ) -> Judged:
-    """Greedy answers to the prompts of every wording, judged by the language of the regex."""
+    """Answer the prompts of every wording greedily and judge the answers by the language of the regex."""
     metrics, correct, keys = {}, {}, []
-    for wording, asked in prompts.items():
-        found = generate(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
-        grades = [graders.regex(gold, g.text, g.stopped) for gold, g in zip(golds, found, strict=True)]
+    for wording, requests in prompts.items():
+        answers = generate(model, tokenizer, requests, max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
+        grades = [graders.regex(gold, answer.text, answer.stopped) for gold, answer in zip(golds, answers, strict=True)]
         names = [name for name in grades[0].scores if name != "nondegenerate"]
-        metrics[wording] = {name: sum(grade.scores[name] for grade in grades) / len(golds) for name in names}
+        metrics[wording] = {name: _mean_score(grades, name) for name in names}
         correct[wording] = "".join("01"[int(grade.scores["equivalent"])] for grade in grades)
         keys.append([grade.answer_key for grade in grades])
     if len(prompts) > 1:
-        same = [len(set(answers)) == 1 for answers in zip(*keys, strict=True)]
-        right = [set(bits) == {"1"} for bits in zip(*correct.values(), strict=True)]
+        consistent = sum(len(set(of_request)) == 1 for of_request in zip(*keys, strict=True))
+        all_correct = sum(set(bits) == {"1"} for bits in zip(*correct.values(), strict=True))
         metrics["both"] = {
-            "consistent": sum(same) / len(golds), "consistent_and_correct": sum(right) / len(golds),
-        }  # fmt: skip
+            "consistent": consistent / len(golds),
+            "consistent_and_correct": all_correct / len(golds),
+        }
     return Judged(metrics, correct)
 
 
+def _mean_score(grades: Sequence[graders.Grade], name: str) -> float:
+    return sum(grade.scores[name] for grade in grades) / len(grades)
+
+
 def side_by_side(run: Callable[..., str], cells: Sequence[Any], jobs: int, *shared: Any) -> Iterator[str]:
-    """run(cell, *shared) of every cell, `jobs` at a time in processes of their own; the lines they return, in order."""
+    """Call run(cell, *shared) for every cell, each in its own process, `jobs` at a time. Yield the results in order."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(run, cells, *([value] * len(cells) for value in shared))

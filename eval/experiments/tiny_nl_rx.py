@@ -1,7 +1,7 @@
 """The tiny recipes on the real NL-RX:  python -m eval.experiments.tiny_nl_rx --data DIR [--seeds 0 1 2] [--jobs 2]
 
-Three arms x two label protocols x seeds, each trained by `llm-jepa train` and scored by `eval.run`. One result file per
-run under eval/results/tiny_nl_rx/; runs whose file exists are not repeated, so it can be stopped and started again.
+Three arms x two label protocols x seeds. Each run is trained by `llm-jepa train` and scored by `eval.run`, and has one
+result file in eval/results/tiny_nl_rx/. A run whose file exists is not repeated, so you can stop and start again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROTOCOLS = ("completion", "paper")
 
 
 def one_run(cell: tuple[str, str, int], data: Path) -> str:
-    """Train and score one (arm, protocol, seed), in processes of one thread each; returns a line for the log."""
+    """Train and score one (arm, protocol, seed), in processes of one thread each. Returns a line for the log."""
     arm, protocol, seed = cell
     name = f"{protocol}-{arm}-seed{seed}"
     out = RESULTS / f"{name}.json"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.experiments.tiny_nl_rx", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with {synth,turk}_{train,test}.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one core each")
     options = parser.parse_args(argv)
     cells = [(arm, protocol, seed) for seed in options.seeds for protocol in PROTOCOLS for arm in ARMS]
     failed = 0

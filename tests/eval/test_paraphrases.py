@@ -13,9 +13,14 @@ import yaml
 from datasets import Dataset
 
 from eval.experiments import paraphrases, small_runs
-from eval.experiments.paraphrases import ARMS, Cell, Consistency, Line, Settings
+from eval.experiments.paraphrases import analysis, data, runs, space
+from eval.experiments.paraphrases.__main__ import main
+from eval.experiments.paraphrases.arms import ARMS, Consistency, Settings, training_rows
+from eval.experiments.paraphrases.data import Line, messages, part_of, prepared, split_lines
+from eval.experiments.paraphrases.runs import Cell, run_cell
+from eval.graders.regexes import language
 from llm_jepa import UserError
-from llm_jepa.lm.from_scratch import random_model
+from llm_jepa.lm.from_scratch import random_model, train_tokenizer
 from llm_jepa.lm.loading import model_from, tokenizer_from
 from llm_jepa.synthetic import nl_rx
 
@@ -40,29 +45,29 @@ def work(tmp_path_factory) -> Path:
     """What `prepare` leaves behind, with an untrained base."""
     folder = tmp_path_factory.mktemp("paraphrases")
     rows_in(folder / "data", 160)
-    lines = paraphrases.split_lines(folder / "data")
-    rows = [row for line in lines if line.part == "train" for row in paraphrases.rows_of(line)]
-    tokenizer = paraphrases.train_tokenizer(rows, 400)
+    lines = split_lines(folder / "data")
+    rows = [row for line in lines if line.part == "train" for row in data.rows_of(line)]
+    tokenizer = train_tokenizer(rows, 400)
     model = random_model({"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                           "num_attention_heads": 4, "max_position_embeddings": 256}, tokenizer, seed=0)  # fmt: skip
     for part in (model, tokenizer):
         part.save_pretrained(folder / "base")
-    paraphrases.save_prepared(folder, folder / "data", lines)
+    data.save_prepared(folder, folder / "data", lines)
     return folder
 
 
 @pytest.fixture(scope="module")
 def views(work) -> tuple[list[Line], Dataset]:
-    lines, views, _ = paraphrases.prepared(work)
-    return [line for line in lines if line.part == "train"], views
+    saved = prepared(work)
+    return saved.part("train"), saved.views
 
 
 def test_a_language_is_in_one_part_only_and_a_known_text_is_not_judged(tmp_path):
     rows_in(tmp_path / "data", 200)
-    lines = paraphrases.split_lines(tmp_path / "data")
+    lines = split_lines(tmp_path / "data")
     parts: dict[str, set[str]] = {}
     for line in lines:
-        parts.setdefault(paraphrases.language(line.regex).key, set()).add(line.part)
+        parts.setdefault(language(line.regex).key, set()).add(line.part)
     assert {len(found) for found in parts.values()} == {1}
     share = Counter(line.part for line in lines)
     assert 0.5 < share["train"] / len(lines) < 0.85 and min(share["validation"], share["test"]) > 5
@@ -74,30 +79,30 @@ def test_a_language_is_in_one_part_only_and_a_known_text_is_not_judged(tmp_path)
     row = json.loads(rows[victim % 150])
     row["messages"][1]["content"] = known
     path.write_text("\n".join([*rows[: victim % 150], json.dumps(row), *rows[victim % 150 + 1 :]]) + "\n")
-    assert len(paraphrases.split_lines(tmp_path / "data")) == len(lines) - 1
+    assert len(split_lines(tmp_path / "data")) == len(lines) - 1
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
-    [(["{}"], "line 1"), (["{"], "turk_train.jsonl, line 1 is not JSON"), ([], "150 lines, turk_train.jsonl 0")],
+    ("rows", "message"),
+    [(["{}"], "line 1"), (["{"], "turk_train.jsonl, line 1 is not JSON"), ([], "150 lines and turk_train.jsonl 0")],
 )
-def test_files_that_do_not_line_up_are_named(rows, said, tmp_path):
+def test_files_that_do_not_line_up_are_named(rows, message, tmp_path):
     rows_in(tmp_path / "data", 200)
     (tmp_path / "data" / "turk_train.jsonl").write_text("\n".join(rows))
-    with pytest.raises(UserError, match=said):
-        paraphrases.split_lines(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        split_lines(tmp_path / "data")
 
 
 @pytest.mark.parametrize("regex", ["(dog)&(truck)", "~(.*)", ".*", "(.*)|(dog)"])
 def test_languages_that_match_nothing_or_everything_are_never_judged(regex):
-    assert paraphrases._part(regex) == "train"
+    assert part_of(regex) == "train"
 
 
 @pytest.mark.parametrize("arm", ["sft", "rewriting", "info_nce", "shuffled", "consistency"])
 def test_an_arm_sees_the_labels_of_its_few_lines_in_one_wording_only(arm, work, views):
     lines, all_views = views
     tokenizer = tokenizer_from(str(work / "base"))
-    few, others, rows = paraphrases.training_rows(ARMS[arm], 3, all_views, num_labels=6)
+    few, others, rows = training_rows(ARMS[arm], 3, all_views, num_labels=6)
     texts = Counter(tokenizer.decode(ids, skip_special_tokens=False) for ids in rows["input_ids"])
     labelled = {text for text in texts if nl_rx.SYSTEM_PROMPT in text}
     assert len(few) == 6 and len(labelled) == 6
@@ -112,7 +117,7 @@ def test_an_arm_sees_the_labels_of_its_few_lines_in_one_wording_only(arm, work, 
 
 
 def test_all_arms_of_a_seed_have_the_same_labels_and_rows(views):
-    found = {name: paraphrases.training_rows(arm, 5, views[1], num_labels=40) for name, arm in ARMS.items()}
+    found = {name: training_rows(arm, 5, views[1], num_labels=40) for name, arm in ARMS.items()}
     assert len({tuple(few) for few, _, _ in found.values()}) == 1
     rows = [found[name][2]["index"][:] for name in ("rewriting", "info_nce", "shuffled", "consistency")]
     assert rows[0] == rows[1] == rows[2] == rows[3]
@@ -126,9 +131,9 @@ def test_a_cell_is_judged_on_its_part_in_both_wordings(work, tmp_path, monkeypat
         return small_runs.Judged({"turk": {"equivalent": 0, "exact": 0}, "synth": {"equivalent": 0}}, {})
 
     monkeypatch.setattr(small_runs, "judge", judge)
-    monkeypatch.setattr(paraphrases, "train", lambda *_: (None, None, {"steps": 0, "tokens": 0}))
-    paraphrases.run_cell(Cell("sft", 0, SETTINGS, "validation", tmp_path / "cell.json"), work, PLAN)
-    lines = [line for line in paraphrases.prepared(work)[0] if line.part == "validation"]
+    monkeypatch.setattr(runs, "train", lambda *_: (None, None, {"steps": 0, "tokens": 0}))
+    run_cell(Cell("sft", 0, SETTINGS, "validation", tmp_path / "cell.json"), work, PLAN)
+    lines = prepared(work).part("validation")
     assert asked["golds"] == [line.regex for line in lines] and len(lines) > 3
     for wording in ("synth", "turk"):
         assert [prompt[-1]["content"] for prompt in asked["prompts"][wording]] == [getattr(x, wording) for x in lines]
@@ -138,31 +143,31 @@ def test_a_finished_cell_of_other_settings_is_refused(work, tmp_path):
     cell = Cell("sft", 0, SETTINGS, "test", tmp_path / "cell.json")
     cell.out.write_text(json.dumps({"arm": "sft", "seed": 0, "part": "test", "settings": {"budget_tokens": 1}}))
     with pytest.raises(UserError, match="holds another run"):
-        paraphrases.run_cell(cell, work, PLAN)
+        run_cell(cell, work, PLAN)
 
 
 def test_the_head_that_comes_afterwards_sees_training_rows_only(work, views, tmp_path, monkeypatch):
     seen = []
-    real = paraphrases.contrastive_head
+    real = space.contrastive_head
 
     def spy(predicted, target, target_key, **options):
         seen.append((len(predicted), set(target_key.tolist())))
         return real(predicted, target, target_key, steps=5, **options)
 
-    monkeypatch.setattr(paraphrases, "contrastive_head", spy)
-    paraphrases.run_cell(Cell("rewriting", 0, SETTINGS, "test", tmp_path / "cell.json"), work, PLAN)
-    rows = paraphrases.training_rows(ARMS["rewriting"], 0, views[1], num_labels=40)[2]
+    monkeypatch.setattr(space, "contrastive_head", spy)
+    run_cell(Cell("rewriting", 0, SETTINGS, "test", tmp_path / "cell.json"), work, PLAN)
+    rows = training_rows(ARMS["rewriting"], 0, views[1], num_labels=40)[2]
     assert seen == [(len(rows), set(rows["target_key"][:]))]
 
 
 def test_another_seed_draws_other_labels(views):
-    few = [paraphrases.training_rows(ARMS["sft"], seed, views[1], num_labels=6)[0] for seed in (0, 1)]
+    few = [training_rows(ARMS["sft"], seed, views[1], num_labels=6)[0] for seed in (0, 1)]
     assert few[0] != few[1]
 
 
 def test_shuffled_pairs_are_the_same_texts_and_none_is_its_own(views):
-    _, own = paraphrases.training_rows(ARMS["info_nce"], 0, views[1], num_labels=6)[1:]
-    _, wrong = paraphrases.training_rows(ARMS["shuffled"], 0, views[1], num_labels=6)[1:]
+    _, own = training_rows(ARMS["info_nce"], 0, views[1], num_labels=6)[1:]
+    _, wrong = training_rows(ARMS["shuffled"], 0, views[1], num_labels=6)[1:]
     for name in own.column_names:
         if name not in ("targets", "target_key"):
             assert own[name] == wrong[name]
@@ -187,7 +192,7 @@ def test_consistency_is_kl_of_both_answers_and_moves_the_turk_side_only(work, vi
 
     def log_probabilities(text: str, answer: str) -> torch.Tensor:
         prompt = tokenizer.apply_chat_template(
-            paraphrases.messages(nl_rx.SYSTEM_PROMPT, text), tokenize=False, add_generation_prompt=True
+            messages(nl_rx.SYSTEM_PROMPT, text), tokenize=False, add_generation_prompt=True
         )
         head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -217,7 +222,7 @@ def test_consistency_of_equal_wordings_is_zero_and_starts_when_it_says(work, vie
     assert loss is None or abs(float(loss.detach())) < 1e-6
     assert len(term.answers) == len(term.lines)
     # A greedy answer for every pair costs a third of its row; of this step's pairs one side is learnt, one only read.
-    lengths = [len(term._ids(line.synth, answer)[0]) for line, answer in zip(term.lines, term.answers, strict=True)]
+    lengths = [len(term._turn(line.synth, answer).ids) for line, answer in zip(term.lines, term.answers, strict=True)]
     first = [length for length, answer in zip(lengths[:16], term.answers, strict=False) if answer]
     assert term.tokens == pytest.approx(sum(lengths) / 3 + sum(first) * (1 + 1 / 3))
 
@@ -226,7 +231,7 @@ def test_consistency_of_equal_wordings_is_zero_and_starts_when_it_says(work, vie
 def test_every_arm_costs_the_budget(arm, work, tmp_path):
     """What the trainer counted, against the budget the steps were chosen for; and a finished cell is left alone."""
     cell = Cell(arm, 0, SETTINGS, "test", tmp_path / f"{arm}-seed0.json")
-    paraphrases.run_cell(cell, work, PLAN)
+    run_cell(cell, work, PLAN)
     result = json.loads(cell.out.read_text())
     budget = SETTINGS.budget_tokens * (SETTINGS.sft_share if arm == "sft" else 1)
     step = result["cost"]["tokens"] / result["cost"]["steps"]
@@ -240,7 +245,7 @@ def test_every_arm_costs_the_budget(arm, work, tmp_path):
     has_pairs = any("jepa_loss" in entry for entry in result["cost"]["log"])
     assert has_pairs == (arm in ("info_nce", "shuffled"))
     before = cell.out.stat().st_mtime_ns
-    assert f"{arm}-seed0" in paraphrases.run_cell(cell, work, PLAN)
+    assert f"{arm}-seed0" in run_cell(cell, work, PLAN)
     assert cell.out.stat().st_mtime_ns == before
 
 
@@ -265,7 +270,7 @@ def write_runs(folder: Path, gain: int, *, lines: int = 200) -> None:
 
 def test_analysis_worked_by_hand(tmp_path):
     write_runs(tmp_path / "runs", gain=20)
-    found = paraphrases.analyse(PLAN, tmp_path / "runs")
+    found = analysis.analyse(PLAN, tmp_path / "runs")
     assert found["seeds"] == [0, 1] and found["lines"] == 200
     assert found["primary"]["by_seed"] == [10.0, 10.5]
     assert found["primary"]["hierarchical"]["estimate"] == pytest.approx(10.25)
@@ -278,11 +283,11 @@ def test_analysis_worked_by_hand(tmp_path):
     # The gained lines are 60..80: all of the second language, so none of the first, and half of that by language.
     assert found["sensitivity"]["language not in base"]["estimate"] == 0
     assert found["sensitivity"]["each language once"]["estimate"] == pytest.approx(100 * 20.5 / 150 / 2)
-    rows = paraphrases.table(found).splitlines()
+    rows = analysis.table(found).splitlines()
     assert any(row.startswith("| **info_nce - rewriting** (primary) | +10.2 | +7.1 to +13.4 |") for row in rows)
     p = {name: row["p"] for name, row in found["secondary"].items()}
     assert found["secondary"]["info_nce - shuffled"]["p_holm"] == pytest.approx(max(p.values()))
-    paraphrases.draw(paraphrases.confirmed(PLAN, tmp_path / "runs"), tmp_path / "turk.png")
+    analysis.draw(analysis.confirmed(PLAN, tmp_path / "runs"), tmp_path / "turk.png")
     assert (tmp_path / "turk.png").stat().st_size > 10_000
 
 
@@ -291,10 +296,10 @@ def test_analysis_refuses_runs_that_do_not_belong_together(tmp_path):
     path = tmp_path / "runs" / "sft-seed1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_sha256": "another"}))
     with pytest.raises(UserError, match="2 data sets, bases or settings"):
-        paraphrases.analyse(PLAN, tmp_path / "runs")
+        analysis.analyse(PLAN, tmp_path / "runs")
     path.unlink()
     with pytest.raises(UserError, match="1 whole seed"):
-        paraphrases.analyse(PLAN, tmp_path / "runs")
+        analysis.analyse(PLAN, tmp_path / "runs")
 
 
 def test_the_plan_holds_every_setting():
@@ -307,7 +312,7 @@ def test_the_plan_holds_every_setting():
 
 
 def test_command_line_says_what_is_missing(tmp_path, capsys):
-    assert paraphrases.main(["prepare", "--work", str(tmp_path)]) == 2
-    assert paraphrases.main(["prepare", "--data", str(tmp_path), "--work", str(tmp_path / "w")]) == 2
+    assert main(["prepare", "--work", str(tmp_path)]) == 2
+    assert main(["prepare", "--data", str(tmp_path), "--work", str(tmp_path / "w")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "--data FOLDER" in lines[0] and "lacks synth_train.jsonl" in lines[1]

@@ -9,8 +9,11 @@ import pytest
 import yaml
 
 from eval.experiments import replication, small_runs
-from eval.experiments.replication import ARMS, Cell
+from eval.experiments.replication import analysis, runs
+from eval.experiments.replication.__main__ import main
+from eval.experiments.replication.runs import ARMS, Cell, run_cell
 from eval.figures.inference import detectable_difference
+from eval.tasks import nl_rx as nl_rx_data
 from llm_jepa import UserError
 from llm_jepa.synthetic import nl_rx
 
@@ -27,7 +30,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_validation_is_held_out_by_regex(data):
-    train, validation = replication._data(data, 12)
+    train, validation = runs._data(data, 12)
     regexes = [{row["messages"][-1]["content"] for row in part} for part in (train, validation)]
     assert len(validation) >= 12 and len(train) + len(validation) == 80
     assert not regexes[0] & regexes[1]
@@ -37,13 +40,13 @@ def test_validation_is_held_out_by_regex(data):
 def test_a_cell_trains_its_arm_and_is_not_repeated(arm, data, tmp_path):
     weight = 0.0 if arm.startswith("sft") else 0.1
     cell = Cell("completion", arm, 0, 1e-3, weight, "test", 12, "", tmp_path / f"completion-{arm}-seed0.json")
-    replication.run_cell(cell, data, 12)
+    run_cell(cell, data, 12)
     result = json.loads(cell.out.read_text())
     assert result["lines"] == len(result["correct"]["turk"]) > 3
     assert result["cost"]["steps"] == (12 if arm != "sft_flops" else pytest.approx(16, abs=2))
     assert any("jepa_loss" in entry for entry in result["cost"]["log"]) == (weight > 0)
     before = cell.out.stat().st_mtime_ns
-    replication.run_cell(cell, data, 12)
+    run_cell(cell, data, 12)
     assert cell.out.stat().st_mtime_ns == before
 
 
@@ -52,7 +55,7 @@ def test_mismatched_changes_the_targets_alone(data, tmp_path):
     logs = {}
     for arm, weight in (("sft", 0.0), ("mismatched", 1e-9), ("info_nce", 1e-9)):
         cell = Cell("completion", arm, 0, 1e-3, weight, "validation", 10, "", tmp_path / f"{arm}.json")
-        replication.run_cell(cell, data, 12)
+        run_cell(cell, data, 12)
         logs[arm] = json.loads(cell.out.read_text())["cost"]["log"]
     for one, other in zip(logs["sft"], logs["mismatched"], strict=True):
         assert one["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-3)
@@ -73,22 +76,22 @@ def test_selection_takes_the_best_and_comparison_uses_it(data, tmp_path, monkeyp
         cell.out.write_text(json.dumps({"metrics": {"synth": {"startswith": value}}}))
         return ""
 
-    monkeypatch.setattr(replication, "side_by_side", in_this_process)
-    monkeypatch.setattr(replication, "run_cell", run_cell)
+    monkeypatch.setattr(runs, "side_by_side", in_this_process)
+    monkeypatch.setattr(runs, "run_cell", run_cell)
     arms = ("cosine", "info_nce", "vicreg", "sigreg", "stp_paper", "stp_code")
     plan = {"steps": 9, "selection_seeds": [100], "validation": 12, "learning_rates": [0.1, 0.2]}
     plan |= {"weights": {arm: [0.3, 0.5] for arm in arms}}
-    replication.select(data, plan, "", tmp_path, 1)
+    runs.select(data, plan, "", tmp_path, 1)
     settled = yaml.safe_load(capsys.readouterr().out.split("settled:")[1])
     assert settled == {"learning_rate": 0.2, "weights": dict.fromkeys(arms, 0.3)}
 
     cells = []
-    monkeypatch.setattr(replication, "run_cell", lambda cell, *_: cells.append(cell) or "")
+    monkeypatch.setattr(runs, "run_cell", lambda cell, *_: cells.append(cell) or "")
     protocols = {
         "completion": {"arms": list(ARMS), "seeds": [0, 1]},
         "paper": {"arms": ["sft", "cosine"], "seeds": [0]},
     }
-    replication.compare(data, plan | {"settled": settled, "protocols": protocols}, "", tmp_path, 1)
+    runs.compare(data, plan | {"settled": settled, "protocols": protocols}, "", tmp_path, 1)
     assert [(c.protocol, c.seed) for c in cells] == [("completion", 0)] * 9 + [("paper", 0)] * 2 + [
         ("completion", 1)
     ] * 9
@@ -110,14 +113,14 @@ def test_a_cell_is_judged_on_its_part_with_its_labels(data, tmp_path, monkeypatc
 
     monkeypatch.setattr(small_runs, "judge", judge)
     monkeypatch.setattr(small_runs, "train", lambda trainer: {"tokens": 0})
-    monkeypatch.setattr(replication, "LLMJEPATrainer", Trainer)
+    monkeypatch.setattr(runs, "LLMJEPATrainer", Trainer)
     for protocol, arm, part in (("completion", "vicreg", "validation"), ("paper", "stp_code", "test")):
         cell = Cell(protocol, arm, 0, 1e-3, 0.1, part, 10, "", tmp_path / f"{protocol}.json")
-        replication.run_cell(cell, data, 12)
+        run_cell(cell, data, 12)
     (prompts, golds), (both, answers) = asked
-    validation = replication._data(data, 12)[1]
+    validation = runs._data(data, 12)[1]
     assert golds == [row["messages"][-1]["content"] for row in validation] and set(prompts) == {"synth"}
-    items = replication.nl_rx.load(data)[0]
+    items = nl_rx_data.load(data)[0]
     assert answers == [item.answer for item in items]
     assert both["turk"] == [list(item.paraphrase) for item in items] != both["synth"]
     (vicreg, few), (stp, many) = labels
@@ -145,7 +148,7 @@ PLAN = {"protocols": {"completion": {"arms": ["sft", "sft_flops", "cosine"], "se
 
 def test_analysis_worked_by_hand(tmp_path):
     write_runs(tmp_path, PLAN)
-    found = replication.analyse(PLAN, tmp_path)["completion"]
+    found = analysis.analyse(PLAN, tmp_path)["completion"]
     assert found["arms"]["cosine"]["synth startswith"] == [pytest.approx(0.555), pytest.approx(0.00707, abs=1e-5)]
     cosine = found["minus_sft"]["cosine - sft"]["synth"]
     assert cosine["startswith_by_seed"] == pytest.approx([6.0, 5.0])
@@ -155,7 +158,7 @@ def test_analysis_worked_by_hand(tmp_path):
     assert found["minus_sft"]["sft_flops - sft"]["synth"]["startswith_by_seed"] == pytest.approx([0.0, 1.0])
     assert found["controls"]["cosine - sft_flops"]["turk"]["startswith_by_seed"] == pytest.approx([6.0, 4.0])
     assert cosine["detectable"] == pytest.approx(detectable_difference(0.5**0.5, 2, num_tests=2))
-    rows = replication.table({"paper": found}).splitlines()
+    rows = analysis.table({"paper": found}).splitlines()
     assert any(row.startswith("| paper | cosine | 0.3 | 55.5 ± 0.7") and "60.59" in row for row in rows)
     assert any(row.startswith("| paper | cosine - sft | +5.5 (") for row in rows)
 
@@ -166,10 +169,10 @@ def test_analysis_refuses_half_a_comparison_and_mixed_settings(tmp_path):
     run = json.loads(path.read_text())
     path.write_text(json.dumps(run | {"steps": 10}))
     with pytest.raises(UserError, match="2 settings or data sets"):
-        replication.analyse(PLAN, tmp_path)
+        analysis.analyse(PLAN, tmp_path)
     path.unlink()
     with pytest.raises(UserError, match="1 whole seed"):
-        replication.analyse(PLAN, tmp_path)
+        analysis.analyse(PLAN, tmp_path)
 
 
 def test_the_plan_names_arms_that_exist_and_keeps_selection_apart():
@@ -181,13 +184,13 @@ def test_the_plan_names_arms_that_exist_and_keeps_selection_apart():
 
 
 def test_command_line_says_what_is_missing(tmp_path, capsys):
-    assert replication.main(["compare"]) == 2
-    assert replication.main(["compare", "--start", "x"]) == 2
-    assert replication.main(["compare", "--start", "x", "--out", str(tmp_path)]) == 2
-    assert replication.main(["select", "--data", str(tmp_path)]) == 2
+    assert main(["compare"]) == 2
+    assert main(["compare", "--start", "x"]) == 2
+    assert main(["compare", "--start", "x", "--out", str(tmp_path)]) == 2
+    assert main(["select", "--data", str(tmp_path)]) == 2
     (tmp_path / "p.yaml").write_text("steps: 3")
-    assert replication.main(["analyse", "--plan", str(tmp_path / "p.yaml")]) == 2
-    assert replication.main(["analyse", "--plan", str(tmp_path / "q.yaml")]) == 2
+    assert main(["analyse", "--plan", str(tmp_path / "p.yaml")]) == 2
+    assert main(["analyse", "--plan", str(tmp_path / "q.yaml")]) == 2
     said = capsys.readouterr().err.splitlines()
     wanted = ["--data FOLDER", "--out FOLDER", "--plan FILE", "NL-RX folder", "keys must be steps", "cannot be read"]
     assert len(said) == len(wanted) and all(word in line for word, line in zip(wanted, said, strict=True)), said

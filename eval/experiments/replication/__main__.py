@@ -1,0 +1,73 @@
+"""The command `python -m eval.experiments.replication`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_jepa import UserError
+from llm_jepa.core.files import write_json
+
+from ...command import one_line_errors
+from ...tasks import nl_rx
+from . import PLAN, RESULTS
+from . import __doc__ as about
+from .analysis import analyse, seeds_of, table
+from .runs import TRAIN, compare, select
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan: dict[str, Any] = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a plan: {error}") from None
+    wanted = yaml.safe_load(PLAN.read_text()).keys()
+    if not isinstance(plan, dict) or plan.keys() != wanted:
+        raise UserError(f"{path} is not a plan: its keys must be {', '.join(wanted)}.")
+    return plan
+
+
+@one_line_errors("eval.experiments.replication")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.experiments.replication",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("step", choices=["select", "compare", "analyse"])
+    parser.add_argument("--data", type=Path, help="NL-RX folder: {synth,turk}_{train,test}.jsonl (select, compare)")
+    parser.add_argument(
+        "--start", default="", help="checkpoint to start from (default: random weights, 0.7M parameters)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result files (default: the committed ones; needed with --start)"
+    )
+    parser.add_argument("--plan", type=Path, help=f"default: eval/plans/{PLAN.name}; needed with --start")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one core each; 1 on one GPU")
+    options = parser.parse_args(argv)
+    if options.start and (options.out is None or options.plan is None):
+        raise UserError(
+            "--start needs --plan FILE, with settings chosen for that model, and --out FOLDER: its runs are not "
+            "those of the committed comparison."
+        )
+    plan, out = _read_plan(options.plan or PLAN), options.out or RESULTS
+    if options.step == "analyse":
+        figures = analyse(plan, out)
+        write_json(out / "summary.json", figures)
+        print(f"{table(figures)}\n\nOver {seeds_of(figures, plan)}.")
+        return 0
+    if options.data is None:
+        raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")
+    nl_rx.load(options.data)  # fails before anything starts if a file is missing
+    step = select if options.step == "select" else compare
+    step(options.data, plan, options.start, out, options.jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import functools
+import importlib
+import inspect
 import re
+import runpy
+import shlex
+import sys
+import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +23,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llm_jepa import cli
+from llm_jepa.core import recipe
+from llm_jepa.families import FAMILIES, groups_of, parse_recipe
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from llm_jepa.lm.views import PREDICTOR_TOKEN, build_views
 from llm_jepa.vl import Clip, ClipDataset, Pair, VLJEPAModel, VLJEPAProcessor, VLJEPATrainer, VLJEPATrainingArguments
@@ -163,3 +175,233 @@ def test_the_minimal_vl_jepa_is_ours(tmp_path):
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)  # summed in float32
     rates = {name: 0.05 for name in start if name.startswith("y_encoder.")}
     assert_same_step(start, weights_of(trainer.model), gradients, rates)
+
+
+# -- every page -----------------------------------------------------------------------------------------------------
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "recipes" / "README.md",
+    *sorted((ROOT / "model_cards").glob("*.md")),
+]
+COMMAND_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "model_cards"]
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_is_short():
+    """As `wc -w` counts."""
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as Git hosts make them: lower case, no punctuation, a hyphen for each space."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_and_pictures_resolve(page):
+    """Files exist in the repository, and so do the headings that a link names."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", page.read_text())
+    for target in targets:
+        if re.match(r"https?://|mailto:", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page_id(page)} links to {target}, which does not exist"
+        assert file.resolve().is_relative_to(ROOT), f"{page_id(page)} links to {target}, outside the repository"
+        if heading:
+            assert heading in anchors(file), f"{page_id(page)} links to {target}: {file.name} has no such heading"
+
+
+# -- Python ---------------------------------------------------------------------------------------------------------
+
+
+SNIPPETS = [(page, number) for page in COMMAND_PAGES for number in range(len(blocks(page, "python")))]
+
+
+@pytest.mark.parametrize(("page", "number"), SNIPPETS, ids=lambda x: x if isinstance(x, int) else page_id(x))
+def test_python_snippets_compile_and_name_what_exists(page, number):
+    """Every name imported from the package exists, and every keyword of a call to one of these names is known."""
+    tree = ast.parse(blocks(page, "python")[number])
+    imported = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ("llm_jepa", "eval"):
+            module = importlib.import_module(str(node.module))
+            imported |= {alias.name: getattr(module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
+            keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+            inspect.signature(imported[node.func.id]).bind_partial(*node.args, **keywords)
+
+
+def marked_snippets() -> list[tuple[Path, str]]:
+    """Blocks after `<!-- run -->`; those of docs/minimal.md have their own tests."""
+    pattern = re.compile(r"^<!-- run -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page, code) for page in COMMAND_PAGES if page != MINIMAL for code in pattern.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "code"), marked_snippets(), ids=lambda x: page_id(x) if isinstance(x, Path) else "")
+def test_marked_snippets_run(page, code):
+    exec(compile(code, str(page), "exec"), {"__name__": "snippet"})
+
+
+def test_something_is_marked():
+    assert len(marked_snippets()) >= 2 and len(python_blocks(MINIMAL)) == 2
+
+
+# -- command lines ----------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines of bash blocks and of inline code, with `$R` filled in and continued lines joined."""
+    lines, variables = [], {}
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if assigned := re.fullmatch(r"(\w+)=(\S+)", line.strip()):
+                variables[assigned[1]] = assigned[2]
+                continue
+            lines.append(re.sub(r"\$(\w+)", lambda match: variables[match[1]], line))
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`((?:llm-jepa|python -m|make) [^`]+)`", " ".join(prose.split()))
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+COMMANDS = [(page, line) for page in COMMAND_PAGES for line in commands(page)]
+
+
+class Parsed(Exception):
+    """A real parser has accepted its arguments; nothing runs after that."""
+
+
+@pytest.fixture
+def stop_after_parsing(monkeypatch):
+    """argparse as it is, but the outermost parser hands its result to the test instead of to the program."""
+    depth = 0
+
+    def stopping(original):
+        def parse(self, *args, **kwargs):
+            nonlocal depth
+            depth += 1
+            try:
+                result = original(self, *args, **kwargs)
+            finally:
+                depth -= 1
+            if depth == 0:
+                raise Parsed(result)
+            return result
+
+        return parse
+
+    for name in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
+
+
+def check_module(words: list[str], monkeypatch) -> None:
+    """`python -m MODULE ...`; a bare `python -m MODULE` may be a mention, so it is asked for its help."""
+    words = words if len(words) > 1 else [*words, "--help"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises((Parsed, SystemExit)) as ended, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module is loaded already
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    assert ended.type is Parsed or ended.value.code == 0, f"{words[0]} refuses these arguments"
+
+
+def check_llm_jepa(words: list[str], capsys) -> None:
+    """`llm-jepa COMMAND ...`; of `train` also the recipe and every override."""
+    try:
+        code = cli.main(words)
+        assert code == 0, capsys.readouterr().err
+        assert "--help" in words
+        return
+    except SystemExit as ended:
+        assert ended.code == 0 and "--help" in words
+        return
+    except Parsed as parsed:
+        options, rest = parsed.args[0]
+    if options.command != "train":
+        assert not rest, f"unknown arguments {rest}"
+    elif not options.help and options.recipe.partition(".")[0] not in ("RECIPE", "my"):
+        on_cpu = [] if "--use_cpu" in rest else ["--use_cpu", "true"]  # bf16 is refused without a GPU
+        parse_recipe(options.recipe, [*rest, *on_cpu])
+        assert options.launch is None or options.launch in ("cpu", "ddp", "fsdp2", "zero3", "FILE")
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda x: page_id(x) if isinstance(x, Path) else x[:60])
+def test_commands_parse(page, line, stop_after_parsing, monkeypatch, capsys):
+    """By the real parsers: options, choices and numbers of arguments, recipes and their keys, make's targets."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    if words[0] == "llm-jepa":
+        check_llm_jepa(words[1:], capsys)
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2:], monkeypatch)
+    elif words[0] == "make":
+        targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+        assert len(words) == 1 or words[1] in targets or "=" in words[1], f"there is no target {words[1]}"
+    elif words[:2] == ["pip", "install"]:
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = re.findall(r"\[([\w,]+)\]", line)
+        assert {extra for group in extras for extra in group.split(",")} <= known.keys()
+    else:
+        assert words[0] in ("source", "git"), f"{page_id(page)}: no test knows how to check {line!r}"
+
+
+def test_the_readers_find_commands():
+    programs = {line.split()[0] for _, line in COMMANDS}
+    assert {"llm-jepa", "python", "make", "pip"} <= programs and len(COMMANDS) > 30
+
+
+# -- YAML, keys -------------------------------------------------------------------------------------------------------
+
+
+YAML = [(page, number) for page in COMMAND_PAGES for number in range(len(blocks(page, "yaml")))]
+
+
+@pytest.mark.parametrize(("page", "number"), YAML, ids=lambda x: x if isinstance(x, int) else page_id(x))
+def test_yaml_blocks_are_recipes(page, number, tmp_path):
+    """A whole recipe parses; of a part every key exists and takes its value."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(blocks(page, "yaml")[number])
+    keys = recipe.read_yaml(file)
+    if {"family", "train_data", "output_dir"} <= keys.keys():
+        parse_recipe(file, ["--use_cpu", "true"])
+        return
+    known = {key: hint for name in FAMILIES for key, (_, hint) in recipe.recipe_fields(groups_of(name)).items()}
+    for key, value in keys.items():
+        if key not in (recipe.EXTENDS, recipe.FAMILY):
+            recipe.coerce(key, value, known[key])
+
+
+@pytest.mark.parametrize(("family", "groups"), [("lm", slice(2, 3)), ("vl", slice(0, 1)), ("vl", slice(2, 3))])
+def test_every_key_of_ours_is_documented(family, groups):
+    text = (ROOT / "docs" / f"{family}.md").read_text()
+    ours = [key for group in groups_of(family)[groups] for key in group.__annotations__]
+    ours = [key for key in ours if not key.endswith("_revision")]
+    inherited = {"logging_nan_inf_filter", "remove_unused_columns", "learning_rate", "lr_scheduler_type"}
+    missing = [key for key in ours if key not in inherited and f"`{key}`" not in text and f"`{key}:" not in text]
+    assert not missing, f"docs/{family}.md does not name {missing}"
+
+
+@pytest.mark.parametrize(("family", "heading"), [("lm", "Keys"), ("lm", "Views"), ("vl", "Training")])
+def test_the_tables_of_keys_name_keys(family, heading):
+    """Every word in code type in the first column is a key of the family."""
+    text = (ROOT / "docs" / f"{family}.md").read_text()
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    named = [key for row in re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)]
+    fields = recipe.recipe_fields(groups_of(family))
+    assert named and not [key for key in named if key not in fields]

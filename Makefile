@@ -1,5 +1,5 @@
-# Everything a fresh machine needs is done here: `make quickstart` and `make test` each set up their own environment.
-# GPU users keep their own torch:  make test CONSTRAINTS=
+# `make quickstart` and `make test` set up everything that a fresh machine needs.
+# To keep your own torch (GPU users):  make test CONSTRAINTS=
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
@@ -29,8 +29,8 @@ results: $(STAMP)
 	$(BIN)/python -m eval.experiments.tiny_nl_rx --data $(NL_RX)
 	$(BIN)/python -m eval.report
 
-# The planned experiment on unlabelled paraphrases (an hour and a half on two cores), and the published comparison at the
-# size of a CPU (about as long); both can be stopped and started again:  make paraphrases NL_RX=path/to/nl_rx
+# The planned experiment on unlabelled paraphrases (an hour and a half on two cores) and the published comparison at the
+# size of a CPU (about as long). You can stop and restart both:  make paraphrases NL_RX=path/to/nl_rx
 paraphrases: $(STAMP)
 	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
 	$(BIN)/python -m eval.experiments.paraphrases prepare --data $(NL_RX)
@@ -42,8 +42,8 @@ replication: $(STAMP)
 	$(BIN)/python -m eval.experiments.replication compare --data $(NL_RX)
 	$(BIN)/python -m eval.experiments.replication analyse
 
-# What a step costs beside plain SFT's: a minute on generated rows, or the committed figures on the real ones (half an
-# hour):  make step-cost NL_RX=path/to/nl_rx [SPIDER=path/to/spider]
+# The cost of a step compared with plain SFT: a minute on generated rows. With NL_RX it repeats the committed figures on
+# the real rows (half an hour):  make step-cost NL_RX=path/to/nl_rx [SPIDER=path/to/spider]
 step-cost: $(STAMP)
 	$(BIN)/python -m eval.step_cost $(if $(NL_RX),--nl-rx $(NL_RX) $(if $(SPIDER),--spider $(SPIDER)) --out eval/results/step_cost/cpu.json --plot eval/results/step_cost/cpu.png,--quick)
 

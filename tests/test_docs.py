@@ -203,6 +203,18 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1500
 
 
+def test_the_tree_of_the_readme_is_the_tree():
+    """Every path of "Where things are" exists; an indented one lies in the folder above it."""
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
+    folder, paths = "", []
+    for line in tree.strip("\n").splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folder = "/".join([*folder.split("/")[:depth], name.rstrip("/")])
+        paths.append(ROOT / folder)
+    assert len(paths) > 20 and not [path for path in paths if not path.exists()]
+
+
 def anchors(page: Path) -> set[str]:
     """Of its headings, as Git hosts make them: lower case, no punctuation, a hyphen for each space."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -74,7 +74,11 @@ def letter_tokenizer(letters: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens=special[3:]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=special[3:],
     )
 
 
@@ -155,7 +159,13 @@ def test_the_minimal_vl_jepa_is_ours(tmp_path):
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
     ours = VLJEPAModel.from_parts(
-        model.x_encoder, model.predictor, model.y_encoder, shared_dim=64, num_frames=4, frame_size=16, dtype=torch.float64
+        model.x_encoder,
+        model.predictor,
+        model.y_encoder,
+        shared_dim=64,
+        num_frames=4,
+        frame_size=16,
+        dtype=torch.float64,
     )
     ours.load_state_dict(model.state_dict(), strict=True)
     torch.testing.assert_close(ours.encode_frames(pixels), seen, rtol=1e-12, atol=1e-12)

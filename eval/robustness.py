@@ -72,8 +72,9 @@ def parse_arms(entries: Sequence[str]) -> Sources:
 
 
 def _name_of(source: str) -> str:
-    name = Path(source).resolve().name if Path(source).exists() else source.split("/")[-1]
-    return name.removesuffix(".json")
+    if Path(source).exists():
+        return Path(source).resolve().name.removesuffix(".json")
+    return source.split("/")[-1].removesuffix(".json")
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
@@ -107,7 +108,9 @@ def _settings_of(out: Path) -> dict[str, Any] | None:
 def read_scored(source: str) -> Run:
     """A run that was scored before: its folder with results.json and samples.jsonl, or FILE.json of `eval.run`."""
     path = Path(source)
-    file, lines = (path / RESULTS, path / SAMPLES) if path.is_dir() else (path, path.with_suffix(".samples.jsonl"))
+    file, lines = path, path.with_suffix(".samples.jsonl")
+    if path.is_dir():
+        file, lines = path / RESULTS, path / SAMPLES
     missing = [str(file_or_lines) for file_or_lines in (file, lines) if not file_or_lines.is_file()]
     if missing:
         raise UserError(f"There is no {' and no '.join(missing)}; give the folder or the file of a scored run.")
@@ -260,7 +263,9 @@ def _score_arm(
     """Score the runs of an arm, each in a folder below `out`. Finished runs are read from there."""
     runs = []
     for number, source in enumerate(sources, start=1):
-        folder = out / name if len(sources) == 1 else out / name / str(number)
+        folder = out / name
+        if len(sources) > 1:
+            folder = folder / str(number)
         print(f"{name}: {source}")
         result, samples = evaluate_model(
             source,

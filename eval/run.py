@@ -378,10 +378,10 @@ def table(result: Row) -> str:
     width = max(len(name) for name in [*names, "12345678"]) + 2
     lines = [" " * 16 + "".join(f"{name:>{width}}" for name in names)]
     for wording, figures in result["metrics"].items():
+        shown = {name: f"{100 * value:.1f}%" for name, value in figures.items()}
         line = f"{wording:16s}"
         for name in names:
-            cell = f"{100 * figures[name]:.1f}%" if name in figures else ""
-            line += f"{cell:>{width}}"
+            line += f"{shown.get(name, ''):>{width}}"
         lines.append(line)
     lines.append(
         f"{result['items']} items ({result['dropped_as_known_from_train']} dropped, known from train); "

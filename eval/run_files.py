@@ -109,6 +109,6 @@ def _write_lines(path: Path, rows: Sequence[Row]) -> None:
 def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder; choose another file.")
-    nearest = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
+    nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not (path.exists() or nearest.is_dir()) or not os.access(nearest, os.W_OK):
         raise UserError(f"{path} cannot be written ({nearest} is in the way); choose another file.")

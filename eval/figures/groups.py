@@ -1,8 +1,8 @@
 """How much does the wording of a request matter? Figures of groups: one meaning, k wordings, one gold answer.
 
-Everything here is computed per group first and then averaged over groups, so a group with many wordings weighs no more
-than one with two; intervals resample whole groups. Consistency alone rewards a model that always says the same: it is
-reported beside `consistent_and_correct`, which does not.
+Every figure is computed per group and then averaged over groups, so a group with many wordings weighs as much as one
+with two. Intervals resample whole groups. Consistency alone rewards a model that always gives the same answer, so it is
+reported together with `consistent_and_correct`, which does not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .inference import (
     t_test,
 )
 
-# What each figure of `robustness` is, for one group of k wordings with scores s_1..s_k (the first is the original) and
-# answer keys. All but the last two are means over groups of a figure of the group.
+# The figures of `robustness`. All but the last two are means over groups of a figure of the group. A group has k
+# wordings, each with a score and an answer key; the first is the original.
 DEFINITIONS = {
     "accuracy": "mean score over a group's wordings",
     "worst_of_k": "lowest score among a group's wordings; for right/wrong scores: all of them right",
@@ -55,8 +55,8 @@ class Answers:
     metric: str
     groups: tuple[str, ...]
     wordings: tuple[str, ...]
-    scores: Array  # [G, K], NaN where a group lacks a wording
-    keys: NDArray[np.int64]  # [G, K], equal within a row for equal answers; -1 where a group lacks a wording
+    scores: Array  # [G, K], NaN if the group lacks the wording
+    keys: NDArray[np.int64]  # [G, K], equal within a row for equal answers; -1 if the group lacks the wording
     first: NDArray[np.int64]  # [G], the column of a group's own first wording
     left_out: int = 0  # groups that the metric does not count
 
@@ -66,17 +66,17 @@ class Answers:
 
 
 def read_answers(samples: Sequence[Mapping[str, Any]], metric: str) -> Answers:
-    """The table of sample rows {"group", "wording", "scores": {metric: value}, "answer_key"}, in their order.
+    """The answers of sample rows {"group", "wording", "scores": {metric: value}, "answer_key"}, in their order.
 
-    A group none of whose rows has the metric is left out: the metric does not count it. Raises UserError for a metric
-    that no row has or that a group has in part, two rows of one group and wording, or groups with a single wording.
+    The metric does not count a group if none of its rows has the metric; such groups are left out. Raises UserError for
+    a metric that no row has or that a group has in part, two rows of one group and wording, or groups with a single
+    wording.
     """
     counted = [row for row in samples if metric in row["scores"]]
     if not counted:
-        known = sorted({name for row in samples for name in row["scores"]})
+        known = sorted(set().union(*(row["scores"] for row in samples)))
         raise UserError(f"No sample has the metric {metric!r}; there is {', '.join(known) or 'none'}.")
-    groups = {name: i for i, name in enumerate(dict.fromkeys(row["group"] for row in counted))}
-    wordings = {name: i for i, name in enumerate(dict.fromkeys(row["wording"] for row in counted))}
+    groups, wordings = _index(counted, "group"), _index(counted, "wording")
     in_part = [row for row in samples if metric not in row["scores"] and row["group"] in groups]
     if in_part:
         raise UserError(f"Group {in_part[0]['group']!r} has the metric {metric!r} for some of its wordings only.")
@@ -85,22 +85,30 @@ def read_answers(samples: Sequence[Mapping[str, Any]], metric: str) -> Answers:
     first = np.full(len(groups), -1, dtype=np.int64)
     code: dict[str, int] = {}
     for row in counted:
-        at = groups[row["group"]], wordings[row["wording"]]
-        if keys[at] >= 0:
+        g, w = groups[row["group"]], wordings[row["wording"]]
+        if keys[g, w] >= 0:
             raise UserError(f"Group {row['group']!r} has two answers for the wording {row['wording']!r}.")
-        scores[at] = row["scores"][metric]
-        if np.isnan(scores[at]):
+        scores[g, w] = row["scores"][metric]
+        if np.isnan(scores[g, w]):
             raise UserError(f"Group {row['group']!r}, wording {row['wording']!r}: its {metric} is not a number.")
-        keys[at] = code.setdefault(row["answer_key"], len(code))
-        if first[at[0]] < 0:
-            first[at[0]] = at[1]
+        keys[g, w] = code.setdefault(row["answer_key"], len(code))
+        if first[g] < 0:
+            first[g] = w
     refuse_single(((keys >= 0).sum(axis=1)).tolist())
     left_out = len({row["group"] for row in samples}) - len(groups)
     return Answers(metric, tuple(groups), tuple(wordings), scores, keys, first, left_out)
 
 
+def _index(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
+    """A number for each value of `key`, in the order of the rows."""
+    numbers: dict[str, int] = {}
+    for row in rows:
+        numbers.setdefault(row[key], len(numbers))
+    return numbers
+
+
 def refuse_single(num_wordings: Sequence[int]) -> None:
-    """Raises UserError if any group, of which these are the numbers of wordings, has one wording only."""
+    """Raises UserError if a group has a single wording. `num_wordings`: of each group."""
     single = sum(k < 2 for k in num_wordings)
     if single:
         raise UserError(
@@ -115,16 +123,16 @@ class Robustness(NamedTuple):
 
 
 def robustness(answers: Sequence[Answers], *, num_resamples: int = 10_000, seed: int = 0) -> Robustness:
-    """Figures of one model, or of several seeds of it: their mean, with 95 % bootstrap intervals over groups.
+    """Figures of one model, or the mean of several seeds of it, with 95 % bootstrap intervals over groups.
 
-    The interval speaks of new groups for these very runs; what another training run would do it does not know.
+    The intervals are about new groups for these trained weights. They do not tell how another training run would do.
     Raises UserError if the seeds answered different groups.
     """
     return _intervals(_draws(answers, num_resamples, seed))
 
 
 class OverSeeds(NamedTuple):
-    """A difference by seed, runs paired in the order given: does training again give it again?"""
+    """A difference by seed, with runs paired in the order given: would new training runs show it again?"""
 
     by_seed: tuple[float, ...]
     t: Interval  # Student's 95 % interval of the mean: new seeds, these groups
@@ -133,7 +141,7 @@ class OverSeeds(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Differences `model - baseline`. McNemar per wording: its rows are independent, those of a group are not."""
+    """Differences `model - baseline`. McNemar is per wording, because the wordings of a group are not independent."""
 
     metrics: dict[str, Interval]
     wordings: dict[str, Interval]
@@ -152,25 +160,41 @@ def compare(
     _check_same([*model, *baseline])
     ours, theirs = _draws(model, num_resamples, seed), _draws(baseline, num_resamples, seed)
     paired = _intervals({name: ours[name] - theirs[name] for name in ours})
-    tests, over_seeds = {}, {}
-    if len(model) == len(baseline) == 1 and _binary(model[0]) and _binary(baseline[0]):
-        for j, wording in enumerate(model[0].wordings):
-            has = model[0].present[:, j]
-            tests[wording] = mcnemar(model[0].scores[has, j], baseline[0].scores[has, j])
-    if len(model) == len(baseline) > 1:
-        both = [(figures(a), figures(b)) for a, b in zip(model, baseline, strict=True)]
-        gaps = [{name: a["metrics", name] - b["metrics", name] for name in DEFINITIONS} for a, b in both]
-        tables = [(per_group(a), per_group(b)) for a, b in zip(model, baseline, strict=True)]
-        for name in DEFINITIONS:
-            by_seed = tuple(gap[name] for gap in gaps)
-            if not np.isfinite(by_seed).all():
-                continue  # a drop rate without a right answer
-            crossed = None
-            if name in tables[0][0]:
-                difference = np.stack([a[name] - b[name] for a, b in tables])
-                crossed = hierarchical(difference, num_resamples=num_resamples, seed=seed)
-            over_seeds[name] = OverSeeds(by_seed, t_interval(by_seed), t_test(by_seed), crossed)
+    tests: dict[str, McNemar] = {}
+    over_seeds: dict[str, OverSeeds] = {}
+    if len(model) == len(baseline) == 1:
+        tests = _mcnemar_by_wording(model[0], baseline[0])
+    elif len(model) == len(baseline):
+        over_seeds = _compare_seeds(model, baseline, num_resamples=num_resamples, seed=seed)
     return Comparison(paired.metrics, paired.wordings, tests, over_seeds)
+
+
+def _mcnemar_by_wording(model: Answers, baseline: Answers) -> dict[str, McNemar]:
+    tests: dict[str, McNemar] = {}
+    if _binary(model) and _binary(baseline):
+        for j, wording in enumerate(model.wordings):
+            has = model.present[:, j]
+            tests[wording] = mcnemar(model.scores[has, j], baseline.scores[has, j])
+    return tests
+
+
+def _compare_seeds(
+    model: Sequence[Answers], baseline: Sequence[Answers], *, num_resamples: int, seed: int
+) -> dict[str, OverSeeds]:
+    pairs = list(zip(model, baseline, strict=True))
+    estimates = [(figures(a), figures(b)) for a, b in pairs]
+    tables = [(per_group(a), per_group(b)) for a, b in pairs]
+    over_seeds: dict[str, OverSeeds] = {}
+    for name in DEFINITIONS:
+        by_seed = tuple(a["metrics", name] - b["metrics", name] for a, b in estimates)
+        if not np.isfinite(by_seed).all():
+            continue  # a drop rate is undefined without a right answer
+        crossed = None
+        if name in tables[0][0]:
+            difference = np.stack([a[name] - b[name] for a, b in tables])  # [seeds, G]
+            crossed = hierarchical(difference, num_resamples=num_resamples, seed=seed)
+        over_seeds[name] = OverSeeds(by_seed, t_interval(by_seed), t_test(by_seed), crossed)
+    return over_seeds
 
 
 def per_group(answers: Answers) -> dict[str, Array]:
@@ -197,47 +221,57 @@ def per_group(answers: Answers) -> dict[str, Array]:
 
 @torch.no_grad()
 def embedding_view(embeddings: Tensor, group: Tensor) -> dict[str, Interval]:
-    """Do wordings of one request lie together? Embeddings [N, D] of all wordings of all groups, `group` [N] ints.
+    """Are the embeddings of the wordings of a request close to each other?
 
-    cosine_within, cosine_between: mean centred cosine of wordings of one group, and of different groups.
-    raw_cosine_within, raw_cosine_between: the same without centring; both near 1 is the signature of collapse.
-    recall_at_1: share of a group's wordings whose nearest other one (centred cosine) is of the group, averaged over
-    groups; chance is (k - 1) / (N - 1).
-    effective_rank: of all N, see `llm_jepa.core.diagnostics`; depends on N and k.
+    cosine_within, cosine_between          mean centred cosine of wordings of one group, and of different groups
+    raw_cosine_within, raw_cosine_between  the same without centring; both near 1 is the signature of collapse
+    recall_at_1                            share of a group's wordings whose nearest other wording (centred cosine) is
+                                           in the same group, averaged over groups; chance is (k - 1) / (N - 1)
+    effective_rank                         of all N, see `llm_jepa.core.diagnostics`; depends on N and k
 
-    Within and recall have 95 % bootstrap intervals over groups; for the figures that pair groups the bounds are NaN.
+    Args:
+        embeddings: [N, D], of all wordings of all groups.
+        group: [N] ints.
+
+    The figures within groups and recall have 95 % bootstrap intervals over groups; the others have NaN bounds.
     Raises UserError for fewer than two groups or a group with a single row.
     """
     _, group, size = torch.unique(group, return_inverse=True, return_counts=True)
     if len(size) < 2 or (size < 2).any():
         raise UserError(f"{len(size)} groups, {int((size < 2).sum())} with a single wording: two of each are needed.")
-    found: dict[str, Interval] = {}
+    view: dict[str, Interval] = {}
     wide = embeddings.double()
     for name, x in (("", wide - wide.mean(dim=0)), ("raw_", wide)):
         unit = F.normalize(x, dim=-1)
         sums = unit.new_zeros(len(size), unit.shape[1]).index_add_(0, group, unit)  # [G, D]
-        # sum of all cosines in a group = |sum of its unit vectors|^2, the k of a row with itself included
+        # sum of all cosines in a group = |sum of its unit vectors|^2; it includes each row's cosine with itself
         itself = torch.zeros_like(size, dtype=unit.dtype).index_add_(0, group, unit.square().sum(dim=1))
         inside = sums.square().sum(dim=1)
-        found[f"{name}cosine_within"] = bootstrap(((inside - itself) / (size * (size - 1))).numpy(force=True))
+        view[f"{name}cosine_within"] = bootstrap(((inside - itself) / (size * (size - 1))).numpy(force=True))
         between = (sums.sum(dim=0).square().sum() - inside.sum()) / (len(x) ** 2 - size.square().sum())
-        found[f"{name}cosine_between"] = Interval(float(between), math.nan, math.nan)
-    unit = F.normalize(wide - wide.mean(dim=0), dim=-1)
+        view[f"{name}cosine_between"] = Interval(float(between), math.nan, math.nan)
+    hit = _nearest_is_of_the_group(F.normalize(wide - wide.mean(dim=0), dim=-1), group)
+    of_group = torch.zeros_like(size, dtype=hit.dtype).index_add_(0, group, hit) / size
+    view["recall_at_1"] = bootstrap(of_group.numpy(force=True))
+    view["effective_rank"] = Interval(float(effective_rank(embeddings)), math.nan, math.nan)
+    return view
+
+
+def _nearest_is_of_the_group(unit: Tensor, group: Tensor) -> Tensor:
+    """[N], 1 if the nearest other row of unit vectors [N, D] is of the same group, else 0."""
     hit = torch.zeros(len(unit), dtype=unit.dtype, device=unit.device)
-    for start in range(0, len(unit), 1024):  # N x N cosines, a slice at a time
+    for start in range(0, len(unit), 1024):  # N x N cosines, a slice at a time to save memory
         cosine = unit[start : start + 1024] @ unit.T
         rows = torch.arange(len(cosine), device=unit.device)
         cosine[rows, rows + start] = -torch.inf
         hit[start : start + 1024] = (group[cosine.argmax(dim=1)] == group[start : start + 1024]).to(unit.dtype)
-    of_group = torch.zeros_like(size, dtype=unit.dtype).index_add_(0, group, hit) / size
-    found["recall_at_1"] = bootstrap(of_group.numpy(force=True))
-    found["effective_rank"] = Interval(float(effective_rank(embeddings)), math.nan, math.nan)
-    return found
+    return hit
 
 
 def figures(answers: Answers) -> dict[tuple[str, str], float]:
-    """("metrics", name) or ("wordings", name) -> the estimate alone, of one run."""
-    return {name: float(values[0]) for name, values in _of_means(_table(answers).mean(axis=0)[None], answers).items()}
+    """("metrics", name) or ("wordings", name) -> the estimate of one run, without an interval."""
+    means = _table(answers).mean(axis=0)[None]  # [1, C]
+    return {name: float(values[0]) for name, values in _of_means(means, answers).items()}
 
 
 class _Draws(NamedTuple):
@@ -249,22 +283,26 @@ class _Draws(NamedTuple):
 
 
 def _draws(answers: Sequence[Answers], num_resamples: int, seed: int) -> dict[tuple[str, str], _Draws]:
-    """Estimates and resamples of the figures, averaged over runs. The same resamples for the same number of groups."""
+    """Estimates and resamples of the figures, averaged over runs.
+
+    Equal numbers of groups get the same resamples, so the draws of two models can be subtracted.
+    """
     _check_same(answers)
-    runs = []
-    for one in answers:
-        draws = _of_means(resampled_means(_table(one), num_resamples=num_resamples, seed=seed), one)
-        runs.append({name: _Draws(estimate, draws[name]) for name, estimate in figures(one).items()})
-    return {
-        name: _Draws(
-            float(np.mean([run[name].estimate for run in runs])), np.mean([run[name].draws for run in runs], axis=0)
-        )
-        for name in runs[0]
-    }
+    estimates = [figures(one) for one in answers]
+    draws = [_of_means(resampled_means(_table(one), num_resamples=num_resamples, seed=seed), one) for one in answers]
+    averaged = {}
+    for name in estimates[0]:
+        estimate = float(np.mean([of_run[name] for of_run in estimates]))
+        averaged[name] = _Draws(estimate, np.mean([of_run[name] for of_run in draws], axis=0))
+    return averaged
 
 
 def _table(answers: Answers) -> Array:
-    """[G, C]: every figure is a function of the means of these columns, so one resample of groups serves them all."""
+    """[G, C] columns of whose means every figure is a function, so that one resample of groups serves all figures.
+
+    The columns: the figures of `per_group`; the score of the original, and the mean score of the other wordings; by
+    wording the score (0 if it is missing) and whether the group has the wording.
+    """
     scores, present = answers.scores, answers.present
     original = scores[np.arange(len(scores)), answers.first]
     others = (np.nansum(scores, axis=1) - original) / (present.sum(axis=1) - 1)
@@ -273,14 +311,15 @@ def _table(answers: Answers) -> Array:
 
 def _of_means(means: Array, answers: Answers) -> dict[tuple[str, str], Array]:
     """Means [R, C] of the columns of `_table` -> figures, each [R]."""
-    names = list(DEFINITIONS)[:-2]
-    head, (original, others), rest = means[:, : len(names)], means[:, len(names) : len(names) + 2].T, len(names) + 2
-    k = len(answers.wordings)
+    of_groups = list(DEFINITIONS)[:-2]
+    n, k = len(of_groups), len(answers.wordings)
+    original, others = means[:, n], means[:, n + 1]
+    scores, present = means[:, n + 2 : n + 2 + k], means[:, n + 2 + k :]
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample without a right answer, or without the wording
-        by_wording = means[:, rest : rest + k] / means[:, rest + k :]
+        by_wording = scores / present  # the mean over the groups that have the wording
         drop = np.where(original > 0, 1 - others / original, np.nan)
     return {
-        **{("metrics", name): head[:, i] for i, name in enumerate(names)},
+        **{("metrics", name): means[:, i] for i, name in enumerate(of_groups)},
         ("metrics", "spread_of_wordings"): by_wording.max(axis=1) - by_wording.min(axis=1),
         ("metrics", "drop_rate"): drop,
         **{("wordings", name): by_wording[:, j] for j, name in enumerate(answers.wordings)},
@@ -288,10 +327,10 @@ def _of_means(means: Array, answers: Answers) -> dict[tuple[str, str], Array]:
 
 
 def _intervals(draws: Mapping[tuple[str, str], _Draws]) -> Robustness:
-    found: dict[str, dict[str, Interval]] = {"metrics": {}, "wordings": {}}
+    intervals = Robustness({}, {})
     for (kind, name), one in draws.items():
-        found[kind][name] = percentile(one.estimate, one.draws)
-    return Robustness(**found)
+        getattr(intervals, kind)[name] = percentile(one.estimate, one.draws)
+    return intervals
 
 
 def _check_same(answers: Sequence[Answers]) -> None:

@@ -1,7 +1,7 @@
 """Intervals and tests for paired comparisons of models: over groups of wordings, over seeds, and over both.
 
-The unit of resampling is the group (one meaning, all its wordings): the rows of a group are not independent. A seed is
-a training run; differences over seeds compare runs that share seed and data order.
+The unit of resampling is the group (one meaning, all its wordings), because the rows of a group are not independent. A
+seed is a training run; differences over seeds compare runs that share seed and data order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """An estimate and its interval, at the level the function was asked for. NaN where undefined."""
+    """An estimate and its interval, at the level that the function was called with. Undefined bounds are NaN."""
 
     estimate: float
     low: float
@@ -30,8 +30,9 @@ class Interval(NamedTuple):
 def resampled_means(values: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0) -> Array:
     """Means [num_resamples, ...] of resamples, with replacement and of the same size, of the groups (axis 0).
 
-    The draws depend on the number of groups, `num_resamples` and `seed` alone, so two arrays over the same groups get
-    the same resamples. About 64 MB, however many groups. Raises UserError for fewer than two groups or a NaN.
+    The draws depend only on the number of groups, `num_resamples` and `seed`: two arrays over the same groups get the
+    same resamples. Takes about 64 MB, however many groups there are. Raises UserError for fewer than two groups or a
+    NaN.
     """
     table = _checked(values, "group(s)")
     flat = table.reshape(len(table), -1)
@@ -47,7 +48,7 @@ def resampled_means(values: ArrayLike, *, num_resamples: int = 10_000, seed: int
 def percentile(estimate: float, draws: Array, *, level: float = 0.95) -> Interval:
     """Percentile interval (Efron and Tibshirani 1993, ch. 13) of bootstrap draws [R].
 
-    NaN bounds if any draw is NaN: a statistic that some resamples leave undefined has no interval.
+    The bounds are NaN if any draw is NaN: a statistic that is undefined on some resamples has no interval.
     """
     if np.isnan(draws).any():
         return Interval(float(estimate), math.nan, math.nan)
@@ -65,7 +66,7 @@ def bootstrap(values: ArrayLike, *, num_resamples: int = 10_000, seed: int = 0, 
 
 
 class McNemar(NamedTuple):
-    only_a: int  # items that a alone has right
+    only_a: int  # items that only a has right
     only_b: int
     p: float
 
@@ -89,9 +90,10 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjusted p values (Holm 1979), in the order given: reject those <= alpha, however dependent."""
+    """Holm's step-down adjusted p values (Holm 1979), in the same order. Reject those <= alpha; the tests may depend on
+    each other."""
     if any(not 0 <= p <= 1 for p in p_values.values()):
-        raise UserError(f"p values must lie in 0..1, not {dict(p_values)}.")
+        raise UserError(f"p values must be in 0..1, not {dict(p_values)}.")
     adjusted: dict[str, float] = {}
     highest = 0.0
     for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
@@ -107,8 +109,8 @@ def hierarchical(difference: ArrayLike, *, num_resamples: int = 10_000, seed: in
     the pigeonhole bootstrap (Owen 2007, arXiv:0712.1111). With seed, item and residual variances A, I and E over S
     seeds and n items, the variance of the mean is A/S + I/n + E/(Sn); the bootstrap's is, in expectation,
     (1 - 1/S) A/S + (1 - 1/n) I/n + ((2 - 1/S)(2 - 1/n) - 1) E/(Sn). So it counts E about three times (conservative),
-    but misses 1/S of A: with under about ten seeds that differ much it is too narrow, and `t_interval` of the seed
-    means is the one to claim from. That one speaks of new seeds on these same items.
+    but misses 1/S of A: if fewer than about ten seeds differ much, it is too narrow. Then claim from `t_interval` of
+    the seed means, which is about new seeds on these same items.
     """
     table = _checked(difference, "seed(s)")
     if table.ndim != 2 or table.shape[1] < 2:
@@ -149,14 +151,14 @@ def t_test(values: ArrayLike) -> float:
 
 class Equivalence(NamedTuple):
     interval: Interval  # at `level`
-    equivalent: bool  # both one-sided p below (1 - level) / 2, which is: the interval lies within -margin..margin
+    equivalent: bool  # the interval is within -margin..margin, that is, both one-sided p are below (1 - level) / 2
 
 
 def equivalence(differences_by_seed: ArrayLike, margin: float, *, level: float = 0.90) -> Equivalence:
     """Two one-sided t tests (TOST; Schuirmann 1987): is the difference smaller than `margin`, either way?
 
-    `level` 0.90 claims equivalence at 5 %. The margin must be fixed before looking. Not "equivalent" does not mean
-    different: it may mean too few seeds. Raises UserError for a margin <= 0 or fewer than two seeds.
+    `level` 0.90 claims equivalence at 5 %. Fix the margin before you look at the data. "Not equivalent" does not mean
+    different; it may mean too few seeds. Raises UserError for a margin <= 0 or fewer than two seeds.
     """
     if not margin > 0:
         raise UserError(f"margin={margin}: equivalence needs a margin above 0, in the unit of the differences.")
@@ -165,6 +167,7 @@ def equivalence(differences_by_seed: ArrayLike, margin: float, *, level: float =
 
 
 def show_p(p: float) -> str:
+    """A p value for a table: three decimals, or "< 0.001"."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
@@ -175,8 +178,8 @@ def detectable_difference(
 
     num_tests: the size of a family under Holm. Its smallest p must pass at 5 % / num_tests, so this test must too.
 
-    From the noncentral t. The far tail, a significant difference with the wrong sign, does not count as found. In the
-    unit of the sd. Raises UserError for fewer than two seeds.
+    From the noncentral t. A significant difference with the wrong sign does not count. In the unit of the sd. Raises
+    UserError for fewer than two seeds.
     """
     if num_seeds < 2:
         raise UserError(f"num_seeds={num_seeds}: a spread over seeds needs two.")
@@ -201,11 +204,11 @@ def _counts(rng: np.random.Generator, resamples: int, size: int) -> Array:
 
 
 def _checked(values: ArrayLike, unit: str) -> Array:
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim == 0 or len(table) < 2:
-        raise UserError(f"{table.size if table.ndim == 0 else len(table)} {unit}: an interval needs two or more.")
+    table = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if len(table) < 2:
+        raise UserError(f"{len(table)} {unit}: an interval needs two or more.")
     if not np.isfinite(table).all():
-        raise UserError(f"{int((~np.isfinite(table)).sum())} value(s) are not finite: no interval can be given.")
+        raise UserError(f"{int((~np.isfinite(table)).sum())} value(s) are not finite, so there is no interval.")
     return table
 
 

@@ -14,7 +14,7 @@ from llm_jepa import UserError
 from .groups import read_answers, robustness
 from .inference import Interval
 from .robustness_analysis import Run
-from .robustness_report import TITLES
+from .robustness_report import TITLES, number_or_range
 
 CARD_METRICS = ("accuracy", "worst_of_k", "consistency", "consistent_and_correct", "drop_rate")
 
@@ -42,8 +42,7 @@ def write_card(folder: str | Path, run: Run, *, dataset: str, metric: str) -> Pa
 def _results(run: Run, dataset: str, metric: str) -> list[EvalResult]:
     answers = read_answers(run.samples, metric)
     num_wordings = answers.present.sum(axis=1)
-    low, high = num_wordings.min(), num_wordings.max()
-    k = f"{low}" if low == high else f"{low} to {high}"
+    k = number_or_range(num_wordings.min(), num_wordings.max())
     intervals = robustness([answers]).metrics
     results = []
     for name in CARD_METRICS:

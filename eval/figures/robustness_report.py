@@ -100,8 +100,11 @@ def most_runs(analysis: Analysis) -> int:
 
 
 def wordings_of_a_group(analysis: Analysis) -> str:
-    """The number of wordings of a group, in words: "3", or "2 to 3"."""
-    low, high = analysis["k"]
+    return number_or_range(*analysis["k"])
+
+
+def number_or_range(low: int, high: int) -> str:
+    """ "3" if both are 3, "2 to 3" otherwise."""
     return str(low) if low == high else f"{low} to {high}"
 
 
@@ -123,8 +126,10 @@ def _pairs(analysis: Analysis) -> list[tuple[str, Any]]:
 def _model_line(name: str, runs: Sequence[dict[str, Any]]) -> str:
     sources = []
     for run in runs:
-        weights = run["model"].get("weights_sha256")
-        sources.append(f"`{run['model']['name']}`" + (f" (weights {weights[:12]})" if weights else ""))
+        source = f"`{run['model']['name']}`"
+        if weights := run["model"].get("weights_sha256"):
+            source += f" (weights {weights[:12]})"
+        sources.append(source)
     return f"- **{name}**: {', '.join(sources)}"
 
 
@@ -171,9 +176,9 @@ def _over_seeds(analysis: Analysis) -> str | None:
     for name, pair in _pairs(analysis):
         for metric, test in pair["over_seeds"].items():
             by_run = ", ".join(f"{100 * value:+.1f}" for value in test["by_seed"])
-            crossed = _cell(test["crossed"], "+") if test["crossed"] else "-"
+            intervals = [_cell(test["t"], "+"), _cell(test["crossed"], "+")]
             p_values = [show_p(test["p"]), show_p(test["p_holm"])]
-            rows.append([f"{name}, {TITLES[metric]}", by_run, _cell(test["t"], "+"), crossed, *p_values])
+            rows.append([f"{name}, {TITLES[metric]}", by_run, *intervals, *p_values])
     if not rows:
         return None
     return aligned_table(["", "by run", "Student 95 %", "crossed 95 %", "p", f"p, Holm of {len(rows)}"], rows)
@@ -212,19 +217,23 @@ def _detectable(analysis: Analysis) -> list[dict[str, Any]]:
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 
-def _cell(figure: Mapping[str, Any], sign: str = "") -> str:
-    """An estimate in per cent, with its spread over runs and its interval as far as it has them."""
-    if figure["estimate"] is None:
+def _cell(figure: Mapping[str, Any] | None, sign: str = "") -> str:
+    """An estimate in per cent, with its spread over runs and its interval, if it has them."""
+    if figure is None or figure["estimate"] is None:
         return "-"
     sd = sample_sd([value for value in figure.get("by_seed", ()) if value is not None])
-    shown = estimate_spread(_in_percent(figure["estimate"]), None if sd is None else 100 * sd, f"{sign}.1f")
+    if sd is not None:
+        sd = 100 * sd
+    shown = estimate_spread(_in_percent(figure["estimate"]), sd, f"{sign}.1f")
     if figure["low"] is None:
         return shown
     return f"{shown} [{_percent(figure['low'], sign)}, {_percent(figure['high'], sign)}]"
 
 
 def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{_in_percent(value):{sign}.1f}"
+    if value is None:
+        return "-"
+    return f"{_in_percent(value):{sign}.1f}"
 
 
 def _in_percent(value: float) -> float:
@@ -233,4 +242,6 @@ def _in_percent(value: float) -> float:
 
 def _number(figure: Mapping[str, Any]) -> str:
     shown = estimate_spread(figure["estimate"], sample_sd(figure["by_seed"]), ".2f")
-    return shown if figure["low"] is None else f"{shown} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    if figure["low"] is None:
+        return shown
+    return f"{shown} [{figure['low']:.2f}, {figure['high']:.2f}]"

@@ -16,13 +16,16 @@ def mean_spread(values: Sequence[float], form: str = ".1f") -> str:
 
 def estimate_spread(estimate: float, sd: float | None, form: str = ".1f") -> str:
     """Format an estimate and a standard deviation computed before as "estimate ± sd"; without an sd, the estimate."""
-    shown = format(estimate, form)
-    return shown if sd is None else f"{shown} ± {format(sd, form.lstrip('+'))}"
+    if sd is None:
+        return format(estimate, form)
+    return f"{format(estimate, form)} ± {format(sd, form.lstrip('+'))}"
 
 
 def sample_sd(values: Sequence[float]) -> float | None:
     """The standard deviation with n - 1 in the denominator; None for fewer than two values."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str | None = None) -> str:
@@ -35,7 +38,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: 
     for cells in (align, *rows):
         if len(cells) != len(header):
             raise ValueError(f"A table of {len(header)} columns cannot have a row of {len(cells)}: {cells!r}.")
-    rule = "".join("---|" if side == "l" else "---:|" for side in align)
+    rule = "".join({"l": "---|", "r": "---:|"}[side] for side in align)
     heading = _line(header).replace("|  |", "| |")  # the committed reports write an empty heading with one blank
     return "\n".join([heading, f"|{rule}", *map(_line, rows)])
 

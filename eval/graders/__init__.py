@@ -52,20 +52,22 @@ def regex(gold: str, text: str, stopped: bool, *, degenerate: bool = False) -> G
     undecided      the comparison exceeded its bounds; it counts as not equivalent
     """
     verdict = _verdict(gold, text)
-    right = float(verdict.status == "equal")
-    scores = {**written(gold, text, stopped), "equivalent": right, "undecided": float(verdict.status == "limit")}
+    right = verdict.status == "equal"
+    scores = {**written(gold, text, stopped), "equivalent": float(right), "undecided": float(verdict.status == "limit")}
     if not degenerate:
-        scores["nondegenerate"] = right
-    return Grade(scores, _regex_key(gold if right else text))
+        scores["nondegenerate"] = float(right)
+    return Grade(scores, _regex_key(gold, text, right))
 
 
 def same_language(gold: str, text: str) -> tuple[bool, str]:
     """The text is a regex that matches the same lines as the gold regex."""
     right = _verdict(gold, text).status == "equal"
-    return right, _regex_key(gold if right else text)
+    return right, _regex_key(gold, text, right)
 
 
-def _regex_key(text: str) -> str:
+def _regex_key(gold: str, text: str, right: bool) -> str:
+    if right:
+        text = gold
     try:
         return f"language:{language(text).key}"
     except RegexError:  # invalid or too large: two such answers are the same only if they are written the same

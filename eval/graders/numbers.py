@@ -19,12 +19,16 @@ def number(text: str, *, last: bool = False) -> str | None:
     numbers = _NUMBER.findall(text)
     if not numbers:
         return None
-    digits = numbers[-1 if last else 0].replace(",", "").replace("$", "")
+    digits = (numbers[-1] if last else numbers[0]).replace(",", "").replace("$", "")
     negative = digits[0] in "-\u2212"
     whole, _, fraction = digits.lstrip("-\u2212").partition(".")
-    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
-    value = f"{whole}.{fraction}" if fraction else whole
-    return f"-{value}" if negative and value != "0" else value
+    value = whole.lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    if fraction:
+        value += f".{fraction}"
+    if negative and value != "0":
+        value = f"-{value}"
+    return value
 
 
 def marked_number(text: str) -> str | None:
@@ -33,7 +37,9 @@ def marked_number(text: str) -> str | None:
     A text that continues with other problems is judged by its first answer.
     """
     match = re.search(r"####([^\n]*)", text)
-    return number(match.group(1)) if match else None
+    if match is None:
+        return None
+    return number(match.group(1))
 
 
 def gsm8k(gold: str, text: str, stopped: bool) -> Grade:
@@ -45,7 +51,7 @@ def gsm8k(gold: str, text: str, stopped: bool) -> Grade:
     """
     right, marked = marked_number(gold), marked_number(text)
     assert right is not None, "checked when the data is loaded"
-    loose = marked if marked is not None else number(text, last=True)
+    loose = marked or number(text, last=True)
     scores = {
         "number": float(marked == right),
         "last_number": float(loose == right),
@@ -62,4 +68,6 @@ def same_number(gold: str, text: str) -> tuple[bool, str]:
 
 
 def _key(value: str | None, text: str) -> str:
-    return f"text:{text.strip()}" if value is None else f"number:{value}"
+    if value is None:
+        return f"text:{text.strip()}"
+    return f"number:{value}"

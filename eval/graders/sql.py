@@ -152,10 +152,13 @@ class Databases:
         result = self.run(db_id, answer)
         correct = result.status == "ok" and same_rows(expected, result, ordered=ordered)
         detail = result.detail
-        if result.status == "ok" and not correct:
-            shapes = [f"{len(r.rows)} x {r.columns}" for r in (result, expected)]
-            detail = f"other rows: {shapes[0]}, gold {shapes[1]} (rows x columns{', ordered' if ordered else ''})"
-        content = [result.columns, *_canonical(result, ordered)] if result.status == "ok" else result
+        content: Any = result
+        if result.status == "ok":
+            content = [result.columns, *_canonical(result, ordered)]
+            if not correct:
+                shape, of_gold = (f"{len(r.rows)} x {r.columns}" for r in (result, expected))
+                how = "rows x columns, ordered" if ordered else "rows x columns"
+                detail = f"other rows: {shape}, gold {of_gold} ({how})"
         return SqlGrade(correct, result.status, detail, hashlib.sha256(repr(content).encode()).hexdigest())
 
     def _path(self, db_id: str) -> Path:
@@ -292,7 +295,9 @@ def _rounded(cell: Any) -> Any:
     """A cell as `same_rows` compares it: floats are rounded, and whole ones become ints."""
     if not isinstance(cell, float) or not math.isfinite(cell):
         return cell
-    digits_before_point = math.floor(math.log10(abs(cell))) + 1 if cell else 0
+    if cell == 0:
+        return 0
+    digits_before_point = math.floor(math.log10(abs(cell))) + 1
     number = round(cell, min(9, max(0, 12 - digits_before_point)))
     return int(number) if number.is_integer() else number
 

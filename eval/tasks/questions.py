@@ -60,13 +60,16 @@ class Task:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: `; did you mean 'x'?`, or all known words."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}."
+    for near in difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+        return f"; did you mean {near!r}?"
+    return f"; known: {', '.join(known)}."
 
 
 def last_text(prompt: Prompt) -> str:
     """A plain prompt, or the content of the last message of a conversation."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    if isinstance(prompt, str):
+        return prompt
+    return str(prompt[-1]["content"])
 
 
 def read(source: str, name: str, split: str, config: str | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -27,10 +27,13 @@ def load(source: str) -> Data:
     `extra`: db_id, databases, fault. Lines whose gold query fails are left out with a warning: two of Spider's 8,034
     are not valid SQLite (ORDER BY before INTERSECT).
     """
-    root = (Path(source).parent if Path(source).is_file() else Path(source)) / "database"
+    folder = Path(source)
+    if folder.is_file():
+        folder = folder.parent
+    root = folder / "database"
     if not root.is_dir():
         raise UserError(
-            f"{root.parent} has no folder `database` with Spider's SQLite files; without them no query can run. "
+            f"{folder} has no folder `database` with Spider's SQLite files; without them no query can run. "
             "Unpack spider_data.zip (yale-lily.github.io/spider) there."
         )
     data = read_questions(
@@ -62,11 +65,14 @@ def _run_gold(root: Path, user: str, gold: str) -> dict[str, Any]:
     db_id = match[1]
     if not (root / db_id / f"{db_id}.sqlite").is_file():
         names = sorted(path.name for path in root.iterdir())[:1000]
-        near = difflib.get_close_matches(db_id, names, n=1)
-        hint = f"; is it {near[0]!r}?" if near else ""
-        raise ValueError(f"no database {db_id!r} in {root.name}{hint}")
+        message = f"no database {db_id!r} in {root.name}"
+        for near in difflib.get_close_matches(db_id, names, n=1):
+            message += f"; is it {near!r}?"
+        raise ValueError(message)
     result = _databases(str(root)).run(db_id, gold)
-    fault = "" if result.status == "ok" else f"on {db_id}, {result.status}: {result.detail}"
+    fault = ""
+    if result.status != "ok":
+        fault = f"on {db_id}, {result.status}: {result.detail}"
     return {"db_id": db_id, "databases": str(root), "fault": fault}
 
 

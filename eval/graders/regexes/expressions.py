@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Literal
 
@@ -95,24 +95,35 @@ class Expressions:
 
     def complement(self, part: int) -> int:
         kind, operands = self.nodes[part]
-        return operands[0] if kind == "not" else self._node("not", (part,), (part,), _EVERYWHERE ^ self.nullable[part])
+        if kind == "not":
+            return operands[0]
+        return self._node("not", (part,), (part,), _EVERYWHERE ^ self.nullable[part])
+
+    def _flattened(self, kind: str, parts: Iterable[int]) -> Iterator[int]:
+        """The parts, with the operands of each part of this kind in its place."""
+        for part in parts:
+            its_kind, operands = self.nodes[part]
+            if its_kind == kind:
+                yield from operands
+            else:
+                yield part
 
     def concat(self, parts: Iterable[int]) -> int:
         factors: list[int] = []
-        for part in parts:
-            kind, operands = self.nodes[part]
-            for factor in operands if kind == "concat" else (part,):
-                if factor == self.nothing:
-                    return factor
-                skippable = self.nullable[factor] == _EVERYWHERE
-                if factor == self.empty or (skippable and factors and factors[-1] == self.everything):  # .*r = .*
-                    continue
-                if factor == self.everything:
-                    while factors and self.nullable[factors[-1]] == _EVERYWHERE:  # r.* = .*
-                        factors.pop()
-                factors.append(factor)
-        if len(factors) < 2:
-            return factors[0] if factors else self.empty
+        for factor in self._flattened("concat", parts):
+            if factor == self.nothing:
+                return factor
+            skippable = self.nullable[factor] == _EVERYWHERE
+            if factor == self.empty or (skippable and factors and factors[-1] == self.everything):  # .*r = .*
+                continue
+            if factor == self.everything:
+                while factors and self.nullable[factors[-1]] == _EVERYWHERE:  # r.* = .*
+                    factors.pop()
+            factors.append(factor)
+        if not factors:
+            return self.empty
+        if len(factors) == 1:
+            return factors[0]
         nullable = reduce(operator.and_, [self.nullable[factor] for factor in factors])
         return self._node("concat", tuple(factors), factors, nullable)
 
@@ -130,22 +141,22 @@ class Expressions:
         join = operator.or_ if kind == "or" else operator.and_
         operands: set[int] = set()
         masks: list[int] = []
-        for part in parts:
-            its_kind, its_operands = self.nodes[part]
-            for operand in its_operands if its_kind == kind else (part,):
-                if operand == zero:
-                    return zero
-                if self.nodes[operand][0] == "letters" and operand != unit:
-                    masks += self.nodes[operand][1]
-                elif operand != unit:
-                    operands.add(operand)
+        for operand in self._flattened(kind, parts):
+            if operand == zero:
+                return zero
+            if self.nodes[operand][0] == "letters" and operand != unit:
+                masks += self.nodes[operand][1]
+            elif operand != unit:
+                operands.add(operand)
         if masks:
             operands.add(self.letters(reduce(join, masks)))
         nodes = [self.nodes[operand] for operand in operands]
         if zero in operands or any(its_kind == "not" and its[0] in operands for its_kind, its in nodes):
             return zero
-        if len(operands) < 2:
-            return operands.pop() if operands else unit
+        if not operands:
+            return unit
+        if len(operands) == 1:
+            return operands.pop()
         ordered = tuple(sorted(operands))
         return self._node(kind, ordered, ordered, reduce(join, [self.nullable[operand] for operand in ordered]))
 
@@ -158,8 +169,10 @@ class Expressions:
         return self._node("star", (part,), (part,), _EVERYWHERE)
 
     def at_most(self, part: int, count: int) -> int:
-        if count < 2:
-            return self.union((self.empty, part)) if count else self.empty
+        if count == 0:
+            return self.empty
+        if count == 1:
+            return self.union((self.empty, part))
         return self._node("at_most", (part, count), (part,), _EVERYWHERE)
 
     def repeat(self, part: int, least: int, most: int | None) -> int:
@@ -167,8 +180,7 @@ class Expressions:
         if self.nullable[part] == _EVERYWHERE:  # r{m,n} = r{0,n}
             least = 0
         rest = self.star(part) if most is None else self.at_most(part, most - least)
-        kind, operands = self.nodes[part]
-        self.spend(least * len(operands) if kind == "concat" else least)  # before the memory is taken
+        self.spend(least * len(list(self._flattened("concat", [part]))))  # before the memory is taken
         return self.concat([part] * least + [rest])
 
     def derivative(self, expression: int, letter: int, after_word: bool) -> int:

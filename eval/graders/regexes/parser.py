@@ -58,7 +58,9 @@ class _Parser:
         return self._close(groups[0])
 
     def _add(self, group: _Group, expression: int) -> None:
-        group.factors.append(self.build.complement(expression) if group.num_tildes % 2 else expression)
+        if group.num_tildes % 2:
+            expression = self.build.complement(expression)
+        group.factors.append(expression)
         group.num_tildes = 0
 
     def _close_operand(self, group: _Group, closed_by: str) -> None:
@@ -127,13 +129,17 @@ class _Parser:
                 members = self.build.alphabet.between(first, last)
             letters |= members
         self.position += 1
-        return self.build.alphabet.full & ~letters if negated else letters
+        if negated:
+            return self.build.alphabet.full & ~letters
+        return letters
 
     def _member(self) -> tuple[str, int]:
         character = self._next()
         if character == _END:
             raise self._invalid("'[' without ']'")
-        return self._escaped() if character == "\\" else (character, 1 << self.build.alphabet.letter(character))
+        if character == "\\":
+            return self._escaped()
+        return character, 1 << self.build.alphabet.letter(character)
 
     def _escaped(self) -> tuple[str, int]:
         """(character, letters) after a backslash; the character is "" for a class."""
@@ -142,7 +148,9 @@ class _Parser:
             raise self._invalid("a backslash at the end")
         if character in "dwsDWS":
             letters = _CLASSES[character.lower()]
-            return "", letters if character.islower() else self.build.alphabet.full & ~letters
+            if character.isupper():
+                letters = self.build.alphabet.full & ~letters
+            return "", letters
         if character.isascii() and character.isalnum():
             raise self._invalid(f"\\{character} is not in this dialect, or not allowed here")
         return character, 1 << self.build.alphabet.letter(character)

@@ -1,42 +1,66 @@
-"""What the model cards of all families share."""
+"""The model cards of all families: facts of a run, rendered by a family's `card.md.jinja`. No number typed by hand."""
 
 from __future__ import annotations
 
-import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
+from .files import write_whole
 
-def settings_table(args: TrainingArguments, own: dict[str, Any]) -> str:
-    """Markdown rows of the trainer's own settings and of those every run has."""
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The last evaluation of a run; rows are (figure, value at step 0 or "", value now)."""
+
+    step: int
+    rows: list[tuple[str, str, str]]
+
+
+def settings_of(args: TrainingArguments, own: dict[str, Any]) -> dict[str, Any]:
+    """The family's own settings and those that every run has, with enums as their words."""
+    batches = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
     settings = {
         **own,
         "learning_rate": args.learning_rate,
-        "batch per device x accumulation x ranks": f"{args.per_device_train_batch_size} x "
-        f"{args.gradient_accumulation_steps} x {args.world_size}",
+        "batch per device x accumulation x ranks": " x ".join(map(str, batches)),
         "seed": args.seed,
     }
-    plain = {key: getattr(value, "value", value) for key, value in settings.items()}  # the word of an enum
-    return "\n".join(f"| {key} | {html.escape(str(value))} |" for key, value in plain.items())
+    return {key: getattr(value, "value", value) for key, value in settings.items()}
 
 
-def last_evaluation(log_history: list[dict[str, Any]]) -> tuple[int, str]:
-    """The step of the last evaluation, and Markdown rows of its figures beside those of step 0."""
+def last_evaluation(log_history: list[dict[str, Any]]) -> Evaluation:
+    """The figures of the last evaluation in a trainer's log, beside those of step 0."""
     evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
-    start = evaluations[0] if evaluations and evaluations[0].get("step") == 0 else {}
-    last = evaluations[-1] if evaluations else {}
-    keys = sorted(key for key in last if key.startswith("eval_") and "_per_second" not in key and "runtime" not in key)
-    rows = [
-        f"| {key.removeprefix('eval_')} | {f'{start[key]:.4g}' if key in start else ''} | {last[key]:.4g} |"
-        for key in keys
-    ]
-    return last.get("step", 0), "\n".join(rows) or "| none measured | | |"
+    if not evaluations:
+        return Evaluation(0, [])
+    start, last = evaluations[0], evaluations[-1]
+    if start.get("step") != 0:
+        start = {}
+    rows = []
+    for key in sorted(last):
+        if key.startswith("eval_") and "_per_second" not in key and "runtime" not in key:
+            before = f"{start[key]:.4g}" if key in start else ""
+            rows.append((key.removeprefix("eval_"), before, f"{last[key]:.4g}"))
+    return Evaluation(last.get("step", 0), rows)
 
 
-def write_card(output_dir: str | Path, text: str) -> Path:
+def versions_of(packages: Sequence[str]) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def write_card(output_dir: str | Path, template: Path, metadata: ModelCardData, **facts: Any) -> Path:
+    """Render `template` into README.md. `metadata` becomes the YAML head; `facts` are the template's variables.
+
+    The template escapes what a stranger named (`| e`), so that no model name or setting becomes markup.
+    """
     path = Path(output_dir) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    card = ModelCard.from_template(metadata, template_path=str(template), name=Path(output_dir).name, **facts)
+    write_whole(path, f"{card}\n")
     return path

@@ -1,0 +1,55 @@
+"""Claims about model cards: the facts of a run are in them, and what a stranger named never becomes markup."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from llm_jepa.core.card import last_evaluation
+from llm_jepa.lm.arguments import LLMJEPAConfig
+from llm_jepa.lm.card import write_model_card
+
+LOG = [
+    {"step": 0, "eval_recall_at_1": 0.125},
+    {"step": 2, "loss": 1.0},
+    {"step": 4, "eval_loss": 1.23456, "eval_recall_at_1": 0.5, "eval_runtime": 3.0, "eval_samples_per_second": 2.0},
+]
+
+
+def card(folder, base: str, log, **settings) -> tuple[dict, str]:
+    """The metadata and the text of a card of a model that came from `base`."""
+    how = {"jepa_weight": 0.1, "objective": "cosine", "num_predictor_tokens": 1, "context_view": "prefix", **settings}
+    model = SimpleNamespace(config=SimpleNamespace(_name_or_path=base, model_type="llama", llm_jepa=how))
+    args = LLMJEPAConfig(str(folder), use_cpu=True)
+    _, head, text = write_model_card(folder, model, args, log).read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_metadata_and_figures_are_those_of_the_run(tmp_path):
+    head, text = card(tmp_path / "run", "some/model", LOG)
+    assert head["base_model"] == "some/model" and head["library_name"] == "transformers"
+    assert "# run\n" in text and "Start: `some/model`" in text and "(step 4)" in text
+    assert "| loss |  | 1.235 |\n| recall_at_1 | 0.125 | 0.5 |\n" in text
+    assert "| objective | cosine |" in text and "runtime" not in text and "per_second" not in text
+
+
+@pytest.mark.parametrize("base", ["", "."])
+def test_random_weights_and_a_folder_of_this_machine_are_no_base_model(base, tmp_path):
+    head, text = card(tmp_path / "run", base, [])
+    assert "base_model" not in head and "| none measured | | |" in text
+
+
+def test_names_of_strangers_are_escaped(tmp_path):
+    """In the text; in the metadata a name is a YAML string, whatever it holds."""
+    head, text = card(tmp_path / "<b>run", "x: [y]\n- <i>z", LOG, readout="<script>")
+    assert head["base_model"] == "x: [y]\n- <i>z" and head["tags"] == ["llm-jepa", "jepa", "sft"]
+    assert "<b>" not in text and "<i>" not in text and "<script>" not in text
+    assert "&lt;b&gt;run" in text and "&lt;script&gt;" in text
+
+
+def test_figures_of_the_start_are_those_of_step_0_only():
+    late = [{"step": 2, "eval_loss": 3.0}, {"step": 4, "eval_loss": 1.0}]
+    assert last_evaluation(late).rows == [("loss", "", "1")] and last_evaluation(late).step == 4
+    assert last_evaluation([{"step": 0, "eval_loss": 3.0}, late[1]]).rows == [("loss", "3", "1")]

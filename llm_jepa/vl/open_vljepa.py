@@ -25,7 +25,8 @@ from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, PreTrainedCon
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..core.errors import UserError
-from .modeling import Part, VLJEPAModel
+from .modeling import VLJEPAModel
+from .parts import Part
 
 PAD_TOKEN_ID = 128004  # Llama-3.2's <|finetune_right_pad_id|>, what it fills short queries with
 TEMPERATURE = 0.07  # of its loss; fixed, and so not among its tensors

@@ -33,7 +33,8 @@ from transformers import (
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import info_nce
 from llm_jepa.vl.configuration import VLJEPAConfig
-from llm_jepa.vl.modeling import VLJEPAModel, last_layers
+from llm_jepa.vl.modeling import VLJEPAModel, merge_tokens
+from llm_jepa.vl.parts import last_layers
 
 VISUAL, HIDDEN, Y_HIDDEN, SHARED, VOCABULARY = 24, 32, 16, 20, 90
 # A large spread of the weights makes attention attend: at 0.02 it is nearly flat, and an error in who sees whom hides.
@@ -391,7 +392,7 @@ def test_token_merge_by_hand() -> None:
     def merged(*blocks: int) -> list[list[float]]:
         model = build(visual_dim=2, visual_grid=[2, 4], token_merge=list(blocks))
         assert model.vision_projection.in_features == 2 * math.prod(blocks)
-        return model._merge(features)[0, :, ::2].tolist()
+        return merge_tokens(model.config, features)[0, :, ::2].tolist()
 
     assert merged(1, 2, 2) == [[0, 1, 4, 5], [2, 3, 6, 7], [10, 11, 14, 15], [12, 13, 16, 17]]
     assert merged(2, 1, 2) == [[0, 1, 10, 11], [2, 3, 12, 13], [4, 5, 14, 15], [6, 7, 16, 17]]
@@ -461,7 +462,7 @@ def test_motion_adds_nothing_at_first() -> None:
     model, given = with_motion()
     features = random(1, 8, VISUAL)
     model.predict(features)
-    assert_close(given[0], model.vision_projection(model._merge(features)))
+    assert_close(given[0], model.vision_projection(merge_tokens(model.config, features)))
 
 
 @torch.no_grad()
@@ -493,7 +494,7 @@ def test_all_that_stands_still_looks_alike_to_the_motion_projection() -> None:
         (frame, frame), (-3 * frame, -3 * frame), (frame - change, frame + change), (frame + change, frame - change)
     )])  # fmt: skip
     model.predict(clips)
-    seen = given[0] - model.vision_projection(model._merge(clips))
+    seen = given[0] - model.vision_projection(merge_tokens(model.config, clips))
     assert_close(seen[0], seen[1])
     there_and_back = seen[2] + seen[3] - 2 * seen[0]
     assert there_and_back.abs().max() > 0.1 * (seen[2] - seen[0]).abs().max()

@@ -1,7 +1,7 @@
-"""Runs that can be trusted after a crash: which folder is whose, and which checkpoint in it is whole.
+"""Resuming after a crash: which run a folder belongs to, and which of its checkpoints are complete.
 
-`run.json` names the run a folder belongs to. Each checkpoint gets a manifest (size and SHA-256 of every file) written
-last; a checkpoint without one that verifies is never resumed from.
+`run.json` names the run. Each checkpoint gets a manifest (size and SHA-256 of every file), which is written last. A run
+never resumes from a checkpoint whose manifest is missing or does not fit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 
 
 def seal(folder: str | Path) -> None:
-    """Flush every file to disk and write the manifest last."""
+    """Flush every file of a checkpoint to disk, then write its manifest."""
     folder = Path(folder)
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
@@ -31,7 +31,7 @@ def seal(folder: str | Path) -> None:
 
 
 def fault(folder: str | Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+    """Why a checkpoint cannot be used, or None if it is complete."""
     folder = Path(folder)
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -47,14 +47,15 @@ def fault(folder: str | Path) -> str | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """checkpoint-N folders, newest step first."""
+    """The checkpoint-N folders in `output_dir`, newest step first."""
     if not os.path.isdir(output_dir):
         return []
-    found = [p for p in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    folders = [p for p in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that `fault` accepts, or None."""
     return next((path for path in checkpoints(output_dir) if fault(path) is None), None)
 
 
@@ -62,44 +63,58 @@ def find_resume(output_dir: str | Path, run: dict[str, Any], *, resume: str | No
     """The checkpoint to continue from, or None for a fresh start. Writes nothing.
 
     Args:
-        run: what the run is (resolved recipe, data hashes); plain JSON. Must be what RUN_FILE says on resume.
-        resume: None, "true" (the newest whole checkpoint) or a checkpoint folder.
+        run: the identity of the run (resolved recipe, data hashes), plain JSON. RUN_FILE must hold the same to resume.
+        resume: None, "true" (the newest complete checkpoint) or a checkpoint folder.
 
-    Raises UserError if the folder holds something else, or nothing to resume from.
+    Raises UserError if the folder holds anything else, or nothing to resume from.
     """
-    folder, file = Path(output_dir), Path(output_dir) / RUN_FILE
+    folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another output_dir.")
     if resume is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            what = "holds a run already" if file.exists() else "is not empty and holds no run of ours"
-            again = "continue it with --resume_from_checkpoint true, or " if file.exists() else ""
-            raise UserError(f"output_dir {folder} {what}; {again}choose another output_dir.")
+        _check_is_free(folder)
         return None
-    try:
-        before = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"output_dir {folder} has no {RUN_FILE}, so no run to resume; start a new one.") from None
-    changed = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
-    if changed:
-        shown = "; ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed[:3])
-        raise UserError(
-            f"Cannot resume {folder}: the run has changed in {len(changed)} place(s) ({shown}). "
-            "Put them back, or start a new run in another output_dir."
-        )
+    _check_is_same_run(folder, run)
     if resume.lower() != "true":
-        why = fault(resume) if Path(resume).is_dir() else "there is no such folder"
-        if why:
-            raise UserError(f"Cannot resume from {resume}: {why}.")
+        reason = fault(resume) if Path(resume).is_dir() else "there is no such folder"
+        if reason:
+            raise UserError(f"Cannot resume from {resume}: {reason}.")
         return resume
-    found = checkpoints(folder)
-    if not found:
+    candidates = checkpoints(folder)
+    if not candidates:
         print(f"{folder} has no checkpoint yet: starting at step 0.")
         return None
     newest = newest_complete(folder)
     if newest is None:
-        raise UserError(f"No checkpoint in {folder} is whole ({fault(found[0])}); start a new run elsewhere.")
-    skipped = [path.name for path in found[: found.index(newest)]]
-    if skipped:
-        print(f"Skipped {len(skipped)} damaged checkpoint(s): {', '.join(skipped)}.")
+        raise UserError(
+            f"No checkpoint in {folder} is complete ({fault(candidates[0])}); start a new run in another output_dir."
+        )
+    damaged = [path.name for path in candidates[: candidates.index(newest)]]
+    if damaged:
+        print(f"Skipped {len(damaged)} damaged checkpoint(s): {', '.join(damaged)}.")
     return str(newest)
+
+
+def _check_is_free(folder: Path) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if (folder / RUN_FILE).exists():
+        raise UserError(
+            f"output_dir {folder} holds a run already; continue it with --resume_from_checkpoint true, or choose "
+            "another output_dir."
+        )
+    raise UserError(f"output_dir {folder} is not empty and holds no run of ours; choose another output_dir.")
+
+
+def _check_is_same_run(folder: Path, run: dict[str, Any]) -> None:
+    try:
+        before = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"output_dir {folder} has no {RUN_FILE}, so no run to resume; start a new one.") from None
+    changed = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
+    if changed:
+        examples = "; ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed[:3])
+        raise UserError(
+            f"Cannot resume {folder}: the run has changed in {len(changed)} place(s) ({examples}). "
+            "Put them back, or start a new run in another output_dir."
+        )

@@ -10,11 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from .errors import UserError
 
 BOS, END_OF_TURN = "<|begin|>", "<|end|>"
-
-
 ROLES = ("system", "user", "assistant")
-
-
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -23,15 +19,15 @@ CHAT_TEMPLATE = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`, with a chat template. pad = eos = end of turn, as in Llama-3-Instruct
-    (which has no pad token), so that both label protocols mean the same thing here as there.
+    """Train a byte-level BPE over `texts`, with a chat template.
 
-    Raises UserError if vocab_size cannot hold the 256 bytes and the special tokens.
+    pad = eos = end of turn, as for Llama-3-Instruct (which has no pad token), so that both label protocols have the
+    same meaning as there. Raises UserError if vocab_size is too small for the 256 bytes and the special tokens.
     """
     special = [BOS, END_OF_TURN, *(f"<|{role}|>" for role in ROLES)]
     if vocab_size < 256 + len(special):
         raise UserError(
-            f"tokenizer_vocab_size={vocab_size} is below the {256 + len(special)} bytes and special tokens."
+            f"tokenizer_vocab_size={vocab_size} is below the {256 + len(special)} bytes and special tokens; raise it."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

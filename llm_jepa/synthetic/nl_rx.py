@@ -20,7 +20,6 @@ To add an operator, write it beside its kin and add it to the tuple that the dra
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -28,7 +27,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+
+from ..core.errors import ArgumentParser
+from ..core.files import written_whole
 
 # Part of every seed: a change of the grammar is a change of the data, and the number says so.
 VERSION = 1
@@ -335,26 +336,23 @@ def write(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: write the files, print each with its number of rows; exit 2 for a value that cannot work."""
-    parser = _Parser(prog="python -m llm_jepa.synthetic.nl_rx", description="Write NL-RX-like training and test files.")
+    parser = ArgumentParser(
+        prog="python -m llm_jepa.synthetic.nl_rx", description="Write NL-RX-like training and test files."
+    )
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write to; made if missing")
     parser.add_argument("--train", type=int, default=6000, metavar="N", help="rows (default: %(default)s)")
     parser.add_argument("--validation", type=int, default=512, metavar="N", help="rows (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, metavar="N", help="rows of either test file (default: 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
-    given = parser.parse_args(argv)
     try:
-        paths = write(given.out_dir, train=given.train, validation=given.validation, test=given.test, seed=given.seed)
+        options = parser.parse_args(argv)
+        sizes = {"train": options.train, "validation": options.validation, "test": options.test}
+        paths = write(options.out_dir, **sizes, seed=options.seed)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    for path, num_rows in zip(paths.values(), (given.train, given.validation, given.test, given.test), strict=True):
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for path, num_rows in zip(paths.values(), (*sizes.values(), options.test), strict=True):
         print(f"{path}: {num_rows} rows")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # Without the usage text that argparse puts ahead of it: one line says it.
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _check_wording(wording: int) -> None:
@@ -438,13 +436,8 @@ def _row(line: Tree, wording: int) -> dict[str, list[dict[str, str]]]:
 
 
 def _write_rows(path: Path, rows: list[dict[str, list[dict[str, str]]]]) -> Path:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.errors import UserError
-from ..core.files import write_json
+from ..core.files import write_json, written_whole
 
 SHARD = 512  # clips in a file
 
@@ -120,9 +119,8 @@ def cache_features(
                     raise UserError(f"A feature of {found.abs().max():.3g} does not fit {key['dtype']}; use float32.")
                 parts.append(kept)
                 progress.update(len(chosen))
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another run may be at the same cache
-            save_file({"features": torch.cat(parts)}, temporary)
-            os.replace(temporary, path)
+            with written_whole(path) as temporary:  # another run may write to the same cache
+                save_file({"features": torch.cat(parts)}, temporary)
     write_json(here / "manifest.json", {**key, "count": len(clips), "shape": list(shape or ())})
     return FeatureCache(here)
 

@@ -5,13 +5,13 @@ python -m llm_jepa.synthetic.shapestream --out DIR [--clips N --streams N --trai
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from ...core.errors import ArgumentParser
 from .events import NUM_FRAMES
 from .pictures import write_video
 from .samples import Clip, clip, stream, write_clips
@@ -27,15 +27,17 @@ ZOOM = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exits with code 2 and one line for a value that cannot work."""
-    parser = _Parser(prog="python -m llm_jepa.synthetic.shapestream", description="Write samples of ShapeStream.")
+    parser = ArgumentParser(
+        prog="python -m llm_jepa.synthetic.shapestream", description="Write samples of ShapeStream."
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
     parser.add_argument("--clips", type=int, default=26, metavar="N", help="clips on the sheet (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=1, metavar="N", help="streams of 120 s (default: %(default)s)")
     parser.add_argument("--train", type=int, default=0, metavar="N", help="training clips, as mp4, and train.jsonl")
     parser.add_argument("--test", type=int, default=0, metavar="N", help="test clips, as mp4, and test.jsonl")
-    options = parser.parse_args(argv)
-    folder = Path(options.out)
     try:
+        options = parser.parse_args(argv)
+        folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)
         if options.clips > 0:
             _write_sheet(folder / "clips.png", options.clips)
@@ -45,14 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if count > 0:
                 print(f"{write_clips(folder, count, split=split)}: {count} clips")
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # Without the usage text that argparse puts first: the message is one line.
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _write_streams(folder: Path, count: int) -> None:

@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import UserError
+from ...core.files import written_whole
 from .scenes import Colour, PlacedThing, Scene, outline, visible
 from .texts import COLOURS
 
@@ -83,18 +83,12 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float) -> Non
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError(f"frames of {height} x {width} pixels: H.264 needs an even height and width")
-    path = Path(path)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # the suffix names the container
-    try:
-        with av.open(str(temporary), "w") as container:
-            video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
-            video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-            for frame in frames:
-                container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(video.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, av.open(str(temporary), "w") as container:
+        video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(video.encode())
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: PlacedThing, ground: Colour, side: int) -> None:

@@ -22,9 +22,10 @@ import torch
 
 from llm_jepa import UserError, cli
 from llm_jepa.core.files import write_json
-from llm_jepa.lm.batching import JEPACollator, embed_pairs
+from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.loading import model_from, read_rows, tokenizer_from
 from llm_jepa.lm.predictor_tokens import predictor_token_ids
+from llm_jepa.lm.reading import embed_pairs
 from llm_jepa.lm.views import add_view_columns
 from llm_jepa.synthetic import nl_rx as generator
 

@@ -61,7 +61,7 @@ from llm_jepa.core.distributed import shared_coin
 from llm_jepa.core.files import write_json
 from llm_jepa.lm.from_scratch import train_tokenizer
 from llm_jepa.lm.loading import data_sha256, read_rows
-from llm_jepa.lm.views import IGNORE, as_example
+from llm_jepa.lm.views import IGNORE, parse_row
 from llm_jepa.synthetic import nl_rx
 
 from ..provenance import environment
@@ -133,7 +133,7 @@ def load_data(name: str, folder: Path | None, *, seed: int) -> Data:
         source = f"llm_jepa.synthetic.nl_rx version {nl_rx.VERSION}, seed {seed}"
     rows = []
     for number, row in enumerate(raw):
-        example = as_example(row, f"{source}, row {number}")
+        example = parse_row(row, f"{source}, row {number}")
         rows.append({"prompt": example.prompt, "completion": example.completion})
     return Data(name, source, data_sha256(raw), rows, _tokenizer(rows))
 

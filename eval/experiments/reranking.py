@@ -19,9 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import info_nce
-from llm_jepa.lm.batching import JEPACollator, embed_pairs, evaluating, model_inputs
+from llm_jepa.core.diagnostics import evaluating
+from llm_jepa.lm.attention import model_inputs
+from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.inference import PLAIN, encode, read
 from llm_jepa.lm.predictor_tokens import known_predictor_ids
+from llm_jepa.lm.reading import embed_pairs
 from llm_jepa.lm.views import IGNORE, end_of_turn_ids
 
 Similarity = Callable[[Tensor, Tensor], Tensor]  # predicted, target [N, D] -> [N]
@@ -78,7 +81,7 @@ def log_probabilities(model: PreTrainedModel, views: Sequence[dict[str, Any]], p
     for start in range(0, len(views), BATCH):
         rows = JEPACollator(pad_token_id, with_views=False)(list(views[start : start + BATCH]))
         batch = {name: value.to(model.device) for name, value in rows.items()}
-        logits = model(**model_inputs(batch, model)).logits[:, :-1].float()
+        logits = model(**model_inputs(batch, model, "rows")).logits[:, :-1].float()
         label = batch["labels"][:, 1:]
         token = logits.log_softmax(dim=-1).gather(-1, label.clamp(min=0)[..., None])[..., 0]
         has_label = label != IGNORE

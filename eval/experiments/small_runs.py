@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError, generate
-from llm_jepa.lm.data import pair_collator, training_collator
+from llm_jepa.lm.data import bank_collator, training_collator
 
 from .. import graders
 
@@ -76,7 +76,7 @@ def tokens_of(rows: Dataset, args: LLMJEPAConfig, tokenizer: PreTrainedTokenizer
     """
     rows = rows.shuffle(seed=0).select(range(min(len(rows), 2048)))
     predictors = [0] * (args.num_predictor_tokens if args.uses_views else 0)  # only their number matters here
-    collator = training_collator(pair_collator(args, tokenizer.pad_token_id, predictors), args)
+    collator = training_collator(bank_collator(args, tokenizer.pad_token_id, predictors), args)
     tokens = 0
     for start in range(0, len(rows), 512):
         batch = collator([rows[i] for i in range(start, min(start + 512, len(rows)))])

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
-from llm_jepa.lm.views import as_example
+from llm_jepa.lm.views import parse_row
 
 from .. import graders
 from ..graders import Grade
@@ -85,7 +85,7 @@ def read_conversations(path: Path) -> list[list[dict[str, Any]]]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where} is not JSON: {error}.") from None
-        example = as_example(row if isinstance(row, dict) else {}, where)
+        example = parse_row(row if isinstance(row, dict) else {}, where)
         if isinstance(example.prompt, str) or isinstance(example.completion, str):
             raise UserError(f"{where}: NL-RX rows are conversations; give 'messages' or lists of messages.")
         rows.append([*example.prompt, *example.completion])

@@ -15,7 +15,7 @@ from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
 from llm_jepa.lm.inference import Prompt
 from llm_jepa.lm.loading import FILE_READERS, data_sha256, read_rows
-from llm_jepa.lm.views import as_example
+from llm_jepa.lm.views import parse_row
 
 from ..graders import Grade
 
@@ -127,7 +127,7 @@ def read_questions(
         where = f"{next(iter(hashes))}, row {index + 1}"
         try:
             if row.get("messages") is not None or {"prompt", "completion"} <= set(row):
-                example = as_example(row, where)
+                example = parse_row(row, where)
                 prompt: Prompt = example.prompt
                 answer = last_text(example.completion)
             else:

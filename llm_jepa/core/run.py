@@ -141,7 +141,7 @@ def _print_evaluation(trainer: SafeTrainer) -> None:
     evaluations = [entry for entry in trainer.history_of_saved_weights() if "eval_loss" in entry]
     if not evaluations:
         return
-    last, start = evaluations[-1], trainer._start_diagnostics or {}
+    last, start = evaluations[-1], trainer.start_diagnostics or {}
     title = f"Validation, saved weights (step {last['step']})"
     print(f"\n{title:40s}{'step 0':>12s}{'saved':>12s}")
     for key in sorted(last):

@@ -1,32 +1,72 @@
-"""What both trainers do to `transformers.Trainer`: checkpoints that are whole or not there, no pickle, no NaN."""
+"""What the trainers of all families do: plan a step, add up losses, evaluate per example, watch for collapse, save.
+
+    class LLMJEPATrainer(JEPATrainer, SFTTrainer)        class VLJEPATrainer(JEPATrainer)
+
+`SafeTrainer` makes checkpoints complete and free of pickles and stops at NaN. `JEPATrainer` adds one JEPA step. A
+family fills in these hooks:
+
+    plan_step      the micro-batches of one optimizer step -> what the step does
+    compute_loss   one micro-batch -> its share of the loss        (the name that transformers gives it)
+    example_sums   one evaluation batch -> sums per example
+    figures        sums of a whole evaluation -> the figures that are logged
+    embed_bank     embeddings whose geometry is measured
+    save_more      files that belong to a checkpoint
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import logging
 
 from . import checkpoint
+from .checks import check_one_device, check_refused
+from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError
+from .sums import NamedSums
+
+logger = logging.get_logger(__name__)
+
+EVALUATION = -1  # the "step" of evaluations, so that random choices are the same in every evaluation
+COLLAPSED = (
+    "At two evaluations in a row the embedding space had collapsed: wrong pairs are as close as right ones, or hardly "
+    "any direction is left ({figures}). {advice}"
+)
+COLLAPSE_FIGURES = ("raw_cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
 
 
 class SafeTrainer(Trainer):
-    """A mixin by inheritance, because that is how Trainer is extended: `class Ours(SafeTrainer, SFTTrainer)`."""
+    """`Trainer` whose checkpoints are complete, without pickles, and which stops before NaN reaches the weights.
+
+    It extends by inheritance because that is how `Trainer` is extended: `class Ours(SafeTrainer, SFTTrainer)`.
+    """
 
     advice_if_not_finite = "Lower learning_rate, or look at the rows of this step."
 
-    def _losses_are_finite(self) -> bool:
+    def losses_are_finite(self) -> bool:
         return True
 
     def _get_grad_norm(self, model: Any, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Called after clipping and before the optimizer: the last moment to keep NaN out of the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16 skips overflowing steps by itself
-        finite = self._losses_are_finite()
+        finite = self.losses_are_finite()
         if not finite or not (scaled or math.isfinite(float(norm))):
             last = checkpoint.newest_complete(self.args.output_dir)
             raise NonFiniteLossError(
@@ -36,7 +76,7 @@ class SafeTrainer(Trainer):
         return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Without `training_args.bin`, a pickle."""
+        """Save without `training_args.bin`, which is a pickle."""
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
@@ -54,7 +94,7 @@ class SafeTrainer(Trainer):
             super()._load_best_model()
 
     def _load_by_name(self, folder: str) -> bool:
-        """A whole model from its checkpoint; False where it is no such (adapters, shards).
+        """Load a whole model from its checkpoint. False if the folder holds adapters or shards instead.
 
         transformers writes some families (ViT, GPT-NeoX, mixtures of experts) under the names of version 4. Only
         `from_pretrained` translates them back; Trainer warns of missing keys and goes on with the weights it has.
@@ -67,8 +107,8 @@ class SafeTrainer(Trainer):
         model.load_state_dict(saved.state_dict())
         return True
 
-    def _save_more(self, folder: Path) -> None:
-        """What else belongs into a checkpoint; on every rank, before it is sealed."""
+    def save_more(self, folder: Path) -> None:
+        """Write what else belongs into a checkpoint. Called on every rank before the checkpoint is sealed."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The manifest comes last, and older checkpoints go only after it: a kill at any moment leaves one whole."""
@@ -79,7 +119,7 @@ class SafeTrainer(Trainer):
             self.args.save_total_limit = limit
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
-        self._save_more(folder)
+        self.save_more(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.seal(folder)
@@ -95,3 +135,195 @@ class SafeTrainer(Trainer):
         """The log up to the step whose weights are saved: with load_best_model_at_end, the best one, not the last."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         return [entry for entry in self.state.log_history if best is None or entry["step"] <= best]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one optimizer step does. Made once, before its first micro-batch runs; families add fields to it.
+
+    step: the optimizer step on which random choices depend; `EVALUATION` outside training.
+    pairs: [] pairs over all micro-batches and ranks, at least 1; divides the sum of pair losses.
+    """
+
+    step: int
+    pairs: Tensor
+
+
+class JEPATrainer(SafeTrainer):
+    """One JEPA step and its evaluation. Refuses what would replace the loss, the batches or the device layout."""
+
+    refused: ClassVar[tuple[str, ...]] = ("compute_loss_func", "compute_metrics", "data_collator")
+    sum_names: ClassVar[tuple[str, ...]] = ("pair_loss", "pairs")
+    plan: StepPlan
+    bank_prefix = "eval"  # evaluations that measure the geometry: this one and "eval"
+
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(args=args, **kwargs)
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole optimizer step itself
+        self.sums = NamedSums(self.sum_names, args.device)
+        self.start_diagnostics: dict[str, float] | None = None
+        self._example_sums: list[Tensor] = []
+        self._is_collapsed = self._warned_of_collapse = False
+        self.add_callback(_Hooks(self))
+
+    @classmethod
+    def check_call(cls, args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+        """Raises UserError for arguments of the constructor that this trainer cannot honour. Call it first."""
+        check_refused(kwargs, cls.refused)
+        check_one_device(args)
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def plan_step(self, batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], StepPlan, Tensor]:
+        """The micro-batches of one optimizer step -> those to run, the plan, and the divisor of the first loss term.
+
+        Runs on every rank at the same time, so it may call collectives. `batches` is empty if the data ended.
+        """
+        raise NotImplementedError
+
+    def example_sums(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """One evaluation batch -> [examples, S] sums per example, which `figures` turns into means."""
+        raise NotImplementedError
+
+    def figures(self, totals: list[float]) -> dict[str, float]:
+        """The S sums over all evaluation examples -> figures for the log, without prefix."""
+        raise NotImplementedError
+
+    def training_figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """The sums of all ranks since the last training log -> figures for the log."""
+        raise NotImplementedError
+
+    def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`predicted`, `target` [P, D] and `target_key` [P] of a few validation pairs; None if there are none."""
+        raise NotImplementedError
+
+    def collapse_advice(self) -> str:
+        """What to do if the space collapses; "" if this run has no JEPA term to blame."""
+        raise NotImplementedError
+
+    def begin_training(self, state: TrainerState) -> None:
+        """Called when training begins or resumes, before the geometry is measured."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called at the start of every epoch."""
+
+    def before_optimizer_step(self) -> None:
+        """Called when the gradients of a step are complete and clipped."""
+
+    def after_optimizer_step(self, progress: float) -> None:
+        """Called after every optimizer step; `progress` is the finished part of the run, 0 to 1."""
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Fetch the micro-batches of one optimizer step and plan it. (The name and result are those of Trainer.)"""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches, self.plan, divisor = self.plan_step(batches)
+        return batches, divisor
+
+    def count_over_ranks(self, counts: Sequence[Tensor | int]) -> Tensor:
+        """[n] counts of this rank -> [n] counts of all ranks, each at least 1. A collective call."""
+        counted = torch.stack([torch.as_tensor(count, device=self.args.device, dtype=torch.long) for count in counts])
+        if self.args.world_size > 1:
+            counted = self.accelerator.reduce(counted, reduction="sum")
+        return counted.clamp(min=1)
+
+    def losses_are_finite(self) -> bool:
+        return self.sums.are_finite()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the figures of the family to a training log."""
+        if "loss" in logs:
+            logs.update(self.training_figures(self.sums.over_ranks(self.accelerator)))
+            self.sums.reset()
+        super().log(logs, start_time)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """Collect sums per example; `evaluation_loop` turns them into means over tokens and pairs."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = self.example_sums(model, inputs)  # [examples, S]
+        # Per example, because a distributed sampler repeats some to fill the last batch, and these are dropped here.
+        self._example_sums.append(self.accelerator.gather_for_metrics(sums.contiguous()))
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Adds the family's figures and, for the validation set, the geometry of its embeddings."""
+        self._example_sums = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        figures = self.figures(torch.cat(self._example_sums).cpu().double().sum(dim=0).tolist())
+        if metric_key_prefix in ("eval", self.bank_prefix):
+            space = self.measure_space(dataloader.dataset)
+            figures |= space
+            self._warn_if_collapsed(space)
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in figures.items()})
+        return output
+
+    def measure_space(self, dataset: Any = None) -> dict[str, float]:
+        """`space_diagnostics` of the bank, {} without one. Every rank embeds all of it."""
+        bank = self.embed_bank(self.eval_dataset if dataset is None else dataset)
+        if bank is None or len(bank[2]) < 2:
+            return {}
+        return space_diagnostics(*bank)
+
+    def _warn_if_collapsed(self, now: dict[str, float]) -> None:
+        """Warn once, at the second evaluation in a row that looks collapsed compared with the start of the run."""
+        start = self.start_diagnostics
+        was_collapsed = self._is_collapsed
+        self._is_collapsed = bool(start and now) and has_collapsed(now, start or {})
+        advice = self.collapse_advice()
+        if not (start and was_collapsed and self._is_collapsed and advice) or self._warned_of_collapse:
+            return
+        self._warned_of_collapse = True
+        figures = ", ".join(f"{name} {start[name]:.3g} -> {now[name]:.3g}" for name in COLLAPSE_FIGURES)
+        logger.warning(COLLAPSED.format(figures=figures, advice=advice))
+
+
+class _Hooks(TrainerCallback):
+    """Calls the trainer's hooks, and logs the geometry before the first step; a resumed run reads it back."""
+
+    def __init__(self, trainer: JEPATrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.begin_training(state)
+        if state.global_step == 0:
+            if trainer.eval_dataset is not None and (space := trainer.measure_space()):
+                trainer.start_diagnostics = space
+                trainer.log({f"eval_{key}": value for key, value in space.items()})
+            return
+        for entry in state.log_history:
+            if entry["step"] == 0 and "eval_recall_at_1" in entry:
+                trainer.start_diagnostics = {
+                    key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")
+                }
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Rounded, because a resumed run's epoch is a quotient that can fall just short of a whole number.
+        self.trainer.begin_epoch(int(round(state.epoch or 0, 6)))
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        self.trainer.before_optimizer_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.after_optimizer_step(state.global_step / max(state.max_steps, 1))

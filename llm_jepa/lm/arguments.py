@@ -7,10 +7,42 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedConfig
 from trl import SFTConfig
 
+from ..core.checks import (
+    check_at_least,
+    check_batch_sizes,
+    check_dispatch,
+    check_fixed,
+    check_precision,
+    check_ranges,
+    check_used,
+    check_validation,
+)
 from ..core.errors import UserError
 from .predictor_tokens import MAX_PREDICTOR_TOKENS
+
+# Options of SFTConfig and TrainingArguments that must keep these values, and why.
+FIXED = (
+    ("packing", False, "it cuts and mixes examples; share_rows: true saves the padding and changes nothing else"),
+    ("padding_free", False, "views need their own attention mask"),
+    ("label_smoothing_factor", 0.0, "our loss does not smooth and would ignore it"),
+    ("neftune_noise_alpha", None, "its noise scales with the row length, which the views change"),
+    ("loss_type", "nll", "the LM term is the negative log-likelihood"),
+    ("assistant_only_loss", False, "label_protocol decides which tokens are trained"),
+    ("completion_only_loss", None, "label_protocol decides which tokens are trained"),
+    ("use_liger_kernel", False, "its fused loss returns no hidden states"),
+    ("activation_offloading", False, "it is not tested with packed rows"),
+    ("dataset_kwargs", None, "rows are always turned into views"),
+    ("truncation_mode", "keep_start", "the views start at the start of the row"),
+    ("model_init_kwargs", None, "it would replace how the model is loaded; pass a loaded model"),
+    ("trust_remote_code", False, "code from a checkpoint is never run"),
+    ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
+    ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
+    ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
+)
 
 
 @dataclass
@@ -86,10 +118,7 @@ class DataArguments:
     validation_split: str = field(default="validation", metadata={"help": "Split of validation_data on the Hub."})
 
     def __post_init__(self) -> None:
-        if self.validation_rows < 0:
-            raise UserError(f"validation_rows={self.validation_rows} must be 0 or more.")
-        if self.validation_data is not None and self.validation_rows:
-            raise UserError("Set validation_data or validation_rows, not both.")
+        check_validation(self)
 
 
 @dataclass
@@ -204,17 +233,13 @@ class LLMJEPAConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if self.learning_rate < 0:
-            raise UserError(f"learning_rate={self.learning_rate} must be 0 or more.")
+        check_batch_sizes(self)
+        check_at_least(self, {"learning_rate": 0})
         # TRL turns bf16 on by default, which a machine without a GPU refuses.
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu and not self.fp16 and self.bf16 is None:
             self.bf16 = False
-        if (self.bf16 or self.fp16) and not self.use_cpu and not torch.cuda.is_available():
-            raise UserError("bf16 and fp16 need a GPU and none is visible; add --use_cpu true or --bf16 false.")
+        check_precision(self)
         # TRL still sets the old name, which transformers warns of.
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
@@ -224,57 +249,32 @@ class LLMJEPAConfig(SFTConfig):
         self._check()
 
     def _check(self) -> None:
-        """Raises UserError for what our own loss cannot honour; the parents would accept and ignore it."""
-        for name, low, high, why in (
-            ("jepa_weight", 0, math.inf, "0 is plain SFT"),
-            ("jepa_weight_end", 0, math.inf, "0 ends as plain SFT"),
-            ("jepa_dropout", 0, 1, "it is the share of steps without the JEPA term"),
-            ("regularizer_weight", 0, math.inf, "0 is none"),
-            ("projector_dim", 0, 4096, "64 to 256 is usual, 0 is none"),
-            ("ema_decay", 0, 1, "0.99 is usual"),
-            ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "the reference code defines no more"),
-            ("diagnostics_pairs", 0, math.inf, "0 is off"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                allowed_range = f"be {low} or more" if high == math.inf else f"lie in {low}..{high}"
-                raise UserError(f"{name}={value} must {allowed_range} ({why}).")
+        """Raises UserError for options that the parents accept and our loss would ignore."""
+        check_ranges(
+            self,
+            (
+                ("jepa_weight", 0, math.inf, "0 is plain SFT"),
+                ("jepa_weight_end", 0, math.inf, "0 ends as plain SFT"),
+                ("jepa_dropout", 0, 1, "it is the share of steps without the JEPA term"),
+                ("regularizer_weight", 0, math.inf, "0 is none"),
+                ("projector_dim", 0, 4096, "64 to 256 is usual, 0 is none"),
+                ("ema_decay", 0, 1, "0.99 is usual"),
+                ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "the reference code defines no more"),
+                ("diagnostics_pairs", 0, math.inf, "0 is off"),
+            ),
+        )
         if not self.temperature > 0:
             raise UserError(f"temperature={self.temperature} must be > 0; CLIP starts at 0.07.")
         if self.jepa_dropout == 1:
             raise UserError("jepa_dropout=1 leaves no step with the JEPA term; set jepa_weight: 0 for plain SFT.")
-        for name, allowed, why in (
-            (
-                "packing",
-                False,
-                "it cuts and mixes examples; share_rows: true saves the padding and changes nothing else",
-            ),
-            ("eval_packing", None, "share_rows: true lays out evaluation rows as well"),
-            ("padding_free", False, "views need their own attention mask"),
-            ("label_smoothing_factor", 0.0, "our loss does not smooth and would ignore it"),
-            ("neftune_noise_alpha", None, "its noise scales with the row length, which the views change"),
-            ("loss_type", "nll", "the LM term is the negative log-likelihood"),
-            ("assistant_only_loss", False, "label_protocol decides which tokens are trained"),
-            ("completion_only_loss", None, "label_protocol decides which tokens are trained"),
-            ("use_liger_kernel", False, "its fused loss returns no hidden states"),
-            ("activation_offloading", False, "it is not tested with packed rows"),
-            ("dataset_kwargs", None, "rows are always turned into views"),
-            ("truncation_mode", "keep_start", "the views start at the start of the row"),
-            ("model_init_kwargs", None, "it would replace how the model is loaded; pass a loaded model"),
-            ("trust_remote_code", False, "code from a checkpoint is never run"),
-            ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
-            ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
-            ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
-        ):
-            value = getattr(self, name)
-            if value != allowed and not (name == "eval_packing" and value is False):
-                raise UserError(f"{name}={value!r} cannot work here: {why}; remove it.")
+        check_fixed(self, FIXED)
+        if self.eval_packing:
+            raise UserError(
+                "eval_packing=True is not supported: share_rows: true lays out evaluation rows as well; remove it."
+            )
         if self.uses_jepa:
             self._check_jepa()
-        if self.accelerator_config.dispatch_batches:
-            raise UserError(
-                "accelerator_config.dispatch_batches cuts a batch by its rows, and pairs are not rows; remove it."
-            )
+        check_dispatch(self)
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
         if self.max_length is not None and self.max_length < 1:
@@ -286,24 +286,24 @@ class LLMJEPAConfig(SFTConfig):
         """Combinations of our own keys that cannot do what they say."""
         info_nce, regularized = self.objective == "info_nce", self.regularizer is not None
         views = "an objective with views, which stp is not"
-        for name, is_used, where in (
-            ("temperature", info_nce, "objective: info_nce"),
-            ("negatives", info_nce and not regularized, "objective: info_nce, without a regularizer"),
-            ("regularizer_weight", regularized, "a regularizer"),
-            ("projector_dim", regularized, "a regularizer"),
-            ("ema_decay", self.target_encoder == "ema", "target_encoder: ema"),
-            ("stp_formula", self.objective == "stp", "objective: stp"),
-            ("predictor_position", self.num_predictor_tokens > 0, "num_predictor_tokens: 1 or more"),
-            *(
-                (name, self.uses_views, views)
-                for name in (
-                    "regularizer", "target_encoder", "predictor_position", "direction", "readout", "context_view",
-                )
+        check_used(
+            self,
+            (
+                ("temperature", info_nce, "objective: info_nce"),
+                ("negatives", info_nce and not regularized, "objective: info_nce, without a regularizer"),
+                ("regularizer_weight", regularized, "a regularizer"),
+                ("projector_dim", regularized, "a regularizer"),
+                ("ema_decay", self.target_encoder == "ema", "target_encoder: ema"),
+                ("stp_formula", self.objective == "stp", "objective: stp"),
+                ("predictor_position", self.num_predictor_tokens > 0, "num_predictor_tokens: 1 or more"),
+                ("regularizer", self.uses_views, views),
+                ("target_encoder", self.uses_views, views),
+                ("predictor_position", self.uses_views, views),
+                ("direction", self.uses_views, views),
+                ("readout", self.uses_views, views),
+                ("context_view", self.uses_views, views),
             ),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not is_used and value != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"{name}: {value} would be ignored: it belongs to {where}; remove it.")
+        )
         is_best_by_loss = self.load_best_model_at_end and self.metric_for_best_model in ("loss", "eval_loss")
         if is_best_by_loss and self.jepa_weight_end not in (None, self.jepa_weight):
             raise UserError(
@@ -317,17 +317,80 @@ class LLMJEPAConfig(SFTConfig):
             )
 
     @property
-    def target_rows(self) -> Literal["inside", "apart", "cached"]:
-        """Where the collator puts target views: beside what learns, in rows for a pass without gradient, nowhere."""
+    def target_placement(self) -> Literal["inside", "apart", "cached"]:
+        """Where the target views are computed.
+
+        inside: in the rows that learn. apart: in rows for a forward pass without gradient. cached: before training.
+        """
         if self.target_encoder == "self" or not self.uses_views:
             return "inside"
         return "cached" if self.target_encoder == "base" else "apart"
 
     @property
     def uses_views(self) -> bool:
-        """`stp` looks at the LM row alone."""
+        """Whether rows have a context and a target view; `stp` reads the LM row alone."""
         return self.uses_jepa and self.objective != "stp"
 
     @property
     def uses_jepa(self) -> bool:
+        """Whether any step of the run has a JEPA term."""
         return self.jepa_weight > 0 or (self.jepa_weight_end or 0) > 0
+
+
+def check_objective(
+    args: LLMJEPAConfig, config: PreTrainedConfig, train: Dataset, *, sharded: bool, opaque: bool
+) -> None:
+    """Raises UserError for what can be refused only once the model (its text `config`), data and ranks are known.
+
+    sharded: FSDP or DeepSpeed. opaque: DeepSpeed or FSDP 1, which keep weights of their own behind those of the model.
+    """
+    if not 1 <= abs(args.readout_layer) <= config.num_hidden_layers:
+        raise UserError(
+            f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
+            f"{config.num_hidden_layers} (-1 is the last)."
+        )
+    # Not checked by the configuration, because the process that starts the ranks does not know their number.
+    pairs = args.per_device_train_batch_size * args.world_size
+    if args.negatives == "optimizer_step":
+        pairs *= args.gradient_accumulation_steps
+    if args.objective == "info_nce":
+        _check_negatives(args, train, pairs)
+    if args.regularizer is not None:
+        _check_regularizer(args, config, pairs, sharded=sharded)
+    if args.target_encoder == "ema" and opaque:
+        raise UserError(
+            "target_encoder: ema cannot follow weights that DeepSpeed or FSDP version 1 holds; use --launch fsdp2 or "
+            "ddp."
+        )
+    if args.target_encoder == "base" and sharded:
+        raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
+
+
+def _check_negatives(args: LLMJEPAConfig, train: Dataset, pairs: int) -> None:
+    if pairs < 2:
+        raise UserError(
+            "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
+            "or more, negatives: optimizer_step, or objective: cosine."
+        )
+    key = "context_key" if args.direction == "reverse" else "target_key"
+    distinct = len(set(train[key]))
+    if distinct < min(pairs, len(train)):
+        raise UserError(
+            f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
+            f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."
+        )
+
+
+def _check_regularizer(args: LLMJEPAConfig, config: PreTrainedConfig, pairs: int, *, sharded: bool) -> None:
+    if pairs < (8 if args.regularizer == "sigreg" else 2):
+        raise UserError(
+            f"regularizer: {args.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
+            "raise per_device_train_batch_size."
+        )
+    if sharded:
+        raise UserError(f"regularizer: {args.regularizer} has no sharded projector; use --launch ddp.")
+    if not args.projector_dim and pairs < config.hidden_size:
+        raise UserError(
+            f"regularizer: {args.regularizer} without a projector would judge {config.hidden_size} dimensions "
+            f"by {pairs} pairs; set projector_dim: 128, or a batch of {config.hidden_size} pairs."
+        )

@@ -1,89 +1,98 @@
-"""Views -> rows -> one forward pass, exact against separate passes over each view in loss and gradient.
+"""Rows of views -> one batch of packed rows, exact against separate passes over each view in loss and gradient.
 
     [ LM row ][ predictor tokens ][ target view ][ pad ]                     context_view="prefix"
     [ LM row ][ context view, predictor tokens ][ target view ][ pad ]       context_view="message"
 
-A view is a sequence of its own. What it has in common with the start of its example's LM row (all of a `prefix` context
-or just a BOS token) is not repeated: the rest continues from there. So the predictor tokens of a `prefix` context lie
-after the LM row, but see the prompt and no completion, at the positions after the prompt. Putting them *inside* the
-row would let the model's label shift train the first completion token from a predictor token.
+Each view is a sequence of its own. If it begins like the LM row of its example (all of a `prefix` context does, others
+share the BOS token), that beginning is not repeated: the rest of the view continues from there. So the predictor tokens
+of a `prefix` context come after the LM row, but they see the prompt only, at the positions after the prompt. If they
+were *inside* the LM row, the label shift would train the first completion token from a predictor token.
 
-Three int tensors [R, L] say who sees whom; no L x L tensor leaves the collator:
+Three int tensors [R, L] say who sees whom, so that no L x L tensor leaves the collator:
 
-    doc      which segment a token belongs to; it sees that segment, causally. doc % KINDS is its kind; -1 is padding.
-    parent   a second segment it sees (its example's LM row), or NO_PARENT
-    visible  how many of the parent's first positions it sees
+    doc      the segment of a token; a token sees its segment, causally. doc % KINDS is the kind; -1 is padding.
+    parent   a second segment that it sees (the LM row of its example), or NO_PARENT
+    visible  how many of the first positions of the parent it sees
 
 Padding sees padding, because a row of -inf scores is NaN in eager attention. A row may hold several examples.
 
-This is exact for attention with rotary or absolute positions, windowed and chunked layers included (by *position*; by
-place in the row they would be wrong). Recurrent, convolutional and ALiBi layers would be wrong without a word, so
-`probe.choose_layout` tries the model itself: what it does not compute exactly goes into rows of their own ("separate").
-Flash attention takes no such mask; there, segments without shared prefixes lie in one row ("flat").
+Packed rows are exact for attention with rotary or absolute positions, windowed and chunked layers included, because
+`attention` counts windows by position. Recurrent, convolutional and ALiBi layers would mix the segments without an
+error. `probe.choose_layout` therefore tries the model; if packed rows are not exact, each segment gets its own row
+("separate"). Flash attention takes no mask of this kind; its segments share no prefix and lie in one row ("flat").
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..core.errors import UserError
-from .views import IGNORE
+from .views import IGNORE, common_length
 
 PAD, NO_PARENT = -1, -2
 LM_ROW, CONTEXT, TARGET = 0, 1, 2
 KINDS = 3
+FILL = {"labels": IGNORE, "doc": PAD, "position_ids": 0, "parent": NO_PARENT, "visible": 0}  # what padding holds
 Layout = Literal["packed", "separate", "flat"]
+Place = tuple[int, int]  # (example, segment), or (segment, token)
 
 
 class Segment(NamedTuple):
     kind: int
     ids: list[int]
-    start: int = 0  # its first position, and how many of the LM row's first tokens it sees
+    start: int = 0  # its first position, and how many of the first tokens of the LM row it sees
     labels: list[int] | None = None
 
 
-class Example(NamedTuple):
-    """An LM row and its views. A read is the (segment, token) places whose mean state is the embedding."""
+class PackedExample(NamedTuple):
+    """An LM row and its views. An embedding is the mean state over a list of (segment, token) places."""
 
     segments: list[Segment]
-    contexts: list[list[tuple[int, int]]]
-    targets: list[list[tuple[int, int]]]
-    apart: list[list[int]]  # target views that stay out of the segments
+    contexts: list[list[Place]]
+    targets: list[list[Place]]
+    apart: list[list[int]]  # token ids of target views that get rows outside of the packed ones
+
+
+class Rows(NamedTuple):
+    """Segments laid out as token tensors."""
+
+    tensors: dict[str, Tensor]  # [R, L] each
+    start: dict[Place, int]  # (example, segment) -> flat index of its first token
 
 
 @dataclass(frozen=True)
 class JEPACollator:
-    """Rows of `views.add_view_columns` -> a batch of plain tensors.
+    """Rows of `views.add_view_columns` -> a batch of tensors.
 
-    Every batch: `input_ids`, `labels`, `doc` [R, L]; what the layout needs: `position_ids`, `parent`, `visible`
-    (packed), `attention_mask` (separate), `position_ids` (flat, R = 1); and `lm_at` [B], the place of each LM row in
-    the flattened [R * L] tokens. Without views that is all. With views, for P pairs (every context of an example with
-    every target of it): `context_at`, `target_at`, flat places too, [P] or, for a mean, [P, W] filled up with -1;
-    `target_key` [P], equal for equal targets; `example_of_pair` [P].
+    Every batch has `input_ids`, `labels`, `doc` [R, L]; `position_ids` [R, L] if the layout is packed or flat;
+    `parent`, `visible` [R, L] if it is packed; and `lm_at` [B], where each LM row starts in the flattened [R * L]
+    tokens. With views there are P pairs (every context of an example with every target of it):
+
+        context_at, target_at   [P] flat places, or [P, W] places to average over, filled up with -1
+        target_key              [P] equal for equal targets
+        example_of_pair         [P]
 
     Args:
         pad_token_id, pad_to_multiple_of: padding, on the right.
         predictor_ids: predictor tokens of every context.
         with_views: False gives plain SFT rows.
         layout: see the head of this module; from `probe.choose_layout`.
-        row_cost: 0 keeps one example a row. Otherwise several examples share a row where that is cheaper, at
+        row_cost: 0 keeps one example a row. Otherwise several examples share a row if that is cheaper, at
             row_cost + L per token of a row of length L (6 * hidden_size: a transformer layer's own ratio).
-        readout: "last": the embedding is the state of the view's last token; "mean": of all its tokens.
+        readout: "last": the embedding is the state of the last token of a view; "mean": the mean over all of them.
         predictor_position: "last" after the context, "first" before its content (the paper's ablation, table 3).
         direction: "reverse": the completion predicts the prompt (the paper's Code -> Text, table 3).
-        targets: "inside" the rows; "apart": `apart_input_ids`, `apart_attention_mask` [T, L'], which `target_at`
-            then indexes, for a pass without gradient; "cached": `target_embedding` [P, D], rows of `target_table` that
-            the `target_rows` column names.
-        with_tubes: also `content` [B, 4] and `index` [B], for `semantic_tube`.
+        target_placement: "inside" the rows. "apart": `apart_input_ids`, `apart_attention_mask` [T, L'], which
+            `target_at` then indexes, for a pass without gradient. "cached": `target_embedding` [P, D], rows of
+            `target_table` that the column `target_table_rows` names.
+        with_tubes: also `content` [B, 4] (start and end of the prompt's and of the completion's content) and `index`
+            [B], for `tubes`.
     """
 
     pad_token_id: int
@@ -95,67 +104,41 @@ class JEPACollator:
     readout: str = "last"
     predictor_position: str = "last"
     direction: str = "forward"
-    targets: Literal["inside", "apart", "cached"] = "inside"
+    target_placement: Literal["inside", "apart", "cached"] = "inside"
     target_table: Tensor | None = None
     with_tubes: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         examples = [self.example(row) for row in rows]
-        lines = self._lines(examples)
-        batch, place = self._lay_out(examples, lines)
-        batch["lm_at"] = torch.tensor([place[number, 0] for number in range(len(rows))])
+        tensors, start = self.lay_out(examples)
+        batch = {**tensors, "lm_at": torch.tensor([start[number, 0] for number in range(len(rows))])}
         if self.with_tubes:
-            batch |= {key: torch.tensor([row[key] for row in rows]) for key in ("content", "index")}
-        if not self.with_views:
-            return batch
-        contexts: list[list[int]] = []
-        targets: list[list[int]] = []  # places in the rows, rows apart, or rows of the table
-        apart: list[list[int]] = []
-        keys, owners = [], []
-        for number, (row, e) in enumerate(zip(rows, examples, strict=True)):
-            reads = [[place[number, s] + token for s, token in read] for read in e.contexts]
-            goals = [[place[number, s] + token for s, token in read] for read in e.targets]
-            goals += [[len(apart) + i] for i in range(len(e.apart))]
-            apart += e.apart
-            if self.targets == "cached":
-                goals = [[i] for i in _cached_rows(row)]
-            for read in reads:  # every context with every target
-                contexts += [read] * len(goals)
-                targets += goals
-            keys += [row["context_key" if self.direction == "reverse" else "target_key"]] * (len(reads) * len(goals))
-            owners += [number] * (len(reads) * len(goals))
-        batch["context_at"], target = _reads(contexts), _reads(targets)
-        batch["target_key"], batch["example_of_pair"] = torch.tensor(keys), torch.tensor(owners)
-        if self.targets == "cached":
-            assert self.target_table is not None
-            return {**batch, "target_embedding": self.target_table[target]}
-        if self.targets == "apart":
-            alone = rows_apart(apart, self.pad_token_id, self.readout)
-            return {**batch, **alone, "target_at": alone["target_at"][target]}
-        return {**batch, "target_at": target}
+            batch["content"] = torch.tensor([[row[column] for column in CONTENT_COLUMNS] for row in rows])  # [B, 4]
+            batch["index"] = torch.tensor([row["index"] for row in rows])  # [B]
+        return batch | self._pairs(rows, examples, start) if self.with_views else batch
 
-    def example(self, row: dict[str, Any]) -> Example:
-        """The segments of one example, and where its embeddings are read."""
-        lm = row["input_ids"]
-        # Never predicted: nothing stands before it in its own row, and another example may in this one.
-        segments = [Segment(LM_ROW, lm, labels=[IGNORE, *row["labels"][1:]])]
+    # -- one example ---------------------------------------------------------------------------------------------------
+
+    def example(self, row: dict[str, Any]) -> PackedExample:
+        """The segments of one example, and the places of its embeddings."""
+        # The first token of the LM row is never a label: in a shared row it would be predicted from the example before.
+        segments = [Segment(LM_ROW, row["input_ids"], labels=[IGNORE, *row["labels"][1:]])]
         if not self.with_views:
-            return Example(segments, [], [], [])
-        sources, goals, header = row["contexts"], row["targets"], row["headers"][0]
+            return PackedExample(segments, [], [], [])
+        sources, goals, header = row["contexts"], row["targets"], row["context_header"]
         if self.direction == "reverse":
-            sources, goals, header = goals, sources, row["headers"][1]
+            sources, goals, header = goals, sources, row["target_header"]
         contexts = []
         for ids in sources:
             at = len(ids) if self.predictor_position == "last" else header
             contexts.append(self._add(segments, CONTEXT, [*ids[:at], *self.predictor_ids, *ids[at:]]))
-        if self.targets == "inside":
-            return Example(segments, contexts, [self._add(segments, TARGET, ids) for ids in goals], [])
-        return Example(segments, contexts, [], goals if self.targets == "apart" else [])
+        targets = [self._add(segments, TARGET, ids) for ids in goals] if self.target_placement == "inside" else []
+        return PackedExample(segments, contexts, targets, goals if self.target_placement == "apart" else [])
 
-    def _add(self, segments: list[Segment], kind: int, ids: list[int]) -> list[tuple[int, int]]:
-        """Append what the LM row does not hold already; returns the places to read."""
-        lm = segments[0].ids
-        shared = next((i for i, (a, b) in enumerate(zip(ids, lm, strict=False)) if a != b), min(len(ids), len(lm)))
+    def _add(self, segments: list[Segment], kind: int, ids: list[int]) -> list[Place]:
+        """Append the part of a view that the LM row does not hold already; return the places to read."""
+        shared = common_length(ids, segments[0].ids)
+        # Only packed rows can continue from the LM row, unless the view is a part of it and needs no more tokens.
         if self.layout != "packed" and shared < len(ids):
             shared = 0
         places = [(0, token) for token in range(shared)]
@@ -164,91 +147,150 @@ class JEPACollator:
             segments.append(Segment(kind, ids[shared:], start=shared))
         return places if self.readout == "mean" else places[-1:]
 
-    def _lines(self, examples: list[Example]) -> list[list[tuple[int, int]]]:
-        """Which (example, segment) lie in which row, in order."""
-        all_of = [[(number, s) for s in range(len(e.segments))] for number, e in enumerate(examples)]
-        if self.layout == "flat":
-            return [list(itertools.chain(*all_of))]
-        if self.layout == "separate":
-            return [[place] for place in sorted(itertools.chain(*all_of), key=lambda place: place[1] > 0)]
-        if not self.row_cost:
-            return all_of
-        lengths = [sum(len(segment.ids) for segment in e.segments) for e in examples]
-        return [list(itertools.chain(*(all_of[i] for i in line))) for line in share_rows(lengths, self.row_cost)]
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def _lay_out(
-        self, examples: list[Example], lines: list[list[tuple[int, int]]]
-    ) -> tuple[dict[str, Tensor], dict[tuple[int, int], int]]:
-        """The token tensors, and the flat index of each segment's first token."""
+    def lay_out(self, examples: list[PackedExample]) -> Rows:
+        """Segments of all examples -> right-padded rows."""
+        lines = self._lines(examples)
         lengths = [sum(len(examples[e].segments[s].ids) for e, s in line) for line in lines]
         length = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         if self.layout == "flat":
-            length = max(lengths)  # padding would be a sequence of its own
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "doc": PAD, "position_ids": 0}
-        fill |= {"parent": NO_PARENT, "visible": 0}
-        columns: dict[str, list[list[int]]] = {key: [] for key in fill}
-        place: dict[tuple[int, int], int] = {}
+            length = max(lengths)  # flash attention would take padding for one more sequence
+        columns: dict[str, list[list[int]]] = {key: [] for key in ("input_ids", *FILL)}
+        start: dict[Place, int] = {}
         for r, line in enumerate(lines):
-            cells: dict[str, list[int]] = {key: [] for key in fill}
-            counts = [0] * KINDS
-            lm_doc = NO_PARENT
+            row = _RowBuilder()
             for e, s in line:
-                segment = examples[e].segments[s]
-                n = len(segment.ids)
-                doc = counts[segment.kind] * KINDS + segment.kind
-                counts[segment.kind] += 1
-                lm_doc = doc if segment.kind == LM_ROW else lm_doc
-                place[e, s] = r * length + len(cells["doc"])
-                cells["input_ids"] += segment.ids
-                cells["labels"] += segment.labels or [IGNORE] * n
-                cells["doc"] += [doc] * n
-                cells["position_ids"] += range(segment.start, segment.start + n)
-                cells["parent"] += [lm_doc if segment.start else NO_PARENT] * n
-                cells["visible"] += [segment.start] * n
-            for key, value in fill.items():
-                columns[key].append(cells[key] + [value] * (length - len(cells[key])))
-        batch = {key: torch.tensor(column) for key, column in columns.items()}
-        one_each = all(len(line) == 1 for line in lines)
-        if self.layout == "separate" or self.layout == "packed" and one_each and not self.with_views:
-            batch["attention_mask"] = (batch["doc"] != PAD).long()
-            del batch["position_ids"], batch["parent"], batch["visible"]
-        elif self.layout == "flat":
-            del batch["parent"], batch["visible"]
-        return batch, place
+                start[e, s] = r * length + len(row.cells["doc"])
+                row.append(examples[e].segments[s])
+            for key, cells in row.cells.items():
+                columns[key].append(cells + [FILL.get(key, self.pad_token_id)] * (length - len(cells)))
+        unused = {"packed": (), "separate": ("position_ids", "parent", "visible"), "flat": ("parent", "visible")}
+        for key in unused[self.layout]:
+            del columns[key]
+        return Rows({key: torch.tensor(column) for key, column in columns.items()}, start)
+
+    def _lines(self, examples: list[PackedExample]) -> list[list[Place]]:
+        """The (example, segment) places of each row, in order."""
+        by_example = [[(number, s) for s in range(len(e.segments))] for number, e in enumerate(examples)]
+        everything = list(itertools.chain(*by_example))
+        if self.layout == "flat":
+            return [everything]
+        if self.layout == "separate":
+            return [[place] for place in sorted(everything, key=lambda place: place[1] > 0)]  # LM rows first
+        if not self.row_cost:
+            return by_example
+        lengths = [sum(len(segment.ids) for segment in e.segments) for e in examples]
+        return [list(itertools.chain(*(by_example[i] for i in row))) for row in share_rows(lengths, self.row_cost)]
+
+    # -- pairs ---------------------------------------------------------------------------------------------------------
+
+    def _pairs(
+        self, rows: list[dict[str, Any]], examples: list[PackedExample], start: dict[Place, int]
+    ) -> dict[str, Tensor]:
+        """Every context of an example with every target of it."""
+        key_column = "context_key" if self.direction == "reverse" else "target_key"
+        contexts: list[list[int]] = []
+        targets: list[list[int]] = []  # places in the rows, or numbers of rows apart, or of rows of the table
+        apart: list[list[int]] = []
+        keys: list[int] = []
+        owners: list[int] = []
+        for number, (row, e) in enumerate(zip(rows, examples, strict=True)):
+            sources = [[start[number, s] + token for s, token in places] for places in e.contexts]
+            if self.target_placement == "inside":
+                goals = [[start[number, s] + token for s, token in places] for places in e.targets]
+            elif self.target_placement == "apart":
+                goals = [[len(apart) + i] for i in range(len(e.apart))]
+                apart += e.apart
+            else:
+                goals = [[i] for i in _table_rows(row)]
+            for source in sources:
+                contexts += [source] * len(goals)
+                targets += goals
+            pairs = len(sources) * len(goals)
+            keys += [row[key_column]] * pairs
+            owners += [number] * pairs
+        batch = {
+            "context_at": as_places(contexts),
+            "target_key": torch.tensor(keys),
+            "example_of_pair": torch.tensor(owners),
+        }
+        target = as_places(targets)
+        if self.target_placement == "inside":
+            return {**batch, "target_at": target}
+        if self.target_placement == "apart":
+            alone = rows_apart(apart, self.pad_token_id, self.readout)
+            return {**batch, **alone, "target_at": alone["target_at"][target]}
+        assert self.target_table is not None
+        return {**batch, "target_embedding": self.target_table[target]}
 
 
-def _cached_rows(row: dict[str, Any]) -> list[int]:
-    if "target_rows" not in row:
+CONTENT_COLUMNS = ("context_start", "context_end", "target_start", "target_end")
+
+
+@dataclass
+class _RowBuilder:
+    """Lists of one row, one entry a token, that grow by a segment at a time."""
+
+    cells: dict[str, list[int]] = field(default_factory=lambda: {key: [] for key in ("input_ids", *FILL)})
+    counts: list[int] = field(default_factory=lambda: [0] * KINDS)  # segments of each kind so far
+    lm_doc: int = NO_PARENT  # doc of the LM row that the next views belong to
+
+    def append(self, segment: Segment) -> None:
+        n = len(segment.ids)
+        # Numbered within its kind, so that doc % KINDS is the kind and no two segments of a row have the same doc.
+        doc = self.counts[segment.kind] * KINDS + segment.kind
+        self.counts[segment.kind] += 1
+        if segment.kind == LM_ROW:
+            self.lm_doc = doc
+        self.cells["input_ids"] += segment.ids
+        self.cells["labels"] += segment.labels or [IGNORE] * n
+        self.cells["doc"] += [doc] * n
+        self.cells["position_ids"] += range(segment.start, segment.start + n)
+        self.cells["parent"] += [self.lm_doc if segment.start else NO_PARENT] * n
+        self.cells["visible"] += [segment.start] * n
+
+
+def _table_rows(row: dict[str, Any]) -> list[int]:
+    if "target_table_rows" not in row:
         raise UserError(
-            "target_encoder: base has targets for the data sets it started with alone; pass this one as eval_dataset "
-            "at the start, or use target_encoder: self."
+            "target_encoder: base has targets only for the data sets that it started with; pass this one as "
+            "eval_dataset at the start, or use target_encoder: self."
         )
-    rows: list[int] = row["target_rows"]
+    rows: list[int] = row["target_table_rows"]
     return rows
 
 
 def rows_apart(sequences: Sequence[Sequence[int]], pad_token_id: int, readout: str) -> dict[str, Tensor]:
-    """N sequences in rows of their own: `apart_input_ids`, `apart_attention_mask` [N, L], `target_at` [N] or [N, W]."""
+    """N sequences, one a row: `apart_input_ids`, `apart_attention_mask` [N, L], `target_at` [N] or [N, W]."""
     width = max(map(len, sequences))
-    first = [0 if readout == "mean" else len(ids) - 1 for ids in sequences]
+    ids, mask, places = [], [], []
+    for r, sequence in enumerate(sequences):
+        padding = width - len(sequence)
+        first = 0 if readout == "mean" else len(sequence) - 1
+        ids.append([*sequence, *[pad_token_id] * padding])
+        mask.append([1] * len(sequence) + [0] * padding)
+        places.append([r * width + i for i in range(first, len(sequence))])
     return {
-        "apart_input_ids": torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for ids in sequences]),
-        "apart_attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences]),
-        "target_at": _reads([[r * width + i for i in range(first[r], len(ids))] for r, ids in enumerate(sequences)]),
+        "apart_input_ids": torch.tensor(ids),
+        "apart_attention_mask": torch.tensor(mask),
+        "target_at": as_places(places),
     }
 
 
-def _reads(places: list[list[int]]) -> Tensor:
+def as_places(places: list[list[int]]) -> Tensor:
+    """Lists of flat places -> [P] if each has one place, else [P, W], filled up with -1."""
     width = max(map(len, places))
-    at = torch.tensor([read + [-1] * (width - len(read)) for read in places])
+    at = torch.tensor([one + [-1] * (width - len(one)) for one in places])  # [P, W]
     return at[:, 0] if width == 1 else at
 
 
 def share_rows(lengths: Sequence[int], row_cost: int) -> list[list[int]]:
-    """Examples -> rows: first fit, longest first, at the row length of least cost, sum of L * (row_cost + L)."""
+    """Assign examples to rows: first fit, longest first, at the row length of least cost, sum of L * (row_cost + L)."""
     total, longest = sum(lengths), max(lengths)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     best: tuple[float, list[list[int]]] = (float("inf"), [])
+    # Each number of rows suggests a capacity; the fit may need more rows than that, and its cost says so.
     for capacity in {max(longest, -(-total // count)) for count in range(1, len(lengths) + 1)}:
         rows: list[list[int]] = []
         room: list[int] = []
@@ -259,171 +301,26 @@ def share_rows(lengths: Sequence[int], row_cost: int) -> list[list[int]]:
                 room.append(capacity)
             rows[r].append(i)
             room[r] -= lengths[i]
-        length = capacity - min(room)
+        length = capacity - min(room)  # of the fullest row: all rows of a batch are padded to it
         best = min(best, (len(rows) * length * (row_cost + length), rows))
     return best[1]
 
 
 def lm_rows_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch with its views taken out, on its device: the rows of `with_views=False`, as they were shared with views,
-    and padded no further than needed."""
+    """A batch without its views, on its device: the LM rows as they were shared, and no longer than needed.
+
+    The collator has laid out the views before the coin of `jepa_dropout` falls, because it runs ahead of the training.
+    """
     doc = batch["doc"]
-    keep = (doc >= 0) & (doc % KINDS == LM_ROW)
-    keys = [key for key in ("input_ids", "labels", "doc", "position_ids", "parent", "visible") if key in batch]
-    count = keep.sum(dim=1)
+    keep = (doc >= 0) & (doc % KINDS == LM_ROW)  # [R, L]
+    count = keep.sum(dim=1)  # [R]
     length, rows = int(count.max()), count > 0
-    # Kept tokens move left past what was dropped between them.
+    # A stable sort moves the kept tokens to the left, past the tokens that were dropped between them.
     order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[rows, :length]
     padding = torch.arange(length, device=doc.device) >= count[rows, None]
-    fill = {"labels": IGNORE, "doc": PAD, "position_ids": 0, "parent": NO_PARENT, "visible": 0, "input_ids": 0}
-    plain: dict[str, Tensor] = {key: batch[key][rows].gather(1, order).masked_fill(padding, fill[key]) for key in keys}
-    if "attention_mask" in batch or "parent" in batch and not bool((plain["doc"] > LM_ROW).any()):
-        plain["attention_mask"] = (~padding).long()
-        for key in ("position_ids", "parent", "visible"):
-            plain.pop(key, None)
-    return plain
-
-
-# -- what the model takes ---------------------------------------------------------------------------------------------
-
-
-def who_sees_whom(doc: Tensor, parent: Tensor, visible: Tensor, position_ids: Tensor) -> Tensor:
-    """[R, L] each -> bool [R, L (query), L (key)], True where the query may look."""
-    order = torch.arange(doc.shape[1], device=doc.device)
-    own = (doc[:, :, None] == doc[:, None, :]) & (order[:, None] >= order[None, :])
-    inherited = (parent[:, :, None] == doc[:, None, :]) & (position_ids[:, None, :] < visible[:, :, None])
-    return own | inherited
-
-
-def attention_mask(batch: dict[str, Tensor], model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
-    """[R, 1, L, L], or one for each of the model's layer types; windows and chunks count positions, not places.
-
-    sdpa takes a bool mask. Eager attention *adds* the mask to its scores, so a bool one would be a silent error there.
-    """
-    config = model.config.get_text_config()
-    position = batch["position_ids"]
-    sees = who_sees_whom(batch["doc"], batch["parent"], batch["visible"], position)
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    masks = {}
-    for kind in sorted(set(layers)):
-        mask = sees
-        if kind == "sliding_attention" and window:
-            mask = sees & (position[:, :, None] - position[:, None, :] < window)
-        elif kind == "chunked_attention" and chunk:
-            mask = sees & (position[:, :, None] // chunk == position[:, None, :] // chunk)
-        mask = mask[:, None]
-        if model.config._attn_implementation == "eager":
-            blank = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
-            mask = blank.masked_fill_(~mask, torch.finfo(model.dtype).min)
-        masks[kind] = mask
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def model_inputs(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
-    """What the model's forward takes for a collated batch. The mask is built once, on the batch's device."""
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    if "parent" in batch:
-        return {**inputs, "position_ids": batch["position_ids"], "attention_mask": attention_mask(batch, model)}
-    if "attention_mask" in batch:
-        return {**inputs, "attention_mask": batch["attention_mask"]}
-    return {**inputs, "position_ids": batch["position_ids"]}  # flat: transformers starts a sequence at every restart
-
-
-def read(hidden: Tensor, at: Tensor) -> Tensor:
-    """States [R, L, D] at flat places [P], or averaged over [P, W] (-1: nothing) -> [P, D]."""
-    flat = hidden.flatten(0, 1)
-    if at.dim() == 1:
-        return flat[at]
-    there = (at >= 0)[..., None]
-    return (flat[at.clamp(min=0)] * there).sum(dim=1) / there.sum(dim=1)
-
-
-def read_pairs(hidden: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """States [R, L, D] of one layer -> `predicted`, `target`, both [P, D]."""
-    return read(hidden, batch["context_at"]), read(hidden, batch["target_at"])
-
-
-@torch.no_grad()
-def embed_targets(model: torch.nn.Module, batch: dict[str, Tensor], *, layer: int = -1) -> Tensor:
-    """`target` [P, D] of a batch whose targets lie apart, in a forward pass of their own, without gradient."""
-    output = model(
-        input_ids=batch["apart_input_ids"],
-        attention_mask=batch["apart_attention_mask"],
-        use_cache=False,
-        logits_to_keep=no_logits(batch["apart_input_ids"].device),
-        output_hidden_states=layer,
-    )
-    return read(output.hidden_states[layer], batch["target_at"])
-
-
-def no_logits(device: torch.device) -> Tensor:
-    """A `logits_to_keep` that spares the LM head: even one logit a row reads all of it."""
-    return torch.empty(0, dtype=torch.long, device=device)
-
-
-@torch.no_grad()
-def embed_pairs(
-    model: torch.nn.Module, base: PreTrainedModel, batches: Iterable[dict[str, Tensor]], *, layer: int = -1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`predicted`, `target` [N, D] float32 and `target_key` [N] of batches, in evaluation mode.
-
-    `model` is called; `base` is the same model without its DDP or PEFT wrapper. The training mode is put back.
-    """
-    parts: list[tuple[Tensor, ...]] = []
-    with evaluating(model):
-        for cpu_batch in batches:
-            batch = {key: value.to(base.device) for key, value in cpu_batch.items()}
-            keep = no_logits(base.device)
-            output = model(**model_inputs(batch, base), logits_to_keep=keep, output_hidden_states=layer)
-            predicted, target = read_pairs(output.hidden_states[layer], batch)
-            parts.append((predicted.float(), target.float(), batch["target_key"]))
-    predicted, target, key = (torch.cat(column) for column in zip(*parts, strict=True))
-    return predicted, target, key
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the mode before it afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextlib.contextmanager
-def router_logits_of(model: PreTrainedModel, enabled: bool) -> Iterator[list[Tensor]]:
-    """Collects the router logits of the forward passes inside, one [tokens, experts] per layer, if `enabled`.
-
-    Asked for in the usual way, the model would also compute the loss, and take a packed row's mask for padding.
-    """
-    found: list[Tensor] = []
-    if not enabled:
-        yield found
-        return
-
-    def ask(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "output_router_logits": True}
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        found[:] = output.router_logits
-
-    decoder = model.get_decoder()
-    hooks = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(keep)]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def router_loss(model: PreTrainedModel, router_logits: Sequence[Tensor], batch: dict[str, Tensor]) -> Tensor:
-    """The load-balancing loss of a mixture of experts over the tokens of the LM rows alone, as plain SFT has it."""
-    balance = sys.modules[type(model).__module__].load_balancing_loss_func  # the family's own
-    config = model.config.get_text_config()
-    lm_tokens = ((batch["doc"] >= 0) & (batch["doc"] % KINDS == LM_ROW)).long()
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    loss: Tensor = balance(tuple(router_logits), experts, config.num_experts_per_tok, lm_tokens)
-    return loss
+    fill = {"input_ids": 0, **FILL}
+    return {
+        key: batch[key][rows].gather(1, order).masked_fill(padding, value)
+        for key, value in fill.items()
+        if key in batch
+    }

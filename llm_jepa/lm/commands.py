@@ -64,7 +64,7 @@ def _merge_adapter(trainer: SafeTrainer) -> None:
         trainer.model.save_pretrained(folder)
         # The adapter needs the tokenizer: who loads it must resize the base model's vocabulary to its length.
         trainer.processing_class.save_pretrained(folder)
-    trainer.model = trainer._base_model = trainer.model.merge_and_unload()
+    trainer.model = trainer.base_model = trainer.model.merge_and_unload()
 
 
 def dry_run(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""A data set of TRL rows -> its view columns, with what can be wrong with a whole set said before training."""
+"""TRL rows -> the columns of `views.Views`, the collators of a run, and checks of whole data sets before training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ def check_dataset(name: str, dataset: Any) -> None:
 
 
 def view_options(args: LLMJEPAConfig) -> dict[str, Any]:
-    """What a configuration says to `views.build_views`."""
+    """The options of `views.build_views` in a configuration."""
     return {
         "context_view": args.context_view,
         "label_protocol": args.label_protocol,
@@ -39,8 +40,8 @@ def view_options(args: LLMJEPAConfig) -> dict[str, Any]:
     }
 
 
-def pair_collator(args: LLMJEPAConfig, pad_token_id: int, predictor_ids: Sequence[int]) -> JEPACollator:
-    """Batches in which every pair is read, both sides in its row: for the diagnostics, whatever the objective."""
+def bank_collator(args: LLMJEPAConfig, pad_token_id: int, predictor_ids: Sequence[int]) -> JEPACollator:
+    """The collator of the diagnostics: every pair has both sides in its row, whatever the objective is."""
     return JEPACollator(
         pad_token_id,
         predictor_ids,
@@ -52,14 +53,38 @@ def pair_collator(args: LLMJEPAConfig, pad_token_id: int, predictor_ids: Sequenc
 
 
 def training_collator(pairs: JEPACollator, args: LLMJEPAConfig, hidden_size: int = 0) -> JEPACollator:
-    """Batches of what the objective compares."""
+    """The collator of the training: the views or tubes that the objective compares."""
     return replace(
         pairs,
         with_views=args.uses_views,
         with_tubes=args.uses_jepa and args.objective == "stp",
         row_cost=6 * hidden_size if args.share_rows else 0,
-        targets=args.target_rows,
+        target_placement=args.target_placement,
     )
+
+
+def make_bank(dataset: Any, collator: JEPACollator, args: LLMJEPAConfig) -> list[dict[str, Tensor]]:
+    """Batches of the first `diagnostics_pairs` rows of the (first) validation set; [] if there is nothing to measure.
+
+    The model itself embeds them, whatever the target encoder. A baseline has no predictor tokens, so its context is
+    read at the last content token.
+    """
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    wanted = args.diagnostics_pairs
+    if dataset is None or wanted == 0:
+        return []
+    if len(dataset) < 2:
+        logger.warning("The validation set has one row: no diagnostics of the embedding space.")
+        return []
+    if len(dataset) < wanted:
+        logger.warning(
+            f"The diagnostics use {len(dataset)} validation pairs, not diagnostics_pairs={wanted}: recall and "
+            "rank depend on the number of pairs, so compare them only with runs on as many."
+        )
+    rows = dataset.select(range(min(wanted, len(dataset)))).to_list()
+    size = args.per_device_eval_batch_size
+    return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def view_columns(
@@ -95,13 +120,15 @@ def view_columns(
 
 
 def _check_positions(dataset: Dataset, name: str, model_config: PreTrainedConfig, predictors: int) -> None:
-    """Learned positions (gpt2) end somewhere; a longer row would be an index error in the middle of training."""
+    """Learned positions (gpt2) are limited; a longer row would be an index error in the middle of training."""
     config = model_config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or getattr(config, "rope_parameters", None) is not None:
         return
-    views: list[Any] = [ids for key in ("contexts", "targets") for more in dataset[key] for ids in more]
-    longest = max(map(len, [*dataset["input_ids"], *views]))
+    longest = max(map(len, dataset["input_ids"]))
+    for column in ("contexts", "targets"):
+        for views in dataset[column]:
+            longest = max(longest, *map(len, views))
     if longest + predictors > limit:
         raise UserError(
             f"The longest {name} row has {longest} tokens and {predictors} predictor tokens, the model {limit} "

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import LLMJEPAConfig
 from .batching import CONTEXT, LM_ROW, TARGET, JEPACollator
-from .data import pair_collator, training_collator, view_options
+from .data import bank_collator, training_collator, view_options
 from .predictor_tokens import predictor_token_ids
 from .views import IGNORE, add_view_columns
 
@@ -71,4 +71,4 @@ def _views(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> JEPACollator:
     ids = predictor_token_ids(tokenizer, args.num_predictor_tokens) if args.uses_views else []
-    return training_collator(pair_collator(args, tokenizer.pad_token_id, ids), args)
+    return training_collator(bank_collator(args, tokenizer.pad_token_id, ids), args)

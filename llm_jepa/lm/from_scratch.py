@@ -18,7 +18,7 @@ from transformers import (
 
 from ..core.errors import UserError
 from ..core.tokenizer import train_bpe
-from .views import as_example
+from .views import parse_row
 
 
 def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -73,7 +73,7 @@ def default_attention(config: PreTrainedConfig) -> str:
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     for index, row in enumerate(rows):
-        example = as_example(row, f"row {index}")
+        example = parse_row(row, f"row {index}")
         for side in (example.prompt, example.completion):
             if isinstance(side, str):
                 yield side

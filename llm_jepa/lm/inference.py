@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from ..core.losses import at_least_float32
-from .batching import evaluating
 from .views import end_of_turn_ids
 
 Prompt = str | list[dict[str, Any]]

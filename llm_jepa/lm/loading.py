@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..core.errors import UserError, first_line
 from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
-from .views import as_example
+from .views import parse_row
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -52,7 +52,7 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
     if len(train) == 0:
         raise UserError(f"{args.train_data} holds no rows.")
     for index, row in enumerate(train):  # before the split moves rows about, so that errors name the file's own rows
-        as_example(row, f"{args.train_data}, row {index}")
+        parse_row(row, f"{args.train_data}, row {index}")
     if args.validation_data is not None:
         validation = read_rows(args.validation_data, split=args.validation_split, config=args.dataset_config)
         if len(validation) == 0:

@@ -1,34 +1,36 @@
-"""The JEPA term of a training run: what is compared with what, over which pairs, at which weight.
+"""The JEPA term of a training run: what a step compares, over which pairs, at which weight.
 
-`losses` has the formulas. Here are the choices of a recipe around them: where targets come from, whose pairs meet, the
-projector that is thrown away, the weight's schedule; and what of it a resumed run must find again.
+`core.losses` has the formulas and `core.pairs` brings the pairs of all ranks together. Here are the choices that a
+recipe makes around them (`JEPATerm`: the source of the targets, the projector that is thrown away, the schedule of the
+weight), and the forward pass that turns a micro-batch into losses (`LLMJEPALoss`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from ..core.averaging import MovingAverage
-from ..core.errors import UserError
+from ..core.losses import at_least_float32
 from ..core.pairs import compare_pairs
 from .arguments import LLMJEPAConfig
-from .batching import embed_targets, read
-from .tubes import draw_tube, tube_distance
+from .attention import model_inputs
+from .plan import KnownLoss, LMStepPlan, MicroBatch
+from .reading import embed_targets, gather_states, no_logits, router_logits_of, router_loss
+from .tubes import tube_distance
+from .views import IGNORE
 
-EVALUATION = -1  # the "step" of evaluations: tubes and slices stay the same from one to the next
 
-
-class Objective:
-    """Args: the run's configuration, the width of the hidden states, the device of this rank, the model's dtype."""
+class JEPATerm:
+    """Args: the configuration of the run, the width of the hidden states, the device of this rank, the model's dtype."""
 
     def __init__(
         self, args: LLMJEPAConfig, hidden_size: int, device: torch.device, dtype: torch.dtype = torch.float32
@@ -37,72 +39,39 @@ class Objective:
         self.average: MovingAverage | None = None
         self.projector: torch.nn.Linear | None = None
         if args.uses_views and args.regularizer is not None and args.projector_dim:
-            with torch.random.fork_rng(devices=[]):  # the run's own seed stays unmoved
-                torch.random.default_generator.manual_seed(args.seed)  # torch.manual_seed is that of the GPUs as well
+            with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are
+                # Not torch.manual_seed, which would seed the GPUs as well.
+                torch.random.default_generator.manual_seed(args.seed)
                 self.projector = torch.nn.Linear(hidden_size, args.projector_dim)
             self.projector.to(device, torch.promote_types(dtype, torch.float32))
 
     def weight(self, progress: float) -> float:
-        """`jepa_weight`, or where the straight line from it to `jepa_weight_end` is at `progress` in 0..1."""
+        """`jepa_weight`; with `jepa_weight_end`, the point at `progress` (0 to 1) of the straight line between them."""
         start, end = self.args.jepa_weight, self.args.jepa_weight_end
         return start if end is None else start + (end - start) * min(progress, 1.0)
 
-    # -- embeddings ---------------------------------------------------------------------------------------------------
+    # -- what is compared ---------------------------------------------------------------------------------------------
 
-    def has_pairs(self, batch: dict[str, Any]) -> bool:
-        """Whether this batch has pairs or tubes: not after `lm_rows_only`, not in plain SFT."""
-        return "context_at" in batch or "tubes" in batch
+    def fixed_target(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor | None:
+        """[P, D] of a target encoder that does not learn; None if the targets are in the rows (`target_encoder: self`).
 
-    def target_without_gradient(self, model: torch.nn.Module, batch: dict[str, Any]) -> Tensor | None:
-        """[P, D] of a target encoder that does not learn: cached (base), or from a forward-only pass, *before* the
-        forward pass that learns. None for `target_encoder: self`, whose targets are in the rows."""
-        if "target_embedding" in batch:
-            embedding: Tensor = batch["target_embedding"]
-            return embedding
-        if "apart_input_ids" not in batch:
+        Cached (base), or from a forward pass without gradient. Call it *before* the forward pass that learns.
+        """
+        if self.args.target_placement == "inside":
             return None
+        if self.args.target_placement == "cached":
+            return batch["target_embedding"]
         if self.average is None:
             return embed_targets(model, batch, layer=self.args.readout_layer)
         with self.average.in_place_of_weights():
             return embed_targets(model, batch, layer=self.args.readout_layer)
 
-    def draw_tubes(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """`objective: stp`: a tube per example that is long enough for one, of (seed, step, row of the data set)."""
-        tubes, examples = [], []
-        places = zip(*(batch[key].tolist() for key in ("lm_at", "content", "index")), strict=True)
-        for example, (at, (a, b, c, d), index) in enumerate(places):
-            tube = draw_tube([(a, b), (c, d)], self.args.stp_formula, Random(f"{self.args.seed} {step} {index}"))
-            if tube is not None:
-                tubes.append((0, at, tube))
-                examples.append(example)
-        owners = torch.tensor(examples, dtype=torch.long, device=batch["lm_at"].device)
-        # As a function: Trainer would take tuples in a batch apart.
-        return {"tubes": functools.partial(tube_distance, tubes=tubes), "example_of_pair": owners}
-
-    # -- loss ---------------------------------------------------------------------------------------------------------
-
-    def pair_loss(self, hidden: Tensor, batch: dict[str, Any], target: Tensor | None, *, step: int) -> Tensor:
-        """States [R, L, D] of the layer that is read -> a loss per pair, [P]."""
-        if "tubes" in batch:
-            distance: Tensor = batch["tubes"](hidden.flatten(0, 1)[None])
-            return distance
-        predicted = read(hidden, batch["context_at"])
-        if "known_loss" in batch:  # see `compare_all`: the values, and embeddings times their known gradients
-            loss: Tensor = batch["known_loss"]
-            for name, gradient in batch["known_gradients"].items():
-                side = predicted if name == "predicted" else read(hidden, batch["target_at"])
-                linear = (side * gradient).sum(dim=-1)
-                loss = loss + linear - linear.detach()
-            return loss
-        target = read(hidden, batch["target_at"]) if target is None else target
-        return self.compare(predicted, target, batch["target_key"], step=step)
-
     def compare(self, predicted: Tensor, target: Tensor, target_key: Tensor, *, step: int) -> Tensor:
-        """Embeddings [P, D] -> a loss per pair [P]. Where all pairs meet, those of all ranks do."""
+        """Embeddings [P, D] -> a loss per pair [P], among the pairs of all ranks if the objective wants that."""
         args = self.args
         if self.projector is not None:
             with torch.autocast(predicted.device.type, enabled=False):
-                both = torch.cat([predicted, target]).to(self.projector.weight.dtype)
+                both = torch.cat([predicted, target]).to(self.projector.weight.dtype)  # [2 P, D]
                 predicted, target = self.projector(both).chunk(2)
         return compare_pairs(
             predicted,
@@ -117,24 +86,29 @@ class Objective:
             step=step,
         )
 
-    def compare_all(self, batches: list[dict[str, Any]], found: list[tuple[Tensor, Tensor]], *, step: int) -> None:
-        """InfoNCE over all micro-batches and ranks of a step (GradCache, arXiv:2101.06983).
+    def compare_step(
+        self, embeddings: list[tuple[Tensor, Tensor]], target_keys: list[Tensor], *, step: int
+    ) -> list[KnownLoss]:
+        """InfoNCE over all micro-batches and ranks of a step, as known losses of each micro-batch.
 
-        `found` has the embeddings of each batch, computed without gradient. Their loss and its gradients in them go
-        into the batches, where `pair_loss` meets them again: the gradient in the weights is that of one big batch.
+        Args:
+            embeddings: `predicted`, `target` [P, D] of each micro-batch, computed without gradient.
+            target_keys: [P] of each.
         """
-        predicted, target = (torch.cat(side).detach() for side in zip(*found, strict=True))
-        sides = {"predicted": predicted.requires_grad_()}
+        predicted, target = (torch.cat(side).detach() for side in zip(*embeddings, strict=True))
+        sides = [predicted.requires_grad_()]
         if self.args.target_encoder == "self":
-            sides["target"] = target.requires_grad_()
-        key = torch.cat([batch["target_key"] for batch in batches])
-        loss = self.compare(predicted, target, key, step=step)
-        gradients = torch.autograd.grad(loss.sum(), list(sides.values()))
-        sizes = [len(batch["target_key"]) for batch in batches]
-        parts = [gradient.split(sizes) for gradient in gradients]
-        for i, (batch, values) in enumerate(zip(batches, loss.detach().split(sizes), strict=True)):
-            batch["known_loss"] = values
-            batch["known_gradients"] = {name: part[i] for name, part in zip(sides, parts, strict=True)}
+            sides.append(target.requires_grad_())
+        loss = self.compare(predicted, target, torch.cat(target_keys), step=step)
+        gradients = torch.autograd.grad(loss.sum(), sides)
+        sizes = [len(keys) for keys in target_keys]
+        losses = loss.detach().split(sizes)
+        by_batch = [gradient.split(sizes) for gradient in gradients]  # predicted, and perhaps target
+        known = []
+        for i in range(len(sizes)):
+            target_gradient = by_batch[1][i] if len(by_batch) > 1 else None
+            known.append(KnownLoss(losses[i], by_batch[0][i], target_gradient))
+        return known
 
     # -- around the optimizer step, and across runs -------------------------------------------------------------------
 
@@ -143,19 +117,20 @@ class Objective:
             self.average = MovingAverage(model, self.args.ema_decay)
 
     def before_optimizer_step(self, reduce_mean: Callable[[Tensor], Tensor]) -> None:
-        """What DDP does for the model's gradients, for the projector's."""
+        """Average the gradients of the projector over ranks, as DDP does for the model."""
         for p in self.projector.parameters() if self.projector is not None else ():
             if p.grad is not None:
                 p.grad = reduce_mean(p.grad)
 
     def after_optimizer_step(self, progress: float) -> None:
+        """Update the moving average and clear the gradients of the projector."""
         if self.average is not None:
             self.average.update(progress)
         if self.projector is not None:
             self.projector.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside model and optimizer. It is no part of the saved model."""
+        """What a resumed run needs besides model and optimizer. It is not a part of the saved model."""
         state = self.average.state() if self.average is not None else {}
         if self.projector is not None:
             state |= {f"projector.{name}": value for name, value in self.projector.state_dict().items()}
@@ -171,57 +146,113 @@ class Objective:
             )
 
 
-def check_objective(
-    args: LLMJEPAConfig, config: PreTrainedConfig, train: Dataset, *, sharded: bool, opaque: bool
-) -> None:
-    """Raises UserError for what can only be refused once model (its text `config`), data and ranks are there."""
-    if not 1 <= abs(args.readout_layer) <= config.num_hidden_layers:
-        raise UserError(
-            f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
-            f"{config.num_hidden_layers} (-1 is the last)."
+class Losses(NamedTuple):
+    """The losses of one micro-batch, before anything is averaged."""
+
+    token_nll: Tensor  # [labels] negative log-likelihood in nats, float32 (float64 of a float64 model)
+    label_at: Tensor  # [labels] the flat place in [R * L] that predicts each label
+    pair_loss: Tensor | None  # [P]; None without a JEPA term
+    router_loss: Tensor | None  # [] of a mixture of experts
+    num_tokens: Tensor  # [] real tokens, views included
+
+
+@dataclass(frozen=True)
+class LLMJEPALoss:
+    """One collated micro-batch -> its losses, in one forward pass of the model.
+
+    Args:
+        args: the configuration of the run.
+        base_model: the model without the wrappers of PEFT and DDP.
+        term: the JEPA term of the run.
+        masked_ids: ids of predictor tokens, which are inputs and never outputs.
+        balances_experts: whether a mixture of experts gets its load-balancing loss.
+    """
+
+    args: LLMJEPAConfig
+    base_model: PreTrainedModel
+    term: JEPATerm
+    masked_ids: list[int]
+    balances_experts: bool
+
+    def __call__(self, model: torch.nn.Module, batch: dict[str, Tensor], plan: LMStepPlan, part: MicroBatch) -> Losses:
+        """`model` is the wrapped model. Logits are computed at label positions only."""
+        next_token = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)  # [R, L]
+        has_label = next_token != IGNORE  # [R, L]
+        fixed_target = self.term.fixed_target(model, batch) if plan.compares == "views" else None  # [P, D]
+        with (
+            seeded_dropout(part.dropout_seed, batch["doc"].device),
+            router_logits_of(self.base_model, self.balances_experts) as router_logits,
+        ):
+            output = self._run(model, batch, part, has_label)
+        pair_loss = None
+        if plan.compares != "nothing":
+            hidden = output.hidden_states[self.args.readout_layer]  # [R, L, D]
+            pair_loss = self._pair_loss(hidden, batch, fixed_target, plan, part)
+        num_tokens = (batch["doc"] >= 0).sum()
+        if plan.compares != "nothing" and self.args.target_placement == "apart":
+            num_tokens = num_tokens + batch["apart_attention_mask"].sum()
+        return Losses(
+            token_nll=self._token_nll(output.logits, next_token[has_label]),
+            label_at=has_label.flatten().nonzero()[:, 0],
+            pair_loss=pair_loss,
+            router_loss=router_loss(self.base_model, router_logits, batch) if router_logits else None,
+            num_tokens=num_tokens,
         )
-    pairs = args.per_device_train_batch_size * args.world_size
-    if args.negatives == "optimizer_step":
-        pairs *= args.gradient_accumulation_steps
-    # Not in the config: the process that starts the ranks knows nothing of their number.
-    if args.objective == "info_nce" and pairs < 2:
-        raise UserError(
-            "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
-            "or more, negatives: optimizer_step, or objective: cosine."
-        )
-    if args.regularizer is not None and pairs < (8 if args.regularizer == "sigreg" else 2):
-        raise UserError(
-            f"regularizer: {args.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
-            "raise per_device_train_batch_size."
-        )
-    if args.objective == "info_nce":
-        key = "context_key" if args.direction == "reverse" else "target_key"
-        distinct = len(set(train[key]))
-        if distinct < min(pairs, len(train)):
-            raise UserError(
-                f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
-                f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."
-            )
-    if args.regularizer is not None:
-        if sharded:
-            raise UserError(f"regularizer: {args.regularizer} has no sharded projector; use --launch ddp.")
-        if not args.projector_dim and pairs < config.hidden_size:
-            raise UserError(
-                f"regularizer: {args.regularizer} without a projector would judge {config.hidden_size} dimensions "
-                f"by {pairs} pairs; set projector_dim: 128, or a batch of {config.hidden_size} pairs."
-            )
-    if args.target_encoder == "ema" and opaque:
-        raise UserError(
-            "target_encoder: ema cannot follow weights that DeepSpeed or FSDP version 1 holds; use --launch fsdp2 or "
-            "ddp."
-        )
-    if args.target_encoder == "base" and sharded:
-        raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
+
+    def _run(self, model: torch.nn.Module, batch: dict[str, Tensor], part: MicroBatch, logits_to_keep: Tensor) -> Any:
+        """One forward pass, which keeps the hidden state that is read and no other."""
+        inputs = model_inputs(batch, self.base_model, part.attention)
+        if part.example_of_pair is not None:
+            inputs["output_hidden_states"] = self.args.readout_layer
+        if self.balances_experts:
+            inputs["output_router_logits"] = False  # `router_logits_of` collects them
+        return model(**inputs, logits_to_keep=logits_to_keep)
+
+    def _token_nll(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits at label positions and [labels] their tokens -> negative log-likelihoods [labels]."""
+        logits = logits.reshape(-1, logits.shape[-1])  # [labels, V]
+        logits = at_least_float32(logits)
+        if self.masked_ids:
+            # Without these logits the LM term is that of the baseline. In place, because a large vocabulary leaves no
+            # memory for a copy of [labels, V]; outside of autograd, because the gradient of a probability of 0 is 0.
+            ids = torch.tensor(self.masked_ids, device=logits.device)
+            with torch.no_grad():
+                logits.index_fill_(-1, ids, torch.finfo(logits.dtype).min)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def _pair_loss(
+        self, hidden: Tensor, batch: dict[str, Tensor], fixed_target: Tensor | None, plan: LMStepPlan, part: MicroBatch
+    ) -> Tensor:
+        """States [R, L, D] of the layer that is read -> a loss per pair, or per tube, [P]."""
+        if part.tubes is not None:
+            return tube_distance(hidden, part.tubes)
+        predicted = gather_states(hidden, batch["context_at"])  # [P, D]
+        target = fixed_target
+        if self.args.target_placement == "inside":
+            target = gather_states(hidden, batch["target_at"])  # [P, D]
+        if part.known is not None:
+            return part.known.at(predicted, target)
+        assert target is not None
+        return self.term.compare(predicted, target, batch["target_key"], step=plan.step)
+
+    @torch.no_grad()
+    def embed(self, model: torch.nn.Module, batch: dict[str, Tensor], part: MicroBatch) -> tuple[Tensor, Tensor]:
+        """`predicted`, `target` [P, D] without gradient, on the random numbers that the pass with gradient will use."""
+        device = batch["doc"].device
+        with seeded_dropout(part.dropout_seed, device):
+            hidden = self._run(model, batch, part, no_logits(device)).hidden_states[self.args.readout_layer]
+            target = self.term.fixed_target(model, batch)  # last, because the second pass does not run it again
+        if target is None:
+            target = gather_states(hidden, batch["target_at"])
+        return at_least_float32(gather_states(hidden, batch["context_at"])), at_least_float32(target)
 
 
 @contextlib.contextmanager
-def random_numbers_of(name: str, device: torch.device) -> Iterator[None]:
-    """Random numbers (dropout) that depend on `name` alone; the run's own do not move."""
+def seeded_dropout(name: str | None, device: torch.device) -> Iterator[None]:
+    """Seed dropout from `name` inside the block; restore the run's random state afterwards. None changes nothing."""
+    if name is None:
+        yield
+        return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(Random(name).getrandbits(63))
         yield

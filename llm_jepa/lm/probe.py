@@ -1,8 +1,8 @@
-"""Which layout does this very model compute exactly? Asked of the model, not of a list of names.
+"""Which layout of rows does this model compute exactly? A short probe of the model itself; there is no list of names.
 
-Attention that takes any mask and any positions gets packed rows. Recurrent, convolutional and ALiBi layers would be
-wrong without a word: some raise, some mix neighbours in a row, some count places for positions. Both kinds of silence
-show in the hidden states of a few short rows, so nothing is trained before they have been compared.
+Attention that takes any mask and any positions computes packed rows exactly. Recurrent, convolutional and ALiBi layers
+do not: some of them raise, others silently mix neighbouring sequences or use row offsets as positions. Comparing the
+hidden states of a few short rows exposes both, before anything is trained.
 """
 
 from __future__ import annotations
@@ -10,28 +10,33 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..core.errors import UserError
-from .batching import JEPACollator, Layout, evaluating, model_inputs
+from ..core.diagnostics import evaluating
+from ..core.errors import UserError, first_line
+from .attention import Attention, attention_of_views, model_inputs
+from .batching import JEPACollator, Layout, PackedExample, Place
 
 logger = logging.get_logger(__name__)
 
-# Spans that layers count in places of the row (gpt_neo's window is a buffer) or pick from all of it (doge, the sparse
-# attention of deepseek_v32). They are read when the model is made, longer than any row worth trying, and so unseen.
+# Windows that count tokens of the row (gpt_neo keeps its window in a buffer) or pick tokens from all of it (doge, the
+# sparse attention of deepseek_v32). They are set when the model is made and are longer than the rows of the probe, so
+# the probe cannot see them.
 UNTRIED_SPAN = re.compile(r"window_(size|len)|index_topk")
 
 
 def choose_layout(model: PreTrainedModel, num_predictor_tokens: int) -> Layout:
-    """The cheapest layout that this very model computes exactly. Two short forward passes and six of one sequence.
+    """The cheapest layout that this model computes exactly, found by a few short forward passes.
 
-    Perturbation: tokens that must be invisible change, and no other state may move by a bit (leaks). Equality: every
-    state is that of the same sequence alone (positions, windows). Windows are made 8 tokens wide meanwhile.
+    Perturbation: change tokens that others must not see; no state of the others may move by a bit. Equality: every
+    state must be that of the same sequence alone (positions, windows). Windows are 8 tokens wide during the probe.
 
     Raises UserError if the model computes none of them, or if its attention cannot take the mask predictor tokens need.
     """
@@ -48,6 +53,22 @@ def choose_layout(model: PreTrainedModel, num_predictor_tokens: int) -> Layout:
     return _first_exact(model, num_predictor_tokens, ("packed", "separate"))
 
 
+def agree_on_layout(
+    model: PreTrainedModel, num_predictor_tokens: int, world_size: int, *, probes: bool
+) -> tuple[Layout, str]:
+    """`choose_layout` on the ranks with `probes`; all ranks get the answer of rank 0. (layout, error or "")."""
+    decision: list[Any] = ["packed", ""]
+    if probes:
+        try:
+            decision[0] = choose_layout(model, num_predictor_tokens)
+        except UserError as reason:
+            decision[1] = str(reason)
+    if world_size > 1:
+        broadcast_object_list(decision)
+    layout, error = decision
+    return layout, error
+
+
 def _first_exact(model: PreTrainedModel, num_predictor_tokens: int, layouts: Sequence[Layout]) -> Layout:
     reasons: list[str] = []
     for layout in layouts:
@@ -55,8 +76,8 @@ def _first_exact(model: PreTrainedModel, num_predictor_tokens: int, layouts: Seq
         if reason is None:
             if reasons:
                 logger.warning(
-                    f"{type(model).__name__} cannot read packed rows, so every view gets a row of its own: exact, but "
-                    f"more tokens. (Probe: {reasons[0]})"
+                    f"{type(model).__name__} does not compute packed rows exactly, so every view gets its own row: "
+                    f"exact, but more tokens. (Probe: {reasons[0]})"
                 )
             return layout
         reasons.append(f"{layout} rows: {reason}")
@@ -68,77 +89,112 @@ def _first_exact(model: PreTrainedModel, num_predictor_tokens: int, layouts: Seq
 
 @torch.no_grad()
 def why_inexact(model: PreTrainedModel, layout: Layout, num_predictor_tokens: int = 2) -> str | None:
-    """None if the states of `layout` are those of separate sequences; otherwise what is wrong, in a few words."""
+    """None if the states of `layout` are those of separate sequences; otherwise the difference, in a few words."""
     config = model.config.get_text_config()
     spans = [key for key, value in config.to_dict().items() if value and UNTRIED_SPAN.search(key)]
     if layout == "packed" and spans:
-        return f"its {spans[0]} goes by the row"
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> list[int]:
-        return torch.randint(min(10, config.vocab_size // 2), config.vocab_size, (n,), generator=generator).tolist()
-
-    def states(**inputs: Any) -> Tensor:
-        output = model(**{"use_cache": False, **inputs}, logits_to_keep=1, output_hidden_states=-1)
-        return output.hidden_states[-1].float()
-
-    def moved(a: Tensor, b: Tensor) -> float:
-        # NaN is infinitely far: max(0.0, nan) would be 0.0.
-        return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-9)).nan_to_num(nan=torch.inf).max())
-
-    rows: list[dict[str, Any]] = []
-    for prompt, completion, target in ((17, 9, 12), (13, 7, 14)):
-        lm = draw(prompt + completion)
-        views = {"contexts": [lm[: prompt - 2]], "targets": [[lm[0], *draw(target)]]}  # all begin with one BOS token
-        rows.append({"input_ids": lm, "labels": lm, "headers": [1, 1], "target_key": 0, **views})
-    collator = JEPACollator(0, draw(num_predictor_tokens), layout=layout, row_cost=10**9)  # both examples in one row
-    examples = [collator.example(row) for row in rows]
-    cpu_batch, place = collator._lay_out(examples, collator._lines(examples))
-    batch = {key: value.to(model.device) for key, value in cpu_batch.items()}
-    ids, shape = batch["input_ids"], batch["input_ids"].shape
-    # What may change -> what must then stay: other views and completions, and the whole other example.
-    secrets: list[tuple[list[int], list[int]]] = []
-    places = {key: range(at, at + len(examples[key[0]].segments[key[1]].ids)) for key, at in place.items()}
-    everything = {i for span in places.values() for i in span}
-    for (e, s), span in places.items():
-        hidden = span[len(rows[e]["contexts"][0]) :] if s == 0 else span
-        own = {i for key, other in places.items() if key == (e, s) for i in other} if s == 0 else set(span)
-        secrets.append(
-            (list(hidden), sorted(everything - set(hidden) - (own - set(span[: hidden.start - span.start]))))
-        )
-    secrets.append(
-        ([i for (e, _), span in places.items() if e == 0 for i in span],
-         [i for (e, _), span in places.items() if e == 1 for i in span])
-    )  # fmt: skip
+        return f"its {spans[0]} counts tokens of the row"
+    sample = _Sample.draw(config.vocab_size, layout, num_predictor_tokens, model.device)
     with evaluating(model), _narrow_windows(config), _full_float32():
         try:
-            packed = states(**model_inputs(batch, model)).flatten(0, 1)
-            leak = 0.0
-            for changed, kept in secrets:
-                swapped = ids.flatten().clone()
-                swapped[changed] = (swapped[changed] * 7 + 3) % config.vocab_size
-                after = states(**model_inputs({**batch, "input_ids": swapped.view(shape)}, model)).flatten(0, 1)
-                leak = max(leak, moved(after[kept], packed[kept]))
-            error = 0.0
-            for (e, s), span in places.items():
-                segment = examples[e].segments[s]
-                sequence = rows[e]["input_ids"][: segment.start] + segment.ids
-                alone = states(input_ids=torch.tensor([sequence], device=model.device))[0]
-                error = max(error, moved(packed[list(span)], alone[segment.start :]))
+            states = sample.states(model, sample.batch["input_ids"])  # [R * L, D]
+            leak = _leak(model, sample, states, config.vocab_size)
+            error = _error(model, sample, states)
         except Exception as reason:  # whatever a model raises that cannot take these inputs
-            return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:80]}"
+            return f"{type(reason).__name__}: {first_line(reason)[:80]}"
     tolerance = max(1e-4, torch.finfo(model.dtype).eps ** 0.5)
-    # Experts' matrix products are grouped over all tokens: another token changes their last bits.
-    if not leak <= (tolerance / 10 if any("expert" in key for key in config.to_dict()) else 0.0):
+    # The matrix products of experts are grouped over all tokens, so another token changes their last bits.
+    allowed_leak = tolerance / 10 if any("expert" in key for key in config.to_dict()) else 0.0
+    # Written with `not`, so that NaN fails.
+    if not leak <= allowed_leak:
         return f"states depend on tokens they must not see (by {leak:.1e})"
     if not error <= tolerance:
         return f"states differ from those of the sequences alone (by {error:.1e})"
     return None
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Two random examples, laid out together: the smallest batch in which every kind of mixing can happen."""
+
+    rows: list[dict[str, Any]]
+    examples: list[PackedExample]
+    batch: dict[str, Tensor]  # [R, L] each, on the device of the model
+    spans: dict[Place, range]  # (example, segment) -> its flat places
+    attention: Attention
+
+    @classmethod
+    def draw(cls, vocab_size: int, layout: Layout, num_predictor_tokens: int, device: torch.device) -> _Sample:
+        generator = torch.Generator().manual_seed(0)
+
+        def tokens(n: int) -> list[int]:
+            return torch.randint(min(10, vocab_size // 2), vocab_size, (n,), generator=generator).tolist()
+
+        rows = []
+        for prompt, completion, target in ((17, 9, 12), (13, 7, 14)):
+            lm = tokens(prompt + completion)
+            views = {"contexts": [lm[: prompt - 2]], "targets": [[lm[0], *tokens(target)]]}  # all begin with one BOS
+            rows.append({"input_ids": lm, "labels": lm, "context_header": 1, "target_header": 1, **views})
+        # The row cost is so high that both examples share one row.
+        collator = JEPACollator(0, tokens(num_predictor_tokens), layout=layout, row_cost=10**9)
+        examples = [collator.example(row) for row in rows]
+        tensors, start = collator.lay_out(examples)
+        spans = {(e, s): range(at, at + len(examples[e].segments[s].ids)) for (e, s), at in start.items()}
+        attention = attention_of_views(layout)
+        return cls(rows, examples, {key: value.to(device) for key, value in tensors.items()}, spans, attention)
+
+    def states(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+        """Token ids [R, L] in this layout -> last states [R * L, D], float32."""
+        inputs = model_inputs({**self.batch, "input_ids": input_ids}, model, self.attention)
+        return _last_states(model, **inputs).flatten(0, 1)
+
+    def secrets(self) -> Iterator[tuple[list[int], list[int]]]:
+        """(places that change, places that must not notice): other views and completions, and the other example."""
+        everything = {i for span in self.spans.values() for i in span}
+        for (e, s), span in self.spans.items():
+            # Nobody else sees a view. Of an LM row, the views of its example see the prompt and not the completion.
+            hidden = span if s > 0 else span[len(self.rows[e]["contexts"][0]) :]
+            yield list(hidden), sorted(everything - set(hidden))
+        first = [i for (e, _), span in self.spans.items() if e == 0 for i in span]
+        second = [i for (e, _), span in self.spans.items() if e == 1 for i in span]
+        yield first, second
+
+
+def _last_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    output = model(**{"use_cache": False, **inputs}, logits_to_keep=1, output_hidden_states=-1)
+    return output.hidden_states[-1].float()
+
+
+def _leak(model: PreTrainedModel, sample: _Sample, states: Tensor, vocab_size: int) -> float:
+    """Change tokens that are hidden from others, and return how far the states of the others move."""
+    ids, leak = sample.batch["input_ids"], 0.0
+    for changed, others in sample.secrets():
+        swapped = ids.flatten().clone()
+        swapped[changed] = (swapped[changed] * 7 + 3) % vocab_size
+        after = sample.states(model, swapped.view(ids.shape))
+        leak = max(leak, _distance(after[others], states[others]))
+    return leak
+
+
+def _error(model: PreTrainedModel, sample: _Sample, states: Tensor) -> float:
+    """How far the states are from those of each sequence in a pass of its own."""
+    error = 0.0
+    for (e, s), span in sample.spans.items():
+        segment = sample.examples[e].segments[s]
+        sequence = sample.rows[e]["input_ids"][: segment.start] + segment.ids
+        alone = _last_states(model, input_ids=torch.tensor([sequence], device=model.device))[0]  # [n, D]
+        error = max(error, _distance(states[list(span)], alone[segment.start :]))
+    return error
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest relative distance of states [n, D]. NaN counts as infinitely far: max(0.0, nan) would be 0.0."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-9)).nan_to_num(nan=torch.inf).max())
+
+
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    """No TF32 (`tf32: true`) for the time of a probe: it rounds by more than the wrong layouts are off."""
+    """Switch off TF32 (`tf32: true`) during the probe: it rounds by more than a wrong layout changes."""
     name, exact = ("fp32_precision", "ieee") if torch.__version__ >= (2, 9) else ("allow_tf32", False)  # type: ignore[operator]
     backend = torch.backends.cuda.matmul
     before = getattr(backend, name)
@@ -151,14 +207,15 @@ def _full_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _narrow_windows(config: Any) -> Iterator[None]:
-    """Windows and chunks of 8 tokens for the time of a probe: real ones are longer than any row worth trying."""
-    found = {
-        key: getattr(config, key) for key in ("sliding_window", "attention_chunk_size") if getattr(config, key, None)
-    }
+    """Make windows and chunks 8 tokens wide during the probe: real ones are longer than its rows."""
+    widths = {}
+    for key in ("sliding_window", "attention_chunk_size"):
+        if getattr(config, key, None):
+            widths[key] = getattr(config, key)
     try:
-        for key in found:
+        for key in widths:
             setattr(config, key, 8)
         yield
     finally:
-        for key, value in found.items():
+        for key, value in widths.items():
             setattr(config, key, value)

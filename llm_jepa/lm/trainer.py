@@ -1,76 +1,57 @@
 """`LLMJEPATrainer`: TRL's `SFTTrainer` with L = L_LM + jepa_weight * d(predicted, target)  (arXiv:2509.14252, eq. 2).
 
-One step, from a collated batch to a loss, is `_forward` and `compute_loss`. Both terms are sums divided by counts of
-the *whole* optimizer step (labels and pairs over all micro-batches and ranks), so that batch 8 = 2 x 4 = 3 + 5 = two
-ranks of 4 in gradient. Where every pair meets every other (InfoNCE, the regularizers) the pairs of all ranks are
-gathered; accumulation steps still part them, unless `negatives: optimizer_step` says otherwise.
+One optimizer step:
+
+    plan_step      fetches its micro-batches and decides what it does (`plan.LMStepPlan`)
+    compute_loss   runs one micro-batch (`objective.LLMJEPALoss`) and divides its sums by the counts of the plan
+
+Both terms are sums divided by counts of the *whole* optimizer step (labels and pairs over all micro-batches and ranks).
+So batch 8 = 2 x 4 = 3 + 5 = two ranks of 4 in gradient. If the objective compares every pair with every other (InfoNCE,
+the regularizers), the pairs of all ranks are gathered; those of other micro-batches only with
+`negatives: optimizer_step`.
+
+Shapes: R rows, L tokens in a row, B examples, P pairs, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from ..core import checkpoint
-from ..core.diagnostics import has_collapsed, space_diagnostics
 from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
-from ..core.losses import at_least_float32
-from ..core.trainer import SafeTrainer
-from .arguments import LLMJEPAConfig
-from .batching import (
-    embed_pairs,
-    lm_rows_only,
-    model_inputs,
-    no_logits,
-    read,
-    router_logits_of,
-    router_loss,
-)
+from ..core.files import write_json
+from ..core.trainer import EVALUATION, JEPATrainer
+from .arguments import LLMJEPAConfig, check_objective
+from .batching import JEPACollator, Layout, lm_rows_only
 from .card import write_model_card
-from .data import VIEW_COLUMNS, check_dataset, pair_collator, training_collator, view_columns
+from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, training_collator, view_columns
 from .loading import model_from, tokenizer_from
-from .objective import EVALUATION, Objective, check_objective, random_numbers_of
+from .objective import JEPATerm, LLMJEPALoss
+from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
-from .probe import choose_layout
-from .targets import load_state, save_state, target_table
-from .views import IGNORE
+from .probe import agree_on_layout
+from .reading import embed_pairs
+from .targets import base_targets, load_state, save_state
 
 logger = logging.get_logger(__name__)
 
 JEPA_STATE = "jepa_state.safetensors"
-BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # changes nothing that is learnt
-COLLAPSED = (
-    "At two evaluations in a row the embedding space had collapsed: wrong pairs as close as right ones, or hardly any "
-    "direction left ({figures}). {advice}"
-)
+BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # they do not change what is learned
+LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only")  # `local_files_only` would break loading from the Hub
 ADVICE = {
     "info_nce": "From random weights this can pass; if it stays, lower learning_rate, or raise the batch size.",
     "stp": "STP does not look at pairs, so this is its side effect or the model's own; compare with jepa_weight: 0.",
@@ -81,31 +62,28 @@ OTHER_ADVICE = (
 )
 
 
-class StepOutput(NamedTuple):
-    token_nll: Tensor  # [labels] negative log-likelihood in nats, float32
-    label_at: Tensor  # [labels] the flat place in the batch that predicts each
-    pair_loss: Tensor | None  # [P], None for plain SFT
-    example_of_pair: Tensor | None  # [P]
-    router_loss: Tensor | None  # of a mixture of experts
-    num_tokens: Tensor  # real tokens in the batch, views included
-
-
-class LLMJEPATrainer(SafeTrainer, SFTTrainer):
+class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     """Fine-tune a causal LM with a JEPA term. The model stays an ordinary `PreTrainedModel` (or `PeftModel`).
 
     Args:
         model: a causal LM, or the Hub id or folder of one (then loaded with float32 weights).
         args: `LLMJEPAConfig`.
-        train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`views.as_example`).
+        train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`views.parse_row`).
         processing_class: the tokenizer; predictor tokens are added to it and to the model.
-        peft_config: LoRA configuration; the predictor tokens' rows are added to what it trains.
+        peft_config: LoRA configuration; the rows of the predictor tokens are added to what it trains.
 
-    Raises UserError for data, models and options that would train something else than they say.
+    Raises UserError for data, models and options with which the training would not do what they say.
     """
 
     _tag_names = ["trl", "sft", "llm-jepa"]
     advice_if_not_finite = "Lower learning_rate or jepa_weight, or look at the rows of this step."
+    refused = (*JEPATrainer.refused, "formatting_func")
+    sum_names = ("lm_loss", "labels", "pair_loss", "pairs", "tokens", "router_loss", "micro_batches")
     args: LLMJEPAConfig
+    plan: LMStepPlan
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: JEPACollator
 
     def __init__(
         self,
@@ -117,9 +95,7 @@ class LLMJEPATrainer(SafeTrainer, SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("compute_loss_func", "compute_metrics", "data_collator", "formatting_func"):
-            if kwargs.get(name) is not None:
-                raise UserError(f"{name} has no place here: this trainer brings its own loss and batches; remove it.")
+        self.check_call(args, kwargs)
         if isinstance(model, PeftModel):
             raise UserError("The model is a PeftModel already; pass the base model and peft_config.")
         if isinstance(model, str):
@@ -127,135 +103,94 @@ class LLMJEPATrainer(SafeTrainer, SFTTrainer):
             model = model_from(model, dtype=torch.float32)
         if processing_class is None:
             processing_class = tokenizer_from(model.config._name_or_path)
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            check_dataset(name, dataset)
-        if args.n_gpu > 1:
-            raise UserError(
-                f"One process sees {args.n_gpu} GPUs and would wrap the model in nn.DataParallel; use --launch ddp, or "
-                "show it one with CUDA_VISIBLE_DEVICES=0."
-            )
+        check_dataset("train", train_dataset)
+        check_dataset("eval", eval_dataset)
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise UserError("average_tokens_across_devices: false would weight ranks by their share; remove it.")
-
-        # eos for want of another, as TRL and the published script do
-        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
-        if pad_token not in processing_class.get_vocab():
-            raise UserError(f"The pad token {pad_token!r} is not in the tokenizer's vocabulary; set pad_token to one.")
-        processing_class.pad_token = pad_token
-        model.config.pad_token_id = processing_class.pad_token_id
-        if model.generation_config is not None:
-            model.generation_config.pad_token_id = processing_class.pad_token_id
+        set_pad_token(model, processing_class, args)
 
         self.predictor_ids: list[int] = []
         if args.uses_views:
             self.predictor_ids = add_predictor_tokens(model, processing_class, args.num_predictor_tokens)
             if peft_config is not None:
                 train_token_rows(peft_config, model, self.predictor_ids)
-        # In the baseline too, should it start from a model that brings such tokens.
-        self._masked_ids = known_predictor_ids(processing_class)
+        # The baseline masks them too, in case it starts from a model that has such tokens already.
+        self.masked_ids = known_predictor_ids(processing_class)
         model.config.llm_jepa = {
             **{name: getattr(args, name) for name in LLMJEPAConfig.__annotations__ if name not in BOOKKEEPING},
             "num_predictor_tokens": len(self.predictor_ids),
         }
-        self._base_model = model
+        self.base_model = model  # without the wrappers of PEFT and DDP
         self._use_cache = model.config.use_cache
-        self._pairs_of = pair_collator(args, processing_class.pad_token_id, self.predictor_ids)
+        self._bank_collator = bank_collator(args, processing_class.pad_token_id, self.predictor_ids)
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._pairs_of,
+            data_collator=self._bank_collator,  # until the layout is known
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
             **kwargs,
         )
-        if self.accelerator.parallelism_config is not None and (
-            self.accelerator.parallelism_config.cp_enabled or self.accelerator.parallelism_config.sp_enabled
-        ):
-            raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
-        if (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and not self.is_fsdp_enabled:
-            raise UserError(
-                "FSDP was asked for, and without GPUs Accelerate makes DDP of it in silence; use --launch cpu."
-            )
-        narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-        if narrow:
-            logger.warning(
-                f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
-                "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
-            )
+        self._check_parallelism()
+        warn_of_narrow_weights(self.model)
         if self.aux_loss_enabled and not hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func"):
             raise UserError(
                 f"{type(model).__name__} has a router_aux_loss_coef, but transformers has no router loss for it; set "
                 "router_aux_loss_coef: 0."
             )
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step itself
-        self._pairs_in_step: Tensor | int = 1
-        # lm_sum, labels, pair_sum, pairs, tokens, router loss, micro-batches since the last log
-        self._sums = torch.zeros(7, device=args.device)
-        self._eval_examples: list[Tensor] = []
         config = model.config.get_text_config()
-        self.objective = Objective(args, config.hidden_size, args.device, model.dtype)
+        self.term = JEPATerm(args, config.hidden_size, args.device, model.dtype)
+        self.losses = LLMJEPALoss(args, model, self.term, self.masked_ids, self.aux_loss_enabled)
+        self._micro_batches: Iterator[MicroBatch] = iter(())
         self._is_fsdp = self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
         if args.uses_jepa:
             sharded = self._is_fsdp or self.is_deepspeed_enabled
-            # DeepSpeed and FSDP1 have weights of their own behind those of the model.
             opaque = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self.accelerator.is_fsdp2
             check_objective(args, config, self.train_dataset, sharded=sharded, opaque=opaque)
         self._set_layout()
-        if args.uses_jepa and args.target_encoder == "base":
+        if args.target_placement == "cached":
             self._embed_base_targets()
-        self._bank = self._make_bank()
-        self._start_diagnostics: dict[str, float] | None = None
+        if isinstance(self.eval_dataset, dict):
+            self.bank_prefix = f"eval_{next(iter(self.eval_dataset))}"
+        self._bank = make_bank(self.eval_dataset, self._bank_collator, args)
         self._resumed_from: str | None = None
-        self._is_collapsed = self._warned_of_collapse = False
-        self.add_callback(_Steps(self))
+
+    def _check_parallelism(self) -> None:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
+        if (self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and not self.is_fsdp_enabled:
+            raise UserError(
+                "FSDP was asked for, but without GPUs Accelerate silently uses DDP instead; use --launch cpu."
+            )
 
     def _set_layout(self) -> None:
-        """Try the model (rank 0 decides for all), and make the collators of its layout."""
-        args, predictors = self.args, len(self.predictor_ids)
-        found: list[Any] = ["packed", ""]  # layout, error
-        if args.uses_views or args.share_rows or (args.diagnostics_pairs and self.eval_dataset is not None):
-            if self.is_world_process_zero() or self.is_distributed_loading_by_transformers:  # a sharded pass takes all
-                try:
-                    found[0] = choose_layout(self._base_model, predictors)
-                except UserError as error:
-                    found[1] = str(error)
-            if args.world_size > 1:
-                broadcast_object_list(found)
-            if found[1] and (args.uses_views or args.share_rows):
-                raise UserError(found[1])
-            if found[1]:
-                logger.warning(f"No diagnostics of the embedding space: {found[1]}")
+        """Probe the model and make the collators of its layout."""
+        args = self.args
+        needs_rows = args.uses_views or args.share_rows
+        layout: Layout = "packed"
+        if needs_rows or (args.diagnostics_pairs and self.eval_dataset is not None):
+            # A forward pass of a sharded model needs all ranks; otherwise rank 0 decides for all of them.
+            probes = self.is_world_process_zero() or self.is_distributed_loading_by_transformers
+            layout, error = agree_on_layout(self.base_model, len(self.predictor_ids), args.world_size, probes=probes)
+            if error and needs_rows:
+                raise UserError(error)
+            if error:
+                logger.warning(f"No diagnostics of the embedding space: {error}")
                 args.diagnostics_pairs = 0
-        if args.share_rows and found[0] != "packed":
+        if args.share_rows and layout != "packed":
             raise UserError(
-                f"share_rows: true needs packed rows, which {type(self._base_model).__name__} cannot have; remove it."
+                f"share_rows: true needs packed rows, which {type(self.base_model).__name__} cannot have; remove it."
             )
-        self._pairs_of = replace(self._pairs_of, layout=found[0])
-        hidden_size = self._base_model.config.get_text_config().hidden_size
-        self.data_collator = training_collator(self._pairs_of, args, hidden_size)
+        self._bank_collator = replace(self._bank_collator, layout=layout)
+        hidden_size = self.base_model.config.get_text_config().hidden_size
+        self.data_collator = training_collator(self._bank_collator, args, hidden_size)
 
     def _embed_base_targets(self) -> None:
-        """The start model's targets of every row, once. Equal targets have one row in the table."""
-        side = "contexts" if self.args.direction == "reverse" else "targets"
-        number: dict[tuple[int, ...], int] = {}
-
-        def numbered(dataset: Any) -> Any:
-            if dataset is None or isinstance(dataset, dict):
-                return dataset and {name: numbered(part) for name, part in dataset.items()}
-            rows = [[number.setdefault(tuple(ids), len(number)) for ids in views] for views in dataset[side]]
-            return dataset.add_column("target_rows", rows)
-
-        for name in ("train_dataset", "eval_dataset"):
-            setattr(self, name, numbered(getattr(self, name)))
-        table = target_table(
-            self._base_model,
-            list(number),
-            pad_token_id=self.processing_class.pad_token_id,
-            batch_size=self.args.per_device_eval_batch_size,
-            readout=self.args.readout,
-            layer=self.args.readout_layer,
+        self.train_dataset, self.eval_dataset, table = base_targets(
+            self.base_model, self.args, self.train_dataset, self.eval_dataset, self.processing_class.pad_token_id
         )
         self.data_collator = replace(self.data_collator, target_table=table)
 
@@ -264,361 +199,257 @@ class LLMJEPATrainer(SafeTrainer, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: Any, packing: Any, formatting_func: Any, dataset_name: str
     ) -> Dataset:
-        """Rows -> view columns. Idempotent: `evaluate` calls it again. (TRL's signature; we refuse packing.)"""
+        """Rows -> view columns. Idempotent, because `evaluate` calls it again. (The signature is TRL's.)"""
         if set(VIEW_COLUMNS) <= set(dataset.column_names):
             return dataset
         with args.main_process_first(desc="building views"):
             dataset = view_columns(
-                dataset, processing_class, args, self._base_model.config, self._pairs_of, dataset_name
+                dataset, processing_class, args, self.base_model.config, self._bank_collator, dataset_name
             )
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*VIEW_COLUMNS, "target_rows", self.args.length_column_name]
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of one optimizer step, with its label and pair counts over all of them and all ranks.
-
-        `jepa_dropout` takes the views out of all of them, by one coin of (seed, step).
-        """
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        step = self.state.global_step
-        if self.args.jepa_dropout and shared_coin(self.args.seed, step) < self.args.jepa_dropout:
-            batches = [lm_rows_only(batch) for batch in batches]
-        elif self.args.uses_jepa and self.args.objective == "stp":
-            for batch in batches:
-                batch |= self.objective.draw_tubes(batch, step)
-        counts = torch.zeros(2, device=device, dtype=torch.long)
-        for batch in batches:
-            counts[0] += (batch["labels"][:, 1:] != IGNORE).sum()
-            counts[1] += len(batch["example_of_pair"]) if "example_of_pair" in batch else 0
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        counts = counts.clamp(min=1)
-        self._pairs_in_step = counts[1]
-        if batches and self.args.negatives == "optimizer_step" and all("context_at" in batch for batch in batches):
-            self._compare_all_pairs(batches)
-        return batches, counts[0]
-
-    def _compare_all_pairs(self, batches: list[dict[str, Any]]) -> None:
-        """`negatives: optimizer_step`: the embeddings of the whole step, without gradient, for `compare_all`.
-
-        Dropout is of (seed, step, micro-batch, rank), so that the passes that learn can draw it again. Not of the
-        generators as they are: Trainer restores those of a resumed run only after its first batches were fetched.
-        """
-        model = self.model_wrapped
-        model.train()
-        found = []
-        for i, batch in enumerate(batches):
-            name = f"{self.args.seed} {self.state.global_step} {i} {self.args.process_index}"
-            batch["random_again"] = functools.partial(random_numbers_of, name, self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager(), batch["random_again"]():
-                keep = no_logits(self.args.device)
-                hidden = self._call(model, batch, keep).hidden_states[self.args.readout_layer]
-                target = self.objective.target_without_gradient(model, batch)  # last: it is not run again
-            predicted = at_least_float32(read(hidden, batch["context_at"]))
-            target = read(hidden, batch["target_at"]) if target is None else target
-            found.append((predicted, at_least_float32(target)))
-        self.objective.compare_all(batches, found, step=self.state.global_step)
+        self._signature_columns = [*VIEW_COLUMNS, "target_table_rows", self.args.length_column_name]
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def _call(self, model: torch.nn.Module, inputs: dict[str, Any], logits_to_keep: Any) -> Any:
-        """One forward pass through the wrapped model, keeping the hidden state that is read and no other."""
-        states = {"output_hidden_states": self.args.readout_layer} if self.objective.has_pairs(inputs) else {}
-        experts = {"output_router_logits": False} if self.aux_loss_enabled else {}
-        return model(**model_inputs(inputs, self._base_model), logits_to_keep=logits_to_keep, **states, **experts)
+    def plan_step(self, batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], LMStepPlan, Tensor]:
+        """Decide what this optimizer step does; see `LMStepPlan`.
 
-    def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> StepOutput:
-        """A collated batch -> both terms, unreduced. Logits are computed at label positions only."""
-        next_token = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)  # [R, L]
-        has_label = next_token != IGNORE
-        target = None if "known_loss" in inputs else self.objective.target_without_gradient(model, inputs)
-        with (
-            inputs.get("random_again", contextlib.nullcontext)(),
-            router_logits_of(self._base_model, self.aux_loss_enabled) as router_logits,
-        ):
-            output = self._call(model, inputs, has_label)
-        logits = output.logits.reshape(-1, output.logits.shape[-1])  # [labels, V]
-        logits = at_least_float32(logits)
-        if self._masked_ids:
-            # Inputs only: with their logits out of the softmax the LM term is the baseline's function. In place, as
-            # a copy of [labels, V] is what a big vocabulary cannot spare; unseen by autograd, because the gradient of a
-            # probability of 0 is 0 already.
-            ids = torch.tensor(self._masked_ids, device=logits.device)
-            with torch.no_grad():
-                logits.index_fill_(-1, ids, torch.finfo(logits.dtype).min)
-        token_nll = F.cross_entropy(logits, next_token[has_label], reduction="none")
-        num_tokens = (inputs["doc"] >= 0).sum()
-        if "apart_attention_mask" in inputs:
-            num_tokens = num_tokens + inputs["apart_attention_mask"].sum()
-        pair_loss = None
-        if self.objective.has_pairs(inputs):
-            hidden = output.hidden_states[self.args.readout_layer]
-            step = self.state.global_step if self.model.training else EVALUATION
-            pair_loss = self.objective.pair_loss(hidden, inputs, target, step=step)
-        return StepOutput(
-            token_nll,
-            has_label.flatten().nonzero()[:, 0],
-            pair_loss,
-            inputs.get("example_of_pair"),
-            router_loss(self._base_model, router_logits, inputs) if router_logits else None,
-            num_tokens,
-        )
+        With `negatives: optimizer_step` the model runs here for the first time: it embeds all pairs without gradient.
+        """
+        args, step = self.args, self.state.global_step
+        # One coin of (seed, step) for all ranks: ranks that disagree would wait for each other's pairs forever.
+        dropped = args.jepa_dropout > 0 and shared_coin(args.seed, step) < args.jepa_dropout
+        if dropped:
+            batches = [lm_rows_only(batch) for batch in batches]
+        compares = comparison(args, dropped=dropped)
+        layout = self.data_collator.layout
+        parts = [plan_micro_batch(batch, args, layout, compares, step=step) for batch in batches]
+        labels = sum(count_labels(batch) for batch in batches)
+        labels, pairs = self.count_over_ranks([labels, sum(part.num_pairs for part in parts)])
+        if batches and compares == "known":
+            parts = self._compare_step(batches, parts, step)
+        self._micro_batches = iter(parts)
+        return batches, LMStepPlan(step, pairs, compares, labels, tuple(parts)), labels
+
+    def _compare_step(self, batches: list[dict[str, Tensor]], parts: list[MicroBatch], step: int) -> list[MicroBatch]:
+        """`negatives: optimizer_step`: embed the whole step without gradient, and compare all of its pairs.
+
+        Dropout depends on (seed, step, micro-batch, rank), so that the pass that learns can draw it again. It does not
+        depend on the state of the generators: Trainer restores that of a resumed run only after its first batches.
+        """
+        model = self.model_wrapped
+        model.train()
+        seeded, embeddings = [], []
+        for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            part = replace(part, dropout_seed=f"{self.args.seed} {step} {i} {self.args.process_index}")
+            with self.compute_loss_context_manager():
+                embeddings.append(self.losses.embed(model, batch, part))  # [P, D] each
+            seeded.append(part)
+        known = self.term.compare_step(embeddings, [batch["target_key"] for batch in batches], step=step)
+        return [replace(part, known=loss) for part, loss in zip(seeded, known, strict=True)]
 
     def jepa_weight_now(self) -> float:
-        return self.objective.weight(self.state.global_step / max(self.state.max_steps, 1))
+        return self.term.weight(self.state.global_step / max(self.state.max_steps, 1))
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the step's loss. DDP averages gradients over ranks, hence the last factor.
+        """The share of one micro-batch in the loss of its optimizer step, [].
 
-        The reference code ignores `num_items_in_batch` and is off by the accumulation steps (finetune.py).
+        `num_items_in_batch` is the number of labels in the whole step, from `plan_step`; without it the batch is a step
+        by itself. (The reference code ignores it, so its loss grows with the accumulation steps: finetune.py.)
         """
-        step = self._forward(model, inputs)
-        lm_sum = step.token_nll.sum()
-        tokens = len(step.token_nll) if num_items_in_batch is None else num_items_in_batch
-        loss = lm_sum / tokens
-        pair_sum, pairs = lm_sum.new_zeros(()), 0
-        if step.pair_loss is not None:
-            pair_sum, pairs = step.pair_loss.sum(), len(step.pair_loss)
-            of = max(pairs, 1) if num_items_in_batch is None else self._pairs_in_step
-            loss = loss + self.jepa_weight_now() * pair_sum / of
+        is_alone = num_items_in_batch is None
+        if is_alone:
+            step = self.state.global_step if self.model.training else EVALUATION
+            plan = plan_alone(inputs, self.args, self.data_collator.layout, step=step)
+            (part,) = plan.micro_batches
+        else:
+            plan, part = self.plan, next(self._micro_batches)
+        out = self.losses(model, inputs, plan, part)
+        lm_sum = out.token_nll.sum()
+        loss = lm_sum / plan.labels
+        pair_sum = lm_sum.new_zeros(())
+        if out.pair_loss is not None:
+            pair_sum = out.pair_loss.sum()
+            loss = loss + self.jepa_weight_now() * pair_sum / plan.pairs
+        if not is_alone:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
+        router = lm_sum.new_zeros(())
+        if out.router_loss is not None:
+            # Weighted as in TRL: a mean over micro-batches, and over ranks.
+            router = out.router_loss
+            loss = loss + self.router_aux_loss_coef * router / (
+                1 if is_alone else self.current_gradient_accumulation_steps
+            )
         if self.model.training:
-            self._sums[:5] += torch.stack(
-                [lm_sum.detach(), loss.new_tensor(len(step.token_nll)), pair_sum.detach(), loss.new_tensor(pairs),
-                 step.num_tokens.to(loss)]
-            ).float()  # fmt: skip
-        loss = loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
-        if step.router_loss is not None:
-            # As TRL weighs it: a mean over micro-batches, and over ranks.
-            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * step.router_loss / micro_batches
-            if self.model.training:
-                self._sums[5] += step.router_loss.detach()
-                self._sums[6] += 1
+            self.sums.add(
+                lm_loss=lm_sum.detach(),
+                labels=len(out.token_nll),
+                pair_loss=pair_sum.detach(),
+                pairs=part.num_pairs,
+                tokens=out.num_tokens,
+                router_loss=router.detach(),
+                micro_batches=int(out.router_loss is not None),
+            )
         return loss
 
-    def _losses_are_finite(self) -> bool:
-        return math.isfinite(float(self._sums.sum()))
+    def training_figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """lm_loss is a mean over tokens, jepa_loss over pairs, aux_loss over micro-batches."""
+        figures = {"lm_loss": sums["lm_loss"] / max(sums["labels"], 1)}
+        if sums["pairs"]:
+            figures["jepa_loss"] = sums["pair_loss"] / sums["pairs"]
+        if sums["micro_batches"]:
+            figures["aux_loss"] = sums["router_loss"] / sums["micro_batches"]
+        if self.args.jepa_weight_end is not None:
+            # Of the step that ends here, as the logged learning rate is.
+            figures["jepa_weight"] = self.term.weight((self.state.global_step - 1) / self.state.max_steps)
+        return figures
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds lm_loss (mean over tokens), jepa_loss (mean over pairs) and num_tokens since the last training log."""
         if "loss" in logs or "train_runtime" in logs:  # a training step, or the end of training
             self._count_tokens()
             logs["num_tokens"] = self._total_train_tokens
-        if "loss" in logs:
-            sums = (
-                self.accelerator.reduce(self._sums.clone(), reduction="sum") if self.args.world_size > 1 else self._sums
-            )
-            lm_sum, labels, pair_sum, pairs, _, router, micro_batches = sums.tolist()
-            self._sums.zero_()
-            logs["lm_loss"] = lm_sum / max(labels, 1)
-            if pairs:
-                logs["jepa_loss"] = pair_sum / pairs
-            if micro_batches:
-                logs["aux_loss"] = router / micro_batches
-            if self.args.jepa_weight_end is not None:
-                # of the step that ends here, as the learning rate is
-                logs["jepa_weight"] = self.objective.weight((self.state.global_step - 1) / self.state.max_steps)
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
         """Move the tokens of all ranks since the last call into the total, which the saved state carries on."""
-        tokens = self._sums[4].clone()
-        if self.args.world_size > 1:
-            tokens = self.accelerator.reduce(tokens, reduction="sum")
-        self._sums[4] = 0
-        self._total_train_tokens += int(tokens)
+        self._total_train_tokens += int(self.sums.over_ranks(self.accelerator)["tokens"])
+        self.sums.reset("tokens")
         self.state.num_input_tokens_seen = self._total_train_tokens
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, None, None]:
-        """Collects sums per example; `evaluation_loop` turns them into token- and pair-weighted means."""
-        inputs = self._prepare_inputs(inputs)
-        if self.args.uses_jepa and self.args.objective == "stp":
-            inputs |= self.objective.draw_tubes(inputs, EVALUATION)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            step = self._forward(model, inputs)
+    def example_sums(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """[B, 4]: the LM loss, labels, pair loss and pairs of each example."""
+        plan = plan_alone(inputs, self.args, self.data_collator.layout, step=EVALUATION)
+        (part,) = plan.micro_batches
+        out = self.losses(model, inputs, plan, part)
+        # A label belongs to the last LM row that starts before it.
         starts, order = inputs["lm_at"].sort()
-        example_of_label = order[torch.searchsorted(starts, step.label_at, right=True) - 1]
-        sums = step.token_nll.new_zeros(4, len(starts))
-        sums[0].index_add_(0, example_of_label, step.token_nll)
+        example_of_label = order[torch.searchsorted(starts, out.label_at, right=True) - 1]
+        sums = out.token_nll.new_zeros(4, len(starts))
+        sums[0].index_add_(0, example_of_label, out.token_nll)
         sums[1] += torch.bincount(example_of_label, minlength=len(starts))
-        if step.pair_loss is not None and step.example_of_pair is not None:
-            sums[2].index_add_(0, step.example_of_pair, step.pair_loss.to(sums))
-            sums[3] += torch.bincount(step.example_of_pair, minlength=len(starts))
-        # Per example, so that those a distributed sampler repeats to fill the last batch are dropped again.
-        self._eval_examples.append(self.accelerator.gather_for_metrics(sums.T.contiguous()))
-        return None, None, None
+        if out.pair_loss is not None and part.example_of_pair is not None:
+            sums[2].index_add_(0, part.example_of_pair, out.pair_loss.to(sums))
+            sums[3] += torch.bincount(part.example_of_pair, minlength=len(starts))
+        return sums.T
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._eval_examples = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        lm_sum, labels, pair_sum, pairs = torch.cat(self._eval_examples).cpu().double().sum(dim=0).tolist()
+    def figures(self, totals: list[float]) -> dict[str, float]:
+        lm_sum, labels, pair_sum, pairs = totals
         figures = {"lm_loss": lm_sum / max(labels, 1)}
         figures["loss"] = figures["lm_loss"]
         if self.args.uses_jepa:
             figures["jepa_loss"] = pair_sum / max(pairs, 1)
             figures["loss"] += self.jepa_weight_now() * figures["jepa_loss"]
-        if self._bank and metric_key_prefix in ("eval", self._bank_prefix):
-            space = self.measure_space()
-            figures |= space
-            self._warn_if_collapsed(space)
-        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in figures.items()})
-        return output
+        return figures
 
-    def measure_space(self) -> dict[str, float]:
-        """`space_diagnostics` of the bank: the first `diagnostics_pairs` rows of the (first) validation set. Every rank
-        does all of it."""
+    def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The first `diagnostics_pairs` rows of the (first) validation set, whatever `dataset` is evaluated."""
+        if not self._bank:
+            return None
+        layout, layer = self._bank_collator.layout, self.args.readout_layer
         with self.compute_loss_context_manager():
-            pairs = embed_pairs(self.model, self._base_model, self._bank, layer=self.args.readout_layer)
-        return space_diagnostics(*pairs)
+            return embed_pairs(self.model, self.base_model, self._bank, layout=layout, layer=layer)
 
-    def _make_bank(self) -> list[dict[str, Tensor]]:
-        dataset, self._bank_prefix = self.eval_dataset, "eval"
-        if isinstance(dataset, dict):
-            name, dataset = next(iter(dataset.items()))
-            self._bank_prefix = f"eval_{name}"
-        wanted = self.args.diagnostics_pairs
-        if dataset is None or wanted == 0:
-            return []
-        if len(dataset) < 2:
-            logger.warning("The validation set has one row: no diagnostics of the embedding space.")
-            return []
-        if len(dataset) < wanted:
-            logger.warning(
-                f"The diagnostics use {len(dataset)} validation pairs, not diagnostics_pairs={wanted}: recall and "
-                "rank depend on the number of pairs, so compare them only with runs on as many."
-            )
-        rows = dataset.select(range(min(wanted, len(dataset)))).to_list()
-        # Always of the model itself, whatever the target encoder. A baseline has no predictor tokens: its context is
-        # read at the last content token.
-        size = self.args.per_device_eval_batch_size
-        return [self._pairs_of(rows[i : i + size]) for i in range(0, len(rows), size)]
+    def collapse_advice(self) -> str:
+        return ADVICE.get(self.args.objective, OTHER_ADVICE) if self.args.uses_jepa else ""
 
-    def _warn_if_collapsed(self, now: dict[str, float]) -> None:
-        start = self._start_diagnostics
-        before, self._is_collapsed = self._is_collapsed, start is not None and has_collapsed(now, start)
-        if start is None or not (before and self._is_collapsed) or self._warned_of_collapse or not self.args.uses_jepa:
-            return
-        self._warned_of_collapse = True
-        names = ("raw_cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
-        figures = ", ".join(f"{name} {start[name]:.3g} -> {now[name]:.3g}" for name in names)
-        logger.warning(COLLAPSED.format(figures=figures, advice=ADVICE.get(self.args.objective, OTHER_ADVICE)))
+    # -- around the optimizer step ------------------------------------------------------------------------------------
+
+    def begin_training(self, state: TrainerState) -> None:
+        """The moving average starts at the weights, or as the checkpoint left it; the projector likewise."""
+        self.term.start_averaging(self.model)
+        if self._resumed_from is not None and self.term.state():
+            self.term.load(load_state(Path(self._resumed_from) / self._jepa_state_file()))
+        self._resumed_from = None  # a second `train()` starts afresh
+        if state.global_step > 0:
+            self._total_train_tokens = state.num_input_tokens_seen
+
+    def before_optimizer_step(self) -> None:
+        if self.args.world_size > 1:
+            self.term.before_optimizer_step(lambda gradient: self.accelerator.reduce(gradient, reduction="mean"))
+
+    def after_optimizer_step(self, progress: float) -> None:
+        self.term.after_optimizer_step(progress)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Also trains the projector, which belongs to the loss and not to the model."""
+        reshard(self.base_model)  # or it would take what the probe or an evaluation gathered for the weights
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        projector = list(self.term.projector.parameters()) if self.term.projector is not None else []
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # The optimizer may be the user's, and this may be called twice.
+        if projector and id(projector[0]) not in known:
+            optimizer.add_param_group({"params": projector, "weight_decay": self.args.weight_decay})
+        return optimizer
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Also: put back `use_cache`, which training switched off; and drop how the tokenizer was loaded here, which is
-        nobody's business elsewhere (`local_files_only` breaks Hub loading)."""
-        in_training, self._base_model.config.use_cache = self._base_model.config.use_cache, self._use_cache
+        """Restore `use_cache`, which training switched off; remove local-only fields of the tokenizer."""
+        in_training, self.base_model.config.use_cache = self.base_model.config.use_cache, self._use_cache
         try:
             super()._save(output_dir, state_dict=state_dict)
         finally:
-            self._base_model.config.use_cache = in_training
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
-        kept = {key: tokenizer_config[key] for key in tokenizer_config if key not in ("is_local", "local_files_only")}
-        checkpoint.write_json(folder / "tokenizer_config.json", kept)
+            self.base_model.config.use_cache = in_training
+        if self.args.should_save:
+            path = Path(output_dir or self.args.output_dir, "tokenizer_config.json")
+            options = json.loads(path.read_text())
+            write_json(path, {key: value for key, value in options.items() if key not in LOCAL_TOKENIZER_KEYS})
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._count_tokens()
         super()._save_checkpoint(model, trial)
 
-    def _save_more(self, folder: Path) -> None:
-        state = self.objective.state()
+    def save_more(self, folder: Path) -> None:
+        state = self.term.state()
         if state and (self.args.should_save or self._is_fsdp):
             save_state(folder / self._jepa_state_file(), state)
 
     def _jepa_state_file(self) -> str:
-        """Of a sharded average every rank has its own part."""
+        """Every rank has its own part of a sharded average."""
         return f"rank{self.args.process_index}_{JEPA_STATE}" if self._is_fsdp else JEPA_STATE
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed_from = resume_from_checkpoint
 
-    def _restore_objective(self) -> None:
-        """The moving average starts at the weights, or where the checkpoint left it; the projector likewise."""
-        self.objective.start_averaging(self.model)
-        if self._resumed_from is not None and self.objective.state():
-            self.objective.load(load_state(Path(self._resumed_from) / self._jepa_state_file()))
-        self._resumed_from = None  # a second `train()` starts afresh
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The projector's weights are trained too; they belong to the loss and not to the model."""
-        reshard(self._base_model)  # or it would take what the probe or an evaluation gathered for the weights
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        projector = list(self.objective.projector.parameters()) if self.objective.projector is not None else []
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if projector and id(projector[0]) not in known:  # it may be the user's own, or be asked for twice
-            optimizer.add_param_group({"params": projector, "weight_decay": self.args.weight_decay})
-        return optimizer
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A tied head is not in the file and is not missing; transformers would warn of it at every resume."""
-        model = self._base_model
+        """A tied head is neither in the file nor missing; transformers would warn about it at every resume."""
+        model = self.base_model
         tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
         missing = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL calls this at every checkpoint; the card says what was trained and measured here."""
+        """TRL calls this at every checkpoint; the card says what was trained and measured in this run."""
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self._base_model, self.args, self.history_of_saved_weights())
+            write_model_card(self.args.output_dir, self.base_model, self.args, self.history_of_saved_weights())
 
 
-class _Steps(TrainerCallback):
-    """Logs the diagnostics before the first step; a resumed run reads them, and its token count, back. Around an
-    optimizer step, the moving average and the projector are seen to."""
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> None:
+    """Set the pad token of tokenizer and model: the recipe's, the tokenizer's, or else eos as in the published code."""
+    pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if pad_token not in tokenizer.get_vocab():
+        raise UserError(f"The pad token {pad_token!r} is not in the tokenizer's vocabulary; set pad_token to one.")
+    tokenizer.pad_token = pad_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    def __init__(self, trainer: LLMJEPATrainer) -> None:
-        self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        trainer._restore_objective()
-        if state.global_step == 0:
-            if not trainer._bank:
-                return
-            trainer._start_diagnostics = trainer.measure_space()
-            trainer.log({f"eval_{key}": value for key, value in trainer._start_diagnostics.items()})
-            return
-        trainer._total_train_tokens = state.num_input_tokens_seen
-        for entry in state.log_history:
-            if entry["step"] == 0 and "eval_recall_at_1" in entry:
-                trainer._start_diagnostics = {
-                    key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")
-                }
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            reduce = self.trainer.accelerator.reduce
-            self.trainer.objective.before_optimizer_step(lambda gradient: reduce(gradient, reduction="mean"))
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.objective.after_optimizer_step(state.global_step / state.max_steps)
+def warn_of_narrow_weights(model: torch.nn.Module) -> None:
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+    if narrow:
+        logger.warning(
+            f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
+            "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
+        )

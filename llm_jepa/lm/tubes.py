@@ -28,7 +28,7 @@ class Tube(NamedTuple):
 
 
 def draw_tube(spans: Sequence[tuple[int, int]], formula: str, rng: random.Random) -> Tube | None:
-    """A random tube of one row, or None where the row is too short for one.
+    """Draw a random tube of one row, or None if the row is too short for one.
 
     paper: h_r - h_s and h_t - h_r for s < r < t, any three positions from the start of the first span to the end of the
         last alike, the tokens between the messages included: the paper takes the trajectory of the sequence, and starts
@@ -65,29 +65,41 @@ def draw_tube(spans: Sequence[tuple[int, int]], formula: str, rng: random.Random
     raise ValueError(f"formula={formula!r} is unknown; choose paper or code.")
 
 
-def tube_distance(hidden: Tensor, tubes: Sequence[tuple[int, int, Tube]]) -> Tensor:
+class Tubes(NamedTuple):
+    """Tubes of a batch as tensors: the two displacements of tube i are sums of sign * state over W places."""
+
+    at: Tensor  # [n, 2, W] flat places in [R * L]
+    sign: Tensor  # [n, 2, W] of -1, 0 and 1
+
+
+def stack_tubes(tubes: Sequence[tuple[int, Tube]], num_tokens: int, device: torch.device | str = "cpu") -> Tubes:
+    """(offset, tube) pairs -> tensors. The positions of a tube count from flat token `offset`, the start of its LM row.
+
+    `num_tokens` is R * L of the batch, which no place may reach.
+    """
+    width = max((len(side) for _, tube in tubes for side in tube), default=1)
+    places, signs = [], []
+    for offset, tube in tubes:
+        for side in tube:
+            # Padded with a place of its own side at sign 0: another state could be infinite, and 0 * inf is NaN.
+            padded = side + [(side[0][0], 0)] * (width - len(side))
+            assert all(0 <= offset + position < num_tokens for position, _ in padded), (offset, tube, num_tokens)
+            places.append([offset + position for position, _ in padded])
+            signs.append([sign for _, sign in padded])
+    both = torch.tensor([places, signs], dtype=torch.long).reshape(2, len(tubes), 2, width)
+    return Tubes(*both.to(device, non_blocking=True))  # one copy to the device, and nothing comes back
+
+
+def tube_distance(hidden: Tensor, tubes: Tubes) -> Tensor:
     """1 - cos(first, second) of each tube, [n], in 0..2. The gradient goes through both displacements.
 
     Args:
-        hidden: [R, L, D], states of the last layer (the paper's and the code's default).
-        tubes: (row, offset, tube): the tube's positions count from token `offset` of row `row`, which is where a packed
-            example starts.
+        hidden: [R, L, D], states of the last layer (the default of the paper and of its code).
     """
-    width = max((len(side) for _, _, tube in tubes for side in tube), default=1)
-    index, signs = [], []
-    for row, offset, tube in tubes:
-        for side in tube:
-            # Padded with a state of its own at sign 0: another's could be infinite, and 0 * inf is NaN.
-            padded = side + [(side[0][0], 0)] * (width - len(side))
-            assert all(0 <= offset + position < hidden.shape[1] for position, _ in padded), (offset, tube, hidden.shape)
-            index.append([row * hidden.shape[1] + offset + position for position, _ in padded])
-            signs.append([sign for _, sign in padded])
-    packed = torch.tensor([index, signs], dtype=torch.long).reshape(2, len(tubes), 2, width)
-    where, sign = packed.to(hidden.device, non_blocking=True)  # one copy, and nothing comes back
-    states = hidden.flatten(0, 1)[where]  # [n, 2, width, D]
+    states = hidden.flatten(0, 1)[tubes.at]  # [n, 2, W, D]
     # Widened before they are added up: bfloat16 would keep 8 bits of the sum.
     states = states.to(torch.promote_types(states.dtype, torch.float32))
-    first, second = (states * sign[..., None]).sum(dim=2).unbind(dim=1)  # [n, D] each
+    first, second = (states * tubes.sign[..., None]).sum(dim=2).unbind(dim=1)  # [n, D] each
     return jepa_distance(first, second, kind="cosine")
 
 

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -43,15 +43,19 @@ class Views:
     labels: list[int]  # -100 where the LM loss does not look
     contexts: list[list[int]]  # the context view, then those of the row's `views` column
     targets: list[list[int]]  # likewise
-    headers: list[int]  # tokens before the content of a context and of a target: where `predictor_position: first` goes
-    content: list[int]  # start, end of the prompt's last turn, start, end of the completion: content tokens of the row
+    context_header: int  # tokens before the content of a context: `predictor_position: first` inserts there
+    target_header: int  # tokens before the content of a target
+    context_start: int  # content tokens of the last turn of the prompt, in the LM row: [context_start, context_end)
+    context_end: int
+    target_start: int  # content tokens of the completion, in the LM row: [target_start, target_end)
+    target_end: int
     context_key: int  # equal for equal texts: such rows are no negatives of each other
     target_key: int
     index: int  # which row of the data set
     truncated: bool  # max_length cut the LM row or a view
 
 
-class Example(NamedTuple):
+class ParsedRow(NamedTuple):
     """A row in one shape: prompt and completion, both strings or both lists of messages."""
 
     prompt: str | list[Message]
@@ -61,7 +65,7 @@ class Example(NamedTuple):
     targets: list[str]  # other wordings of the completion
 
 
-def as_example(row: dict[str, Any], where: str) -> Example:
+def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
     """Read a TRL row. `messages` becomes (everything before, last assistant turn); earlier assistant turns are not
     trained. Raises UserError naming `where` (e.g. "row 3") and the field."""
     if row.get("messages") is not None:
@@ -106,7 +110,7 @@ def as_example(row: dict[str, Any], where: str) -> Example:
     except ValueError as error:
         raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
     kwargs = {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
-    return Example(prompt, completion, kwargs, *_more_views(row.get("views"), where))
+    return ParsedRow(prompt, completion, kwargs, *_more_views(row.get("views"), where))
 
 
 def _more_views(views: Any, where: str) -> tuple[list[str], list[str]]:
@@ -158,7 +162,7 @@ def build_views(
 
     Raises UserError naming `where` if a view or the labels would be empty.
     """
-    example = as_example(row, where)
+    example = parse_row(row, where)
     if isinstance(example.prompt, str):
         parts = _plain_parts(example, tokenizer, where, alone=context_view == "message")
     else:
@@ -168,7 +172,7 @@ def build_views(
     limit = max_length or longest
     ids = parts.input_ids[:limit]
     labels = _labels(ids, parts.prompt_length, label_protocol, tokenizer.pad_token_id)
-    if len(ids) <= max(parts.prompt_length, parts.content[1]) or all(label == IGNORE for label in labels[1:]):
+    if len(ids) <= max(parts.prompt_length, parts.context_end) or all(label == IGNORE for label in labels[1:]):
         raise UserError(
             f"{where}: no completion token is left after truncation to max_length={max_length} (the prompt alone has "
             f"{parts.prompt_length} tokens); raise max_length, shorten the prompt or remove the row."
@@ -180,8 +184,12 @@ def build_views(
         labels=labels,
         contexts=[view[:limit] for view in parts.contexts],
         targets=[view[:limit] for view in parts.targets],
-        headers=parts.headers,
-        content=[min(place, len(ids)) for place in parts.content],
+        context_header=parts.context_header,
+        target_header=parts.target_header,
+        context_start=min(parts.context_start, len(ids)),
+        context_end=min(parts.context_end, len(ids)),
+        target_start=min(parts.target_start, len(ids)),
+        target_end=min(parts.target_end, len(ids)),
         context_key=parts.context_key,
         target_key=parts.target_key,
         index=index,
@@ -227,20 +235,24 @@ class _Parts(NamedTuple):
     prompt_length: int
     contexts: list[list[int]]
     targets: list[list[int]]
-    headers: list[int]
-    content: list[int]
+    context_header: int
+    target_header: int
+    context_start: int
+    context_end: int
+    target_start: int
+    target_end: int
     context_key: int
     target_key: int
 
 
-def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
+def _plain_parts(example: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
     """Two strings, no template: TRL joins them and appends the eos token to the completion."""
     prompt, completion = str(example.prompt), str(example.completion)
     eos = tokenizer.eos_token or ""
     full = prompt + completion + ("" if completion.endswith(eos) else eos)
     ids, offsets = _encode(tokenizer, full, special=True)
     prompt_ids, _ = _encode(tokenizer, prompt, special=True)
-    prompt_length = _common_length(prompt_ids, ids)
+    prompt_length = common_length(prompt_ids, ids)
     texts = [prompt.rstrip(), *(text.rstrip() for text in example.contexts)]
     content = completion.removesuffix(eos).rstrip() if eos else completion.rstrip()
     goals = [content, *(text.rstrip() for text in example.targets)]
@@ -256,14 +268,18 @@ def _plain_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: st
             *(_stand_alone(tokenizer, text, ids) for text in texts[1:]),
         ],
         targets=[_stand_alone(tokenizer, text, ids) for text in goals],
-        headers=[bos, bos],
-        content=[bos, split, prompt_length, _tokens_before(offsets, len(prompt + content))],
+        context_header=bos,
+        target_header=bos,
+        context_start=bos,
+        context_end=split,
+        target_start=prompt_length,
+        target_end=_tokens_before(offsets, len(prompt + content)),
         context_key=_key(texts[0]),
         target_key=_key(content),
     )
 
 
-def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
+def _chat_parts(example: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
     prompt: list[Message] = list(example.prompt)  # type: ignore[arg-type]
     completion: list[Message] = list(example.completion)  # type: ignore[arg-type]
     if tokenizer.chat_template is None:
@@ -282,7 +298,7 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
     _refuse_predictor_tokens(" ".join([text, *example.contexts, *example.targets]), where)
     prompt_text = render(prompt, generation_prompt=True)
     ids, offsets = _encode(tokenizer, text)
-    prompt_length = _common_length(_encode(tokenizer, prompt_text)[0], ids)
+    prompt_length = common_length(_encode(tokenizer, prompt_text)[0], ids)
 
     context_start, context_end = _content_span(render, prompt + completion, len(prompt) - 1, where)
     target_start, target_end = _content_span(render, prompt + completion, len(prompt), where)
@@ -306,16 +322,12 @@ def _chat_parts(example: Example, tokenizer: PreTrainedTokenizerBase, where: str
         prompt_length=prompt_length,
         contexts=[context_view, *(encode(header + more.strip()) for more in example.contexts)],
         targets=target_views,
-        headers=[
-            _common_length(opened, context_view),
-            _common_length(_stand_alone(tokenizer, target_header, ids), target_views[0]),
-        ],
-        content=[
-            sum(stop <= context_start for _, stop in offsets[:split]),
-            split,
-            max(prompt_length, sum(stop <= target_start for _, stop in offsets)),
-            _tokens_before(offsets, len(text[:target_end].rstrip())),
-        ],
+        context_header=common_length(opened, context_view),
+        target_header=common_length(_stand_alone(tokenizer, target_header, ids), target_views[0]),
+        context_start=sum(stop <= context_start for _, stop in offsets[:split]),
+        context_end=split,
+        target_start=max(prompt_length, sum(stop <= target_start for _, stop in offsets)),
+        target_end=_tokens_before(offsets, len(text[:target_end].rstrip())),
         context_key=_key(first if alone else header + first),  # earlier turns too, where they are part of the view
         target_key=_key(text[target_start:target_end].strip()),
     )
@@ -413,8 +425,12 @@ def _tokens_before(offsets: list[tuple[int, int]], end: int) -> int:
     return max((i + 1 for i, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
 
 
-def _common_length(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at the start."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def _key(text: str) -> int:

@@ -5,11 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from transformers import TrainingArguments
 
+from ..core.checks import (
+    check_at_least,
+    check_batch_sizes,
+    check_dispatch,
+    check_fixed,
+    check_precision,
+    check_used,
+    check_validation,
+)
 from ..core.errors import UserError
 from .configuration import HELP
+
+# Options of TrainingArguments that must keep these values, and why.
+FIXED = (
+    ("remove_unused_columns", False, "the collator reads clips"),
+    ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
+    ("label_smoothing_factor", 0.0, "there are no labels"),
+    ("dataloader_persistent_workers", False, "workers would draw the pairs of the first epoch in every epoch"),
+    ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
+    ("trust_remote_code", False, "code from a checkpoint is never run"),
+    ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
+    ("use_liger_kernel", False, "it replaces the loss of language models, and there is none here"),
+    ("torch_compile", False, "it is not tested with clips of changing size"),
+)
 
 
 @dataclass
@@ -98,10 +119,7 @@ class VLDataArguments:
     validation_rows: int = field(default=0, metadata={"help": "Without validation_data: clips held out, by data_seed."})
 
     def __post_init__(self) -> None:
-        if self.validation_rows < 0:
-            raise UserError(f"validation_rows={self.validation_rows} must be 0 or more.")
-        if self.validation_data is not None and self.validation_rows:
-            raise UserError("Set validation_data or validation_rows, not both.")
+        check_validation(self)
 
 
 @dataclass
@@ -145,49 +163,38 @@ class VLJEPATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if (self.bf16 or self.fp16) and not self.use_cpu and not torch.cuda.is_available():
-            raise UserError("bf16 and fp16 need a GPU and none is visible; add --use_cpu true or --bf16 false.")
+        check_batch_sizes(self)
+        check_precision(self)
         if self.report_to is None:
             self.report_to = "none"
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:  # transformers: False with activation_checkpointing
             self.ddp_find_unused_parameters = True  # a batch without queries leaves the predictor's token table unused
-        for name, low in (
-            ("learning_rate", 0), ("regularizer_weight", 0), ("y_encoder_lr_factor", 0), ("pairs_per_clip", 1),
-            ("x_encoder_trainable_layers", -1), ("diagnostics_pairs", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < low:
-                raise UserError(f"{name}={getattr(self, name)} must be {low} or more.")
-        for name, allowed, why in (
-            ("remove_unused_columns", False, "the collator reads clips"),
-            ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
-            ("label_smoothing_factor", 0.0, "there are no labels"),
-            ("dataloader_persistent_workers", False, "workers would draw the pairs of the first epoch for ever"),
-            ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
-            ("trust_remote_code", False, "code from a checkpoint is never run"),
-            ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
-            ("use_liger_kernel", False, "it replaces the loss of language models, and there is none here"),
-            ("torch_compile", False, "it is not tested with clips of changing size"),
-        ):
-            if getattr(self, name, allowed) != allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} cannot work here: {why}; remove it.")
+        check_at_least(
+            self,
+            {
+                "learning_rate": 0,
+                "regularizer_weight": 0,
+                "y_encoder_lr_factor": 0,
+                "pairs_per_clip": 1,
+                "x_encoder_trainable_layers": -1,
+                "diagnostics_pairs": 0,
+            },
+        )
+        check_fixed(self, FIXED)
         if self.feature_cache is not None and self.x_encoder_trainable_layers:
             raise UserError(
                 "feature_cache keeps the features of a frozen x_encoder, and x_encoder_trainable_layers trains it; "
                 "remove one of them."
             )
-        defaults = type(self).__dataclass_fields__
-        for name, is_used, where in (
-            ("learn_temperature", self.objective == "info_nce", "objective: info_nce"),
-            ("regularizer_weight", self.regularizer is not None, "a regularizer"),
-        ):
-            if not is_used and getattr(self, name) != defaults[name].default:
-                raise UserError(f"{name}: {getattr(self, name)} would be ignored: it belongs to {where}; remove it.")
-        if self.accelerator_config.dispatch_batches:
-            raise UserError("accelerator_config.dispatch_batches cuts a batch by its rows, and pairs are not rows.")
+        check_used(
+            self,
+            (
+                ("learn_temperature", self.objective == "info_nce", "objective: info_nce"),
+                ("regularizer_weight", self.regularizer is not None, "a regularizer"),
+            ),
+        )
+        check_dispatch(self)
 
 
 def check_together(model: VLModelArguments, training: VLJEPATrainingArguments) -> None:

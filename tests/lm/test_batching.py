@@ -18,19 +18,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerState
 
 from llm_jepa.core.losses import jepa_loss
-from llm_jepa.lm.batching import (
-    KINDS,
-    LM_ROW,
-    TARGET,
-    JEPACollator,
-    lm_rows_only,
-    model_inputs,
-    read_pairs,
-    share_rows,
-    who_sees_whom,
-)
+from llm_jepa.lm.attention import model_inputs, who_sees_whom
+from llm_jepa.lm.batching import KINDS, LM_ROW, TARGET, JEPACollator, lm_rows_only, share_rows
 from llm_jepa.lm.objective import Objective
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
+from llm_jepa.lm.reading import read_pairs
 from llm_jepa.lm.targets import target_table
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from llm_jepa.lm.views import add_view_columns

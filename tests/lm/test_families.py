@@ -16,9 +16,11 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_jepa.core.errors import UserError
 from llm_jepa.lm import batching as packing
-from llm_jepa.lm.batching import JEPACollator, model_inputs, router_logits_of, router_loss
+from llm_jepa.lm.attention import model_inputs
+from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
 from llm_jepa.lm.probe import choose_layout
+from llm_jepa.lm.reading import router_logits_of, router_loss
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.conftest import MORE_FAMILIES, config, family_model
 from tests.lm.test_batching import assert_same, packed_pass, separate_passes, views_of

@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from llm_jepa.core.losses import jepa_distance
-from llm_jepa.lm.batching import JEPACollator, model_inputs, read_pairs
+from llm_jepa.lm.attention import model_inputs
+from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.from_scratch import random_model, train_tokenizer
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens, predictor_token_ids
+from llm_jepa.lm.reading import read_pairs
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from llm_jepa.lm.views import IGNORE, add_view_columns
 from llm_jepa.synthetic import nl_rx

@@ -25,9 +25,9 @@ from llm_jepa.core.distributed import shared_coin
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import jepa_loss, random_slices, sigreg, vicreg
 from llm_jepa.core.pairs import SLICES
-from llm_jepa.lm.batching import read
 from llm_jepa.lm.from_scratch import random_model
 from llm_jepa.lm.objective import EVALUATION, Objective
+from llm_jepa.lm.reading import gather_states
 from llm_jepa.lm.tubes import draw_tube
 from tests.conftest import LLAMA, config, tiny_model
 from tests.lm.test_trainer import assert_close, history, make, run, weights
@@ -336,7 +336,7 @@ def test_dropout_is_drawn_again(options, dataset, tokenizer, tmp_path):
         compare_all(batches, found, step=step)
 
     def second_pass(hidden, batch, target, *, step):
-        learnt.append(read(hidden, batch["context_at"]).detach())
+        learnt.append(gather_states(hidden, batch["context_at"]).detach())
         return pair_loss(hidden, batch, target, step=step)
 
     objective.compare_all, objective.pair_loss = first_pass, second_pass

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from llm_jepa.core.losses import jepa_loss
-from llm_jepa.lm.batching import JEPACollator, model_inputs, read_pairs
+from llm_jepa.lm.attention import model_inputs
+from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
 from llm_jepa.lm.probe import choose_layout
+from llm_jepa.lm.reading import read_pairs
 from tests.conftest import tiny_model
 from tests.lm.test_batching import views_of
 

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from llm_jepa.core.averaging import MovingAverage
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import jepa_loss
-from llm_jepa.lm.batching import read, rows_apart
+from llm_jepa.lm.batching import rows_apart
+from llm_jepa.lm.reading import gather_states
 from llm_jepa.lm.targets import load_state, target_table
 from tests.conftest import config, tiny_model
 from tests.lm.test_objective import gradients, parameters, plain_copy, rows_with_views, trainer_gradients  # noqa: F401
@@ -93,7 +94,7 @@ def test_forward_only_pass_is_a_detach_in_the_row(options, unique, tokenizer, tm
     objective = inside.objective
 
     def detached(hidden, batch, target, *, step):
-        predicted, target = read(hidden, batch["context_at"]), read(hidden, batch["target_at"])
+        predicted, target = gather_states(hidden, batch["context_at"]), gather_states(hidden, batch["target_at"])
         return jepa_loss(
             predicted, target.detach(), objective=objective.args.objective, temperature=objective.args.temperature,
             target_key=batch["target_key"],

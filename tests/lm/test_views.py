@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.tokenizer import BOS
 from llm_jepa.lm.from_scratch import train_tokenizer
-from llm_jepa.lm.views import IGNORE, as_example, build_views, end_of_turn_ids
+from llm_jepa.lm.views import IGNORE, build_views, end_of_turn_ids, parse_row
 from tests.conftest import tiny_model
 
 # -- templates ----------------------------------------------------------------------------------------------------
@@ -810,7 +810,7 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
 )
 def test_a_row_that_cannot_be_read_is_named(row, says):
     with pytest.raises(UserError, match=f"(?s)row 3.*{says}"):
-        as_example(row, "row 3")
+        parse_row(row, "row 3")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Checks that the arguments and trainers of all families share. Each raises UserError and returns nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .errors import UserError
+
+
+def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:
+    """Each named value must be at least its lowest one."""
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            raise UserError(f"{name}={getattr(args, name)} must be {low} or more.")
+
+
+def check_ranges(args: Any, ranges: Iterable[tuple[str, float, float, str]]) -> None:
+    """(name, low, high, why): the value is None or within low..high."""
+    for name, low, high, why in ranges:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            allowed = f"be {low} or more" if high == math.inf else f"lie in {low}..{high}"
+            raise UserError(f"{name}={value} must {allowed} ({why}).")
+
+
+def check_fixed(args: Any, fixed: Iterable[tuple[str, Any, str]]) -> None:
+    """(name, value, why): options of the parent classes that must keep this value."""
+    for name, value, why in fixed:
+        if getattr(args, name, value) != value:
+            raise UserError(f"{name}={getattr(args, name)!r} is not supported: {why}; remove it.")
+
+
+def check_used(args: Any, uses: Iterable[tuple[str, bool, str]]) -> None:
+    """(name, is it used, what it belongs to): an option that would be ignored must have its default."""
+    for name, is_used, owner in uses:
+        value = getattr(args, name)
+        if not is_used and value != type(args).__dataclass_fields__[name].default:
+            raise UserError(f"{name}: {value} would be ignored: it belongs to {owner}; remove it.")
+
+
+def check_batch_sizes(args: TrainingArguments) -> None:
+    names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    check_at_least(args, dict.fromkeys(names, 1))
+
+
+def check_precision(args: TrainingArguments) -> None:
+    """bf16 and fp16 need a GPU, unless the run says that it is on the CPU."""
+    if (args.bf16 or args.fp16) and not args.use_cpu and not torch.cuda.is_available():
+        raise UserError("bf16 and fp16 need a GPU and none is visible; add --use_cpu true or --bf16 false.")
+
+
+def check_dispatch(args: TrainingArguments) -> None:
+    if args.accelerator_config.dispatch_batches:
+        raise UserError(
+            "accelerator_config.dispatch_batches cuts a batch by its rows, and a pair is not a row; remove it."
+        )
+
+
+def check_validation(data: Any) -> None:
+    """`validation_data` and `validation_rows` of the data arguments of a recipe."""
+    check_at_least(data, {"validation_rows": 0})
+    if data.validation_data is not None and data.validation_rows:
+        raise UserError("Set validation_data or validation_rows, not both.")
+
+
+def check_refused(kwargs: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Arguments of `Trainer` that would replace the loss or the batches of ours."""
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name} is not supported: this trainer brings its own loss and batches; remove it.")
+
+
+def check_one_device(args: TrainingArguments) -> None:
+    """One process with several GPUs would become `nn.DataParallel`, which splits a batch by its rows."""
+    if args.n_gpu > 1:
+        raise UserError(
+            f"One process sees {args.n_gpu} GPUs and would wrap the model in nn.DataParallel; use --launch ddp, or "
+            "show it one with CUDA_VISIBLE_DEVICES=0."
+        )

@@ -124,7 +124,7 @@ def draw_tubes(batch: dict[str, Tensor], args: LLMJEPAConfig, *, step: int) -> t
         spans = [(prompt_start, prompt_end), (completion_start, completion_end)]
         tube = draw_tube(spans, args.stp_formula, Random(f"{args.seed} {step} {row}"))
         if tube is not None:
-            tubes.append((start, tube))
+            tubes.append((0, start, tube))  # all rows as one row of R * L tokens
             examples.append(example)
     device = batch["lm_at"].device
     owners = torch.tensor(examples, dtype=torch.long, device=device)

@@ -84,6 +84,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     train_dataset: Any
     eval_dataset: Any
     data_collator: JEPACollator
+    layout: Layout  # of the rows, as the probe found it
 
     def __init__(
         self,
@@ -184,6 +185,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             raise UserError(
                 f"share_rows: true needs packed rows, which {type(self.base_model).__name__} cannot have; remove it."
             )
+        self.layout = layout
         self._bank_collator = replace(self._bank_collator, layout=layout)
         hidden_size = self.base_model.config.get_text_config().hidden_size
         self.data_collator = training_collator(self._bank_collator, args, hidden_size)
@@ -224,8 +226,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         if dropped:
             batches = [lm_rows_only(batch) for batch in batches]
         compares = comparison(args, dropped=dropped)
-        layout = self.data_collator.layout
-        parts = [plan_micro_batch(batch, args, layout, compares, step=step) for batch in batches]
+        parts = [plan_micro_batch(batch, args, self.layout, compares, step=step) for batch in batches]
         labels = sum(count_labels(batch) for batch in batches)
         labels, pairs = self.count_over_ranks([labels, sum(part.num_pairs for part in parts)])
         if batches and compares == "known":
@@ -268,7 +269,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         is_alone = num_items_in_batch is None
         if is_alone:
             step = self.state.global_step if self.model.training else EVALUATION
-            plan = plan_alone(inputs, self.args, self.data_collator.layout, step=step)
+            plan = plan_alone(inputs, self.args, self.layout, step=step)
             (part,) = plan.micro_batches
         else:
             plan, part = self.plan, next(self._micro_batches)
@@ -328,7 +329,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
 
     def example_sums(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """[B, 4]: the LM loss, labels, pair loss and pairs of each example."""
-        plan = plan_alone(inputs, self.args, self.data_collator.layout, step=EVALUATION)
+        plan = plan_alone(inputs, self.args, self.layout, step=EVALUATION)
         (part,) = plan.micro_batches
         out = self.losses(model, inputs, plan, part)
         # A label belongs to the last LM row that starts before it.
@@ -355,9 +356,9 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         """The first `diagnostics_pairs` rows of the (first) validation set, whatever `dataset` is evaluated."""
         if not self._bank:
             return None
-        layout, layer = self._bank_collator.layout, self.args.readout_layer
+        layer = self.args.readout_layer
         with self.compute_loss_context_manager():
-            return embed_pairs(self.model, self.base_model, self._bank, layout=layout, layer=layer)
+            return embed_pairs(self.model, self.base_model, self._bank, layout=self.layout, layer=layer)
 
     def collapse_advice(self) -> str:
         return ADVICE.get(self.args.objective, OTHER_ADVICE) if self.args.uses_jepa else ""

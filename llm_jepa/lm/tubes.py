@@ -72,19 +72,19 @@ class Tubes(NamedTuple):
     sign: Tensor  # [n, 2, W] of -1, 0 and 1
 
 
-def stack_tubes(tubes: Sequence[tuple[int, Tube]], num_tokens: int, device: torch.device | str = "cpu") -> Tubes:
-    """(offset, tube) pairs -> tensors. The positions of a tube count from flat token `offset`, the start of its LM row.
+def stack_tubes(tubes: Sequence[tuple[int, int, Tube]], length: int, device: torch.device | str = "cpu") -> Tubes:
+    """(row, offset, tube) triples -> tensors, for rows of `length` tokens.
 
-    `num_tokens` is R * L of the batch, which no place may reach.
+    The positions of a tube count from token `offset` of its row, which is where a packed example starts.
     """
-    width = max((len(side) for _, tube in tubes for side in tube), default=1)
+    width = max((len(side) for _, _, tube in tubes for side in tube), default=1)
     places, signs = [], []
-    for offset, tube in tubes:
+    for row, offset, tube in tubes:
         for side in tube:
             # Padded with a place of its own side at sign 0: another state could be infinite, and 0 * inf is NaN.
             padded = side + [(side[0][0], 0)] * (width - len(side))
-            assert all(0 <= offset + position < num_tokens for position, _ in padded), (offset, tube, num_tokens)
-            places.append([offset + position for position, _ in padded])
+            assert all(0 <= offset + position < length for position, _ in padded), (offset, tube, length)
+            places.append([row * length + offset + position for position, _ in padded])
             signs.append([sign for _, sign in padded])
     both = torch.tensor([places, signs], dtype=torch.long).reshape(2, len(tubes), 2, width)
     return Tubes(*both.to(device, non_blocking=True))  # one copy to the device, and nothing comes back

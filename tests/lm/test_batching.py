@@ -15,16 +15,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerState
 
 from llm_jepa.core.losses import jepa_loss
-from llm_jepa.lm.attention import model_inputs, who_sees_whom
+from llm_jepa.lm.attention import attention_of_lm_rows, model_inputs, who_sees_whom
 from llm_jepa.lm.batching import KINDS, LM_ROW, TARGET, JEPACollator, lm_rows_only, share_rows
-from llm_jepa.lm.objective import Objective
+from llm_jepa.lm.objective import JEPATerm, LLMJEPALoss
+from llm_jepa.lm.plan import plan_alone
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
 from llm_jepa.lm.reading import read_pairs
 from llm_jepa.lm.targets import target_table
-from llm_jepa.lm.trainer import LLMJEPATrainer
 from llm_jepa.lm.views import add_view_columns
 from tests.conftest import FAMILIES, config, tiny_model
 
@@ -66,18 +65,21 @@ def separate_passes(model, views, predictors, objective, weight):
 
 
 def packed_pass(model, base, views, predictors, objective, weight, tmp_path, tokenizer, **collator):
-    """The trainer's own compute_loss on the collator's own batch."""
+    """The loss of the package on the collator's own batch."""
     batch = JEPACollator(tokenizer.pad_token_id, predictors, **collator)(views)
-    return loss_of(batch, model, base, predictors, objective, weight, tmp_path)
+    layout = collator.get("layout", "packed")
+    share_rows = bool(collator.get("row_cost"))
+    return loss_of(batch, model, base, predictors, objective, weight, tmp_path, layout, share_rows=share_rows)
 
 
-def loss_of(batch, model, base, predictors, objective, weight, tmp_path, **options):
-    trainer = LLMJEPATrainer.__new__(LLMJEPATrainer)  # the loss alone; __init__ would prepare data and add tokens
-    trainer.args = dataclasses.replace(config(tmp_path), jepa_weight=weight, objective=objective, **options)
-    trainer._masked_ids, trainer._base_model, trainer.model = predictors, base, model
-    trainer.objective = Objective(trainer.args, base.config.hidden_size, torch.device("cpu"))
-    trainer.state, trainer.aux_loss_enabled, trainer._sums = TrainerState(max_steps=1), False, torch.zeros(7)
-    return trainer.compute_loss(model, batch)
+def loss_of(batch, model, base, predictors, objective, weight, tmp_path, layout="packed", **options):
+    """Both terms of a batch that is a step by itself, each divided by its count."""
+    args = dataclasses.replace(config(tmp_path), jepa_weight=weight, objective=objective, **options)
+    losses = LLMJEPALoss(args, base, JEPATerm(args, base.config.hidden_size, torch.device("cpu")), predictors, False)
+    plan = plan_alone(batch, args, layout, step=0)
+    out = losses(model, batch, plan, *plan.micro_batches)
+    loss = out.token_nll.sum() / plan.labels
+    return loss if out.pair_loss is None else loss + weight * out.pair_loss.sum() / plan.pairs
 
 
 def gradients(model):
@@ -154,7 +156,8 @@ def test_who_sees_whom_of_a_row_worked_by_hand():
         "labels": [-100, -100, 7],
         "contexts": [[5, 6]],
         "targets": [[8, 9]],
-        "headers": [0, 0],
+        "context_header": 0,
+        "target_header": 0,
         "target_key": 1,
     }
     longer = {**view, "targets": [[8, 9, 9]]}
@@ -181,7 +184,7 @@ def test_perturbing_what_must_be_invisible_changes_nothing(rows, tokenizer):
     views = views_of(rows, tokenizer)
     batch = JEPACollator(tokenizer.pad_token_id, predictors)(views)
     hidden = lambda ids: model(  # noqa: E731
-        **model_inputs({**batch, "input_ids": ids}, model), output_hidden_states=-1
+        **model_inputs({**batch, "input_ids": ids}, model, "segments"), output_hidden_states=-1
     ).hidden_states[-1]
     before = hidden(batch["input_ids"])
     swap = lambda where: torch.where(where, (batch["input_ids"] * 7 + 3) % 200 + 10, batch["input_ids"])  # noqa: E731
@@ -201,10 +204,12 @@ def test_perturbing_what_must_be_invisible_changes_nothing(rows, tokenizer):
 def test_plain_collator_adds_no_token(rows, tokenizer):
     views = views_of(rows, tokenizer)
     batch = JEPACollator(tokenizer.pad_token_id, with_views=False)(views)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "doc", "lm_at"}
-    assert set((batch["doc"] % KINDS)[batch["attention_mask"].bool()].tolist()) == {LM_ROW}
-    for row, mask, view in zip(batch["input_ids"], batch["attention_mask"], views, strict=True):
-        assert row[mask.bool()].tolist() == view["input_ids"]
+    assert not set(batch) & {"context_at", "target_at", "target_key", "example_of_pair"}
+    assert attention_of_lm_rows("packed", batch["doc"], shares_rows=True) == "rows", "no mask of its own is needed"
+    mask = model_inputs(batch, tiny_model(tokenizer), "rows")["attention_mask"]
+    assert set((batch["doc"] % KINDS)[mask.bool()].tolist()) == {LM_ROW}
+    for row, real, view in zip(batch["input_ids"], mask, views, strict=True):
+        assert row[real.bool()].tolist() == view["input_ids"]
 
 
 def test_pad_to_multiple_of(rows, tokenizer):
@@ -304,10 +309,11 @@ def test_lm_rows_only_is_the_batch_without_views(layout, label_protocol, rows, t
     assert set(dropped) == set(plain) - {"lm_at"}
     if layout in ("packed", "separate"):
         there = plain["doc"] >= 0
-        for key in ("labels", "doc", "attention_mask"):
+        for key in ("labels", "doc"):
             assert torch.equal(dropped[key], plain[key]), key
         assert torch.equal(dropped["input_ids"][there], plain["input_ids"][there])
-    losses = [loss_of(b, model, model, predictors, "cosine", 0.0, tmp_path) for b in (plain, dropped)]
+    options = {"layout": LAYOUTS[layout]["layout"], "share_rows": layout == "shared"}
+    losses = [loss_of(b, model, model, predictors, "cosine", 0.0, tmp_path, **options) for b in (plain, dropped)]
     reference = separate_passes(model, views, predictors, "cosine", 0.0)
     assert [loss.item() for loss in losses] == pytest.approx([reference.item()] * 2, rel=1e-9)
 
@@ -325,7 +331,7 @@ def pairs_alone(model, views, predictors, layer=-1, readout="last", predictor_po
 
     found = []
     for view in views:
-        sides = [(view["contexts"], view["headers"][0]), (view["targets"], view["headers"][1])]
+        sides = [(view["contexts"], view["context_header"]), (view["targets"], view["target_header"])]
         (sources, header), (goals, _) = sides if direction == "forward" else sides[::-1]
         key = view["target_key" if direction == "forward" else "context_key"]
         for ids in sources:
@@ -336,21 +342,20 @@ def pairs_alone(model, views, predictors, layer=-1, readout="last", predictor_po
 
 
 def pair_loss_of(model, views, predictors, tokenizer, tmp_path, *, layer=-1, targets="inside", layout, **options):
-    """The collator's batch through `Objective`: InfoNCE, which sees all pairs, + MSE, which sees lengths, [P]."""
-    batch = JEPACollator(tokenizer.pad_token_id, predictors, targets=targets, **LAYOUTS[layout], **options)(views)
+    """The pair losses of a collated batch: InfoNCE, which sees all pairs, + MSE, which sees lengths, [P]."""
+    collator = JEPACollator(tokenizer.pad_token_id, predictors, target_placement=targets, **LAYOUTS[layout], **options)
+    batch = collator(views)
     encoder = {"inside": "self", "apart": "stop_gradient", "cached": "base"}[targets]
-    objectives = [
-        Objective(
-            config(tmp_path, jepa_weight=1.0, objective=name, readout_layer=layer, target_encoder=encoder),
-            model.config.hidden_size,
-            torch.device("cpu"),
+    total = 0
+    for name in ("info_nce", "mse"):
+        args = config(tmp_path, jepa_weight=1.0, objective=name, readout_layer=layer, target_encoder=encoder)
+        term = JEPATerm(args, model.config.hidden_size, torch.device("cpu"))
+        plan = plan_alone(batch, args, collator.layout, step=0)
+        total = (
+            total + LLMJEPALoss(args, model, term, predictors, False)(model, batch, plan, *plan.micro_batches).pair_loss
         )
-        for name in ("info_nce", "mse")
-    ]
-    assert objectives[0].has_pairs(batch) and ("apart_input_ids" in batch) == (targets == "apart")
-    target = objectives[0].target_without_gradient(model, batch)
-    hidden = model(**model_inputs(batch, model), logits_to_keep=1, output_hidden_states=layer).hidden_states[layer]
-    return sum(objective.pair_loss(hidden, batch, target, step=0) for objective in objectives), batch
+    assert ("apart_input_ids" in batch) == (targets == "apart")
+    return total, batch
 
 
 def both_losses(predicted, target, key):
@@ -407,7 +412,7 @@ def test_pairs_equal_separate_passes(layout, context_view, options, rows, tokeni
         number = {}
         for view in views:
             goals = view["contexts" if options.get("direction") == "reverse" else "targets"]
-            view["target_rows"] = [number.setdefault(tuple(ids), len(number)) for ids in goals]
+            view["target_table_rows"] = [number.setdefault(tuple(ids), len(number)) for ids in goals]
         found = target_table(
             model, list(number), pad_token_id=tokenizer.pad_token_id, batch_size=3,
             readout=options.get("readout", "last"), layer=options.get("layer", -1),
@@ -437,7 +442,7 @@ def test_targets_apart_are_a_detached_side(rows, tokenizer, tmp_path):
         model = tiny_model(tokenizer, dtype=torch.float64)
         loss, batch = pair_loss_of(model, views, [], tokenizer, tmp_path, layout="packed", **options)
         if name == "detached":
-            hidden = model(**model_inputs(batch, model), output_hidden_states=True).hidden_states[-1]
+            hidden = model(**model_inputs(batch, model, "segments"), output_hidden_states=True).hidden_states[-1]
             predicted, target = read_pairs(hidden, batch)
             loss = both_losses(predicted, target.detach(), batch["target_key"])
         loss.mean().backward()
@@ -469,7 +474,8 @@ def test_what_views_share_with_the_lm_row(context, target, extra, predictor_coun
     model = tiny_model(tokenizer, dtype=torch.float64)
     predictors = [] if layout == "flat" else add_predictor_tokens(model, tokenizer, predictor_count)
     view = {
-        "input_ids": LM, "labels": [-100] * 5 + LM[5:], "contexts": [context], "targets": [target], "headers": [1, 1],
+        "input_ids": LM, "labels": [-100] * 5 + LM[5:], "contexts": [context], "targets": [target], "context_header": 1,
+        "target_header": 1,
         "target_key": 0, "context_key": 0,
     }  # fmt: skip
     other = {**view, "input_ids": [1, 90, 91, 92, 93, 94, 95], "labels": [-100, -100, 91, 92, 93, 94, 95],
@@ -480,7 +486,7 @@ def test_what_views_share_with_the_lm_row(context, target, extra, predictor_coun
         assert (batch["doc"][0] >= 0).sum() == len(LM) + extra + len(predictors)
     reference = separate_passes(copied, views, predictors, "info_nce", 0.7)
     reference.backward()
-    ours = loss_of(batch, model, model, predictors, "info_nce", 0.7, tmp_path)
+    ours = loss_of(batch, model, model, predictors, "info_nce", 0.7, tmp_path, LAYOUTS[layout]["layout"])
     ours.backward()
     assert ours.item() == pytest.approx(reference.item(), rel=TOLERANCE)
     assert_same(gradients(model), gradients(copied))

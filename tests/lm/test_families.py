@@ -1,6 +1,6 @@
 """Claim: whatever layout the probe picks for a family, our step in it is that of separate passes, loss and gradient.
 
-The reference is that of test_packing.py. Float64 models, but rotary tables, router scores and some softmaxes stay
+The reference is that of test_batching.py. Float64 models, but rotary tables, router scores and some softmaxes stay
 float32 in most families, so that even two plain batchings differ by up to 3e-7 in gradient (mpt; 1e-15 in gpt2, which
 has none). A window that counts places instead of positions is off by 1e-3 and more.
 """
@@ -15,8 +15,9 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from llm_jepa.core.errors import UserError
-from llm_jepa.lm import batching as packing
-from llm_jepa.lm.attention import model_inputs
+from llm_jepa.lm import attention as attention_module
+from llm_jepa.lm import batching
+from llm_jepa.lm.attention import attention_of_views, model_inputs
 from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
 from llm_jepa.lm.probe import choose_layout
@@ -58,7 +59,7 @@ def step_against_separate_passes(model, rows, tokenizer, tmp_path, monkeypatch, 
     assert min(len(view["contexts"][0]) for view in views) > 24, "nothing reaches beyond a window of 8"
     reference = separate_passes(copied, views, predictors, "info_nce", 0.7)
     reference.backward()
-    monkeypatch.setattr(packing, "share_rows", lambda lengths, row_cost: [[0, 2], [1]])
+    monkeypatch.setattr(batching, "share_rows", lambda lengths, row_cost: [[0, 2], [1]])
     ours = packed_pass(model, model, views, predictors, "info_nce", 0.7, tmp_path, tokenizer, layout=layout, row_cost=1)
     monkeypatch.undo()
     ours.backward()
@@ -81,16 +82,16 @@ def test_the_chosen_layout_is_exact(family, attention, expected, rows, tokenizer
 def test_counting_places_would_show(family, rows, tokenizer, tmp_path, monkeypatch):
     """Teeth for the claim above: with windows (and chunks) of places in the row, no windowed family keeps it."""
     model = family_model(tokenizer, family)
-    mask, sees = packing.attention_mask, packing.who_sees_whom
+    mask, sees = attention_module.attention_mask, attention_module.who_sees_whom
 
     def by_place(batch, model):
         rightly = sees(batch["doc"], batch["parent"], batch["visible"], batch["position_ids"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(packing, "who_sees_whom", lambda *rest: rightly)
+            patch.setattr(attention_module, "who_sees_whom", lambda *rest: rightly)
             return mask({**batch, "position_ids": torch.arange(rightly.shape[1]).expand(rightly.shape[:2])}, model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "attention_mask", by_place)
+        patch.setattr(attention_module, "attention_mask", by_place)
         _, loss, gradient = step_against_separate_passes(model, rows, tokenizer, tmp_path, monkeypatch, "packed")
     assert loss > 1000 * TOLERANCE and gradient > 1000 * TOLERANCE
 
@@ -116,14 +117,14 @@ def test_router_loss_is_that_of_the_plain_rows(family, layout, rows, tokenizer):
     model.config.output_router_logits = True  # TRL's setting
     views, copied = views_of(rows, tokenizer, count=4), copy.deepcopy(model)
     plain = JEPACollator(tokenizer.pad_token_id, with_views=False)(views)
-    inputs = {"input_ids": plain["input_ids"], "attention_mask": plain["attention_mask"]}
-    reference = copied(**inputs, use_cache=False, output_router_logits=True).aux_loss
+    inputs = model_inputs(plain, model, "rows")
+    reference = copied(**inputs, output_router_logits=True).aux_loss
     reference.backward()
     options = {"layout": "packed", "row_cost": 10**9} if layout == "shared" else {"layout": layout}
     batch = JEPACollator(tokenizer.pad_token_id, predictors, **options)(views)
-    assert (batch["doc"] % packing.KINDS != packing.LM_ROW).any(), "no views"
+    assert (batch["doc"] % batching.KINDS != batching.LM_ROW).any(), "no views"
     with router_logits_of(model, True) as logits:
-        model(**model_inputs(batch, model), output_router_logits=False)
+        model(**model_inputs(batch, model, attention_of_views(options["layout"])), output_router_logits=False)
     ours = router_loss(model, logits, batch)
     ours.backward()
     assert ours.item() == pytest.approx(reference.item(), rel=1e-6)
@@ -132,7 +133,7 @@ def test_router_loss_is_that_of_the_plain_rows(family, layout, rows, tokenizer):
     assert all(found[name].abs().max() < 1e-12 for name in found.keys() - wanted.keys())
     assert len(logits) == model.config.num_hidden_layers
     with router_logits_of(model, False) as logits:
-        model(**model_inputs(batch, model), output_router_logits=False)
+        model(**model_inputs(batch, model, attention_of_views(options["layout"])), output_router_logits=False)
     assert logits == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in [model.get_decoder()])
 
 

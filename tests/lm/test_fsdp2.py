@@ -68,7 +68,9 @@ def three_steps(folder: str, name: str, rank: int | None) -> dict:
     found = {"sharded": [isinstance(p, DTensor) for p in model.parameters()], "losses": []}
     for _ in range(3):
         next_token = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
-        output = model(**model_inputs(batch, model), logits_to_keep=next_token != IGNORE, output_hidden_states=-1)
+        output = model(
+            **model_inputs(batch, model, "segments"), logits_to_keep=next_token != IGNORE, output_hidden_states=-1
+        )
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         lm_sum = F.cross_entropy(logits, next_token[next_token != IGNORE], reduction="sum")
         pair_sum = jepa_distance(*read_pairs(output.hidden_states[-1], batch)).sum()

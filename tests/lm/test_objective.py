@@ -25,9 +25,10 @@ from llm_jepa.core.distributed import shared_coin
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import jepa_loss, random_slices, sigreg, vicreg
 from llm_jepa.core.pairs import SLICES
+from llm_jepa.core.trainer import EVALUATION
 from llm_jepa.lm.from_scratch import random_model
-from llm_jepa.lm.objective import EVALUATION, Objective
-from llm_jepa.lm.reading import gather_states
+from llm_jepa.lm.objective import JEPATerm
+from llm_jepa.lm.plan import KnownLoss
 from llm_jepa.lm.tubes import draw_tube
 from tests.conftest import LLAMA, config, tiny_model
 from tests.lm.test_trainer import assert_close, history, make, run, weights
@@ -57,9 +58,9 @@ def embeddings(model, args, rows: list[dict], predictors: list[int]) -> tuple[to
 
     predicted, target, keys = [], [], []
     for row in rows:
-        contexts, targets, header, key = row["contexts"], row["targets"], row["headers"][0], row["target_key"]
+        contexts, targets, header, key = row["contexts"], row["targets"], row["context_header"], row["target_key"]
         if args.direction == "reverse":
-            contexts, targets, header, key = targets, contexts, row["headers"][1], row["context_key"]
+            contexts, targets, header, key = targets, contexts, row["target_header"], row["context_key"]
         for context in contexts:
             at = header if args.predictor_position == "first" else len(context)
             for goal in targets:
@@ -321,25 +322,25 @@ def test_three_and_five_are_eight(dataset, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"target_encoder": "stop_gradient"}, {"target_encoder": "ema"},
                                      {"gradient_checkpointing": True, "activation_checkpointing": True}])  # fmt: skip
-def test_dropout_is_drawn_again(options, dataset, tokenizer, tmp_path):
+def test_dropout_is_drawn_again(options, dataset, tokenizer, tmp_path, monkeypatch):
     """The pass that learns has the very states of the pass before it; each micro-batch and step has its own."""
     args = config(
         tmp_path, negatives="optimizer_step", gradient_accumulation_steps=2, per_device_train_batch_size=4, **options
     )
     trainer = make(dataset, tokenizer, args, model=tiny_model(tokenizer, attention_dropout=0.3))
     seen, learnt = [], []
-    objective = trainer.objective
-    compare_all, pair_loss = objective.compare_all, objective.pair_loss
+    compare_step, at = trainer.term.compare_step, KnownLoss.at
 
-    def first_pass(batches, found, *, step):
-        seen.extend(predicted for predicted, _ in found)
-        compare_all(batches, found, step=step)
+    def first_pass(embeddings, target_keys, *, step):
+        seen.extend(predicted for predicted, _ in embeddings)
+        return compare_step(embeddings, target_keys, step=step)
 
-    def second_pass(hidden, batch, target, *, step):
-        learnt.append(gather_states(hidden, batch["context_at"]).detach())
-        return pair_loss(hidden, batch, target, step=step)
+    def second_pass(known, predicted, target):
+        learnt.append(predicted.detach())
+        return at(known, predicted, target)
 
-    objective.compare_all, objective.pair_loss = first_pass, second_pass
+    trainer.term.compare_step = first_pass
+    monkeypatch.setattr(KnownLoss, "at", second_pass)
     trainer.train()
     assert len(seen) == len(learnt) == 6
     for a, b in zip(seen, learnt, strict=True):
@@ -367,7 +368,7 @@ def test_regularized_run_is_a_loop_by_hand(case, dataset, tokenizer, tmp_path):
     args = config(tmp_path, **{"jepa_weight": 0.5, "projector_dim": 16, "max_steps": 3, **case})
     trainer = make(dataset, tokenizer, args)
     start = weights(trainer)
-    by_hand, projector = plain_copy(trainer.model), copy.deepcopy(trainer.objective.projector)
+    by_hand, projector = plain_copy(trainer.model), copy.deepcopy(trainer.term.projector)
     assert (projector is None) == (args.projector_dim == 0)
     key_of = {row["index"]: row for row in trainer.train_dataset.to_list()}
     steps = []
@@ -391,10 +392,10 @@ def test_regularized_run_is_a_loop_by_hand(case, dataset, tokenizer, tmp_path):
         optimizer.step()
     assert_close(weights(trainer), parameters(by_hand), start=start, tolerance=5e-6)
     if projector is not None:
-        first = Objective(args, 32, torch.device("cpu")).projector
-        moved = (trainer.objective.projector.weight - first.weight).abs().max()
+        first = JEPATerm(args, 32, torch.device("cpu")).projector
+        moved = (trainer.term.projector.weight - first.weight).abs().max()
         assert moved > 1e-3, "the projector was not trained"
-        assert_close(parameters(trainer.objective.projector), parameters(projector), tolerance=5e-6)
+        assert_close(parameters(trainer.term.projector), parameters(projector), tolerance=5e-6)
 
 
 class FrozenTarget:
@@ -412,11 +413,11 @@ def test_projector_starts_from_the_seed_alone(tmp_path):
     args = config(tmp_path, regularizer="vicreg", objective="cosine")
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    a = Objective(args, 32, torch.device("cpu")).projector
+    a = JEPATerm(args, 32, torch.device("cpu")).projector
     assert torch.equal(before, torch.get_rng_state()), "the run's random numbers moved"
     torch.rand(5)
-    b = Objective(args, 32, torch.device("cpu")).projector
-    c = Objective(config(tmp_path, regularizer="vicreg", objective="cosine", seed=7), 32, torch.device("cpu")).projector
+    b = JEPATerm(args, 32, torch.device("cpu")).projector
+    c = JEPATerm(config(tmp_path, regularizer="vicreg", objective="cosine", seed=7), 32, torch.device("cpu")).projector
     assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and not torch.equal(a.weight, c.weight)
 
 
@@ -433,14 +434,14 @@ def test_projector_stays_out_of_the_model_and_under_the_recipes_optimizer(datase
         assert not [name for name in saved if "projector" in name] and not any(13 in t.shape for t in saved.values())
     assert not list((tmp_path / "model").glob("*jepa*"))
     state = load_file(tmp_path / "checkpoint-3" / "jepa_state.safetensors")
-    assert torch.equal(state["projector.weight"], trainer.objective.projector.weight)
+    assert torch.equal(state["projector.weight"], trainer.term.projector.weight)
     group = next(
         group
         for group in trainer.optimizer.param_groups
-        if any(p is trainer.objective.projector.weight for p in group["params"])
+        if any(p is trainer.term.projector.weight for p in group["params"])
     )
     assert group["weight_decay"] == args.weight_decay, "torch's own default decays the projector"
-    assert all(p.grad is None or not p.grad.any() for p in trainer.objective.projector.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in trainer.term.projector.parameters())
 
 
 def test_projector_is_trained_by_the_users_own_optimizer_too(dataset, tokenizer, tmp_path):
@@ -449,10 +450,10 @@ def test_projector_is_trained_by_the_users_own_optimizer_too(dataset, tokenizer,
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = config(tmp_path, regularizer="vicreg", objective="cosine", num_predictor_tokens=0, max_steps=1)
     trainer = make(dataset, tokenizer, args, model=model, optimizers=(optimizer, None))
-    before = trainer.objective.projector.weight.detach().clone()
+    before = trainer.term.projector.weight.detach().clone()
     trainer.train()
     trainer.create_optimizer()
-    assert not torch.equal(trainer.objective.projector.weight, before) and len(optimizer.param_groups) == 2
+    assert not torch.equal(trainer.term.projector.weight, before) and len(optimizer.param_groups) == 2
 
 
 @pytest.mark.parametrize("regularizer", ["vicreg", "sigreg"])
@@ -512,8 +513,8 @@ def test_weight_that_starts_at_zero_starts_as_plain_sft(dataset, tokenizer, tmp_
 
 def tube_terms(model, args, row: dict, step: int) -> torch.Tensor | None:
     """1 - cos of the two displacements of one row's own tube, states from a pass of its own."""
-    a, b, c, d = row["content"]
-    tube = draw_tube([(a, b), (c, d)], args.stp_formula, random.Random(f"{args.seed} {step} {row['index']}"))
+    spans = [(row["context_start"], row["context_end"]), (row["target_start"], row["target_end"])]
+    tube = draw_tube(spans, args.stp_formula, random.Random(f"{args.seed} {step} {row['index']}"))
     if tube is None:
         return None
     hidden = states(model, row["input_ids"], args.readout_layer)
@@ -637,7 +638,7 @@ def test_resumed_run_is_the_uninterrupted_run(case, dataset, tokenizer, tmp_path
     assert history(resumed, "loss") == history(whole, "loss")
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
-    ours, theirs = whole.objective.state(), resumed.objective.state()
+    ours, theirs = whole.term.state(), resumed.term.state()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert bool(ours) == ("ema" in case or "reg" in case)
 

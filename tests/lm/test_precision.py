@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_jepa.core.losses import jepa_loss
-from llm_jepa.lm.attention import model_inputs
+from llm_jepa.lm.attention import attention_of_views, model_inputs
 from llm_jepa.lm.batching import JEPACollator
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
 from llm_jepa.lm.probe import choose_layout
@@ -30,7 +30,9 @@ def step(model, views, predictors, layout, **collator) -> tuple[float, torch.Ten
         key: value.to(DEVICE) for key, value in JEPACollator(0, predictors, layout=layout, **collator)(views).items()
     }
     wanted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    output = model(**model_inputs(batch, model), logits_to_keep=wanted != -100, output_hidden_states=-1)
+    output = model(
+        **model_inputs(batch, model, attention_of_views(layout)), logits_to_keep=wanted != -100, output_hidden_states=-1
+    )
     predicted, target = read_pairs(output.hidden_states[-1], batch)
     lm = F.cross_entropy(output.logits.flatten(0, -2).float(), wanted[wanted != -100])
     loss = lm + jepa_loss(predicted, target, objective="cosine").mean()

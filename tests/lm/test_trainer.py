@@ -181,9 +181,9 @@ def test_lora_trains_and_saves_exactly_its_adapters_and_the_predictor_rows(tied,
     args = config(tmp_path, jepa_weight=1.0, num_predictor_tokens=2, learning_rate=0.5)
     trainer = make(dataset, tokenizer, args, model=model, peft_config=lora)
     vocabulary = torch.arange(len(trainer.processing_class))
-    before = trainer._base_model.get_input_embeddings()(vocabulary).detach().clone()
+    before = trainer.base_model.get_input_embeddings()(vocabulary).detach().clone()
     trainer.train()
-    after = trainer._base_model.get_input_embeddings()(vocabulary).detach()
+    after = trainer.base_model.get_input_embeddings()(vocabulary).detach()
     moved = (after - before).abs().sum(dim=1).nonzero()[:, 0].tolist()
     assert moved == trainer.predictor_ids, "all predictor rows and no other must move"
 
@@ -245,7 +245,7 @@ def test_resumed_run_is_the_uninterrupted_run(lora, dataset, tokenizer, tmp_path
         assert torch.equal(value, weights(resumed)[name]), name
     assert history(resumed, "loss") == history(whole, "loss")
     assert history(resumed, "num_tokens") == history(whole, "num_tokens")
-    assert resumed._start_diagnostics == whole._start_diagnostics
+    assert resumed.start_diagnostics == whole.start_diagnostics
 
 
 def test_every_trained_parameter_is_in_the_checkpoint(dataset, tokenizer, tmp_path):
@@ -265,13 +265,13 @@ def test_every_trained_parameter_is_in_the_checkpoint(dataset, tokenizer, tmp_pa
 
 def test_nan_stops_before_the_optimizer_and_names_the_last_good_checkpoint(dataset, tokenizer, tmp_path):
     trainer = make(dataset, tokenizer, config(tmp_path, save_strategy="steps", save_steps=2, max_steps=8))
-    real = trainer._forward
+    real = trainer.losses
 
-    def poisoned(model, inputs):
-        step = real(model, inputs)
-        return step._replace(token_nll=step.token_nll * (float("nan") if trainer.state.global_step == 4 else 1.0))
+    def poisoned(model, inputs, plan, part):
+        losses = real(model, inputs, plan, part)
+        return losses._replace(token_nll=losses.token_nll * (float("nan") if plan.step == 4 else 1.0))
 
-    trainer._forward = poisoned
+    trainer.losses = poisoned
     with pytest.raises(NonFiniteLossError, match="step 5.*checkpoint-4"):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
@@ -387,7 +387,7 @@ def test_a_model_can_be_named_by_its_folder(dataset, tokenizer, tmp_path):
 
 def test_collapse_is_warned_of_once(dataset, tokenizer, tmp_path, monkeypatch):
     """Plain cosine with a heavy weight and nothing else to learn collapses in a few steps."""
-    from llm_jepa.lm import trainer as module
+    from llm_jepa.core import trainer as module
 
     warned = []
     monkeypatch.setattr(module.logger, "warning", lambda text, *a: warned.append(text))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jepa.core.losses import jepa_distance
-from llm_jepa.lm.tubes import Tube, draw_tube, tube_distance
+from llm_jepa.lm.tubes import Tube, draw_tube, stack_tubes, tube_distance
 
 SPANS = [(3, 6), (9, 11)]  # user tokens 3, 4, 5; assistant tokens 9, 10; the template's between and around them
 LENGTH = 13
@@ -179,6 +179,10 @@ def test_spans_out_of_order_are_a_mistake_of_ours(spans):
 PATH = [[1.0, 1.0], [4.0, 5.0], [8.0, 8.0], [5.0, 4.0], [10.0, -8.0]]
 
 
+def distance(hidden, tubes):
+    return tube_distance(hidden, stack_tubes(tubes, hidden.shape[1]))
+
+
 def paper_tube(s, r, t):
     return Tube([(r, 1), (s, -1)], [(t, 1), (r, -1)])
 
@@ -209,13 +213,13 @@ def test_distances_worked_by_hand():
     both = Tube([(1, 1), (0, -1), (4, 1), (3, -1)], [(2, 1), (1, -1)])
     given = [(1, 0, paper_tube(0, 1, 2)), (1, 0, paper_tube(1, 2, 3)), (1, 0, paper_tube(0, 2, 3)), (1, 0, both)]
     expected = [1 - 24 / 25, 1 + 24 / 25, 1 + 49 / (5 * 98**0.5), 1 - 8 / (5 * 128**0.5)]
-    assert tube_distance(hidden, given).tolist() == pytest.approx(expected, rel=1e-10)
+    assert distance(hidden, given).tolist() == pytest.approx(expected, rel=1e-10)
 
 
 def test_distances_and_gradients_are_those_of_each_tube_alone():
     """Tubes of two rows and of several widths in one call, weighted so that none can take another's place."""
     hidden, drawn_tubes = states().requires_grad_(), tubes()
-    found = tube_distance(hidden, drawn_tubes)
+    found = distance(hidden, drawn_tubes)
     expected = torch.stack([one_by_one(hidden, *tube) for tube in drawn_tubes])
     torch.testing.assert_close(found, expected)
     assert found.shape == (12,) and found.unique().numel() == 12
@@ -228,7 +232,7 @@ def test_distances_and_gradients_are_those_of_each_tube_alone():
 
 def test_the_gradient_is_the_numerical_one():
     hidden, drawn_tubes = states(dimensions=3).requires_grad_(), tubes()[:4]
-    assert torch.autograd.gradcheck(lambda h: tube_distance(h, drawn_tubes), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: distance(h, drawn_tubes), (hidden,))
 
 
 @pytest.mark.parametrize("formula", ["paper", "code"])
@@ -238,17 +242,17 @@ def test_a_straight_path_has_no_distance_and_one_that_turns_back_has_two(formula
     steps = torch.tensor([0.3, 1.0, 0.1, 2.0, 0.5, 0.7, 0.2, 3.0, 0.4, 0.6, 1.5, 0.9, 0.8]).cumsum(0)
     hidden = (5 + steps[:, None] * torch.tensor([1.0, -2.0, 0.5]))[None]
     drawn_tubes = [(0, 0, draw_tube(SPANS, formula, random.Random(seed))) for seed in range(30)]
-    assert tube_distance(hidden, drawn_tubes).abs().max() < 1e-5
-    assert tube_distance(hidden, [(0, 0, paper_tube(3, 9, 4))]).item() == pytest.approx(2, abs=1e-5)
+    assert distance(hidden, drawn_tubes).abs().max() < 1e-5
+    assert distance(hidden, [(0, 0, paper_tube(3, 9, 4))]).item() == pytest.approx(2, abs=1e-5)
 
 
 def test_distances_do_not_see_scale_rotation_or_translation():
     hidden, drawn_tubes = states(), tubes()
     rotation = torch.linalg.qr(states(1, 6, 6, seed=1)[0])[0]
-    before = tube_distance(hidden, drawn_tubes)
+    before = distance(hidden, drawn_tubes)
     for same in (7 * hidden, hidden @ rotation, hidden + 30 * rotation[0]):
-        torch.testing.assert_close(tube_distance(same, drawn_tubes), before)
-    assert (tube_distance(hidden * torch.tensor([5.0, 1, 1, 1, 1, 1]), drawn_tubes) - before).abs().min() > 1e-4
+        torch.testing.assert_close(distance(same, drawn_tubes), before)
+    assert (distance(hidden * torch.tensor([5.0, 1, 1, 1, 1, 1]), drawn_tubes) - before).abs().min() > 1e-4
 
 
 def test_a_packed_example_has_the_distance_it_has_alone():
@@ -257,7 +261,7 @@ def test_a_packed_example_has_the_distance_it_has_alone():
     packed[0, 4:17], packed[0, 20:33] = hidden[0], hidden[1]
     drawn_tubes = tubes()
     moved = [(0, (4, 20)[row], tube) for row, _, tube in drawn_tubes]
-    torch.testing.assert_close(tube_distance(packed, moved), tube_distance(hidden, drawn_tubes), rtol=0, atol=0)
+    torch.testing.assert_close(distance(packed, moved), distance(hidden, drawn_tubes), rtol=0, atol=0)
 
 
 def test_states_that_are_not_the_tubes_own_do_not_matter():
@@ -267,8 +271,8 @@ def test_states_that_are_not_the_tubes_own_do_not_matter():
     own = hidden.new_zeros(2, LENGTH, 1).index_fill(1, torch.tensor([2, 3, 5, 8, 9]), 1).bool()
     own[0] = False
     broken = hidden.where(own, torch.nan).requires_grad_()
-    found = tube_distance(broken, [(1, 0, tube)])
-    torch.testing.assert_close(found, tube_distance(hidden, [(1, 0, tube)]))
+    found = distance(broken, [(1, 0, tube)])
+    torch.testing.assert_close(found, distance(hidden, [(1, 0, tube)]))
     (slope,) = torch.autograd.grad(found.sum(), broken)
     assert slope.isfinite().all() and slope.gt(0).any()
     assert (slope != 0).any(dim=-1).nonzero()[:, 1].tolist() == [2, 3, 5, 8, 9]
@@ -277,7 +281,7 @@ def test_states_that_are_not_the_tubes_own_do_not_matter():
 def test_without_a_tube_there_is_no_distance():
     """[0], with a gradient of zero: a step whose rows are all too short adds nothing and breaks nothing."""
     hidden = states().requires_grad_()
-    found = tube_distance(hidden, [])
+    found = distance(hidden, [])
     assert found.shape == (0,)
     assert torch.autograd.grad(found.sum(), hidden)[0].abs().max() == 0
 
@@ -285,7 +289,7 @@ def test_without_a_tube_there_is_no_distance():
 def test_states_that_stand_still_have_a_finite_distance_and_gradient():
     """Displacements of zero have no direction."""
     hidden = torch.ones(2, LENGTH, 4, requires_grad=True)
-    found = tube_distance(hidden, tubes())
+    found = distance(hidden, tubes())
     assert found.tolist() == [1.0] * 12
     assert torch.autograd.grad(found.sum(), hidden)[0].isfinite().all()
 
@@ -294,9 +298,9 @@ def test_bfloat16_states_are_subtracted_in_float32():
     """To 1e-5 of float64 on the same numbers, float32 out, bfloat16 gradients, also under autocast; displacements
     rounded to bfloat16 would be off by more than 1e-3."""
     hidden, drawn_tubes = states().bfloat16().requires_grad_(), tubes()
-    expected = tube_distance(hidden.detach().double(), drawn_tubes)
+    expected = distance(hidden.detach().double(), drawn_tubes)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = tube_distance(hidden, drawn_tubes)
+        found = distance(hidden, drawn_tubes)
     assert found.dtype == torch.float32 and expected.dtype == torch.float64
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     narrow = torch.stack([
@@ -312,4 +316,4 @@ def test_bfloat16_states_are_subtracted_in_float32():
 def test_a_position_outside_its_row_is_a_mistake_of_ours(offset, last):
     """In the flattened states it would be the next row's or the previous one's."""
     with pytest.raises(AssertionError):
-        tube_distance(states(), [(0 if offset >= 0 else 1, offset, paper_tube(2, 5, last))])
+        distance(states(), [(0 if offset >= 0 else 1, offset, paper_tube(2, 5, last))])

@@ -341,7 +341,7 @@ def test_template_arguments_are_trls(name, extra, written, tmp_path):
     assert theirs != plain, "the argument did nothing"
     view = build_views(rows[0], tokenizer)
     assert (view.input_ids, view.labels) == (theirs["input_ids"], theirs["labels"])
-    assert tokenizer.decode(view.input_ids[: view.content[1]]).endswith("user\nx")
+    assert tokenizer.decode(view.input_ids[: view.context_end]).endswith("user\nx")
     assert tokenizer.decode(view.targets[0]) == SHAPES[name].target("over")
 
 
@@ -372,12 +372,12 @@ def test_split_is_right_after_the_last_content_token_of_the_prompt(name):
             turns = turns_of(shape, content, kind)
             view = build_views(pair(turns, "user"), tokenizer)
             before, after = (
-                tokenizer.decode(view.input_ids[: view.content[1]]),
-                tokenizer.decode(view.input_ids[view.content[1] :]),
+                tokenizer.decode(view.input_ids[: view.context_end]),
+                tokenizer.decode(view.input_ids[view.context_end :]),
             )
             assert before == shape.text(turns), (kind, content)
             assert (before + after).startswith(shape.text([*turns, ("assistant", "user")]))
-            assert view.contexts == [view.input_ids[: view.content[1]]] and not view.truncated
+            assert view.contexts == [view.input_ids[: view.context_end]] and not view.truncated
 
 
 @every_shape
@@ -393,7 +393,7 @@ def test_target_is_header_and_content(name):
             if shape.header_in_row:
                 bare = view.targets[0][1:] if shape.bos else view.targets[0]
                 starts = [i for i in range(len(view.input_ids)) if view.input_ids[i : i + len(bare)] == bare]
-                assert any(i >= view.content[1] for i in starts), "the target's tokens are not those of the LM row"
+                assert any(i >= view.context_end for i in starts), "the target's tokens are not those of the LM row"
 
 
 @every_shape
@@ -406,9 +406,9 @@ def test_message_context_is_header_and_content_of_the_last_user_turn(name):
             view, prefix = build_views(row, tokenizer, context_view="message"), build_views(row, tokenizer)
             assert tokenizer.decode(view.contexts[0]) == shape.context(content), (kind, content)
             assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
-            own = {key: getattr(prefix, key) for key in ("contexts", "headers", "context_key")}
+            own = {key: getattr(prefix, key) for key in ("contexts", "context_header", "context_key")}
             assert dataclasses.replace(view, **own) == prefix
-            seen = tokenizer.decode(prefix.input_ids[: prefix.content[1]])
+            seen = tokenizer.decode(prefix.input_ids[: prefix.context_end])
             assert ("Be the fox." in seen) == ("system" in kind) and ("quick fox" in seen) >= ("multi" in kind)
             assert (shape.opening in seen) == ("system" not in kind or not shape.opening)
 
@@ -438,8 +438,8 @@ def test_published_templates_of_supported_families(name, header, end, bos, thoug
     opening = BOS if bos else ""
     for content in ("the fox", "user", "🦊", "x"):
         view = build_views(pair([*EARLIER, ("user", content)], "assistant"), tokenizer, context_view="message")
-        assert tokenizer.decode(view.input_ids[: view.content[1]]).endswith(header.format("user") + content)
-        assert tokenizer.decode(view.input_ids[view.content[1] :]).startswith(end)
+        assert tokenizer.decode(view.input_ids[: view.context_end]).endswith(header.format("user") + content)
+        assert tokenizer.decode(view.input_ids[view.context_end :]).startswith(end)
         assert tokenizer.decode(view.contexts[0]) == opening + header.format("user") + content
         assert tokenizer.decode(view.targets[0]) == opening + header.format("assistant") + thought + "assistant"
     assert tokenizer.convert_tokens_to_ids(end) in end_of_turn_ids(tokenizer)
@@ -464,7 +464,7 @@ def test_system_prompt_that_moves_when_the_answer_comes(tmp_path):
     assert tokenizer.decode(view.input_ids) == f"{BOS}[INST] the fox [/INST] over</s>"
     assert tokenizer.decode(view.targets[0]) == f"{BOS} over"
     assert tokenizer.decode(view.contexts[0]) == f"{BOS}[INST] the fox"
-    assert tokenizer.decode(view.input_ids[: view.content[1]]) == f"{BOS}[INST] the fox"
+    assert tokenizer.decode(view.input_ids[: view.context_end]) == f"{BOS}[INST] the fox"
 
 
 def test_thoughts_of_earlier_turns_are_gone():
@@ -473,7 +473,7 @@ def test_thoughts_of_earlier_turns_are_gone():
     turns = [("user", "fox"), ("assistant", "<think>\nsecret\n</think>\n\nover"), ("user", "x")]
     view = build_views(pair(turns, "fox"), tokenizer)
     assert "secret" not in tokenizer.decode(view.input_ids)
-    assert tokenizer.decode(view.input_ids[: view.content[1]]) == shape.text(turns)
+    assert tokenizer.decode(view.input_ids[: view.context_end]) == shape.text(turns)
     assert tokenizer.decode(view.targets[0]) == shape.target("fox")
 
 
@@ -494,8 +494,8 @@ def test_content_that_shares_a_token_with_the_template_keeps_that_token():
     tokenizer = tokenizer_of("mistral")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}! {% endfor %}"
     view = build_views(pair([("user", "fox]")], "over]"), tokenizer)
-    assert tokenizer.convert_ids_to_tokens(view.input_ids[: view.content[1]])[-1] == "]!"
-    assert tokenizer.decode(view.input_ids[: view.content[1]]) == "fox]!"
+    assert tokenizer.convert_ids_to_tokens(view.input_ids[: view.context_end])[-1] == "]!"
+    assert tokenizer.decode(view.input_ids[: view.context_end]) == "fox]!"
     assert tokenizer.decode(view.targets[0]) == "over]", "a view on its own ends with its content"
 
 
@@ -526,8 +526,8 @@ def test_cuts_of_a_sentencepiece_tokenizer():
         for content in map(str.strip, CONTENTS):
             turns = turns_of(shape, content, kind)
             view = build_views(pair(turns, content), tokenizer, context_view="message")
-            assert view.input_ids[: view.content[1]] == ids_of(tokenizer, shape.text(turns)), (kind, content)
-            assert view.input_ids[view.content[1]] == tokenizer.eos_token_id
+            assert view.input_ids[: view.context_end] == ids_of(tokenizer, shape.text(turns)), (kind, content)
+            assert view.input_ids[view.context_end] == tokenizer.eos_token_id
             assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
             assert view.targets[0] == ids_of(tokenizer, shape.target(content))
 
@@ -538,7 +538,7 @@ def test_a_normalizer_that_shortens_text_does_not_move_the_cut():
     tokenizer._tokenizer.normalizer = normalizers.NFC()
     turns = [("user", "e\u0301e\u0301e\u0301 fox e\u0301")]
     view = build_views(pair(turns, "e\u0301e\u0301 over"), tokenizer, context_view="message")
-    assert tokenizer.decode(view.input_ids[: view.content[1]]) == shape.text([("user", "ééé fox é")])
+    assert tokenizer.decode(view.input_ids[: view.context_end]) == shape.text([("user", "ééé fox é")])
     assert tokenizer.decode(view.contexts[0]) == shape.context("ééé fox é")
     assert tokenizer.decode(view.targets[0]) == shape.target("éé over")
 
@@ -548,7 +548,7 @@ def test_the_last_prompt_turn_need_not_be_the_users():
     shape, tokenizer = SHAPES["chatml"], tokenizer_of("chatml")
     row = pair([("user", "x"), ("assistant", "look"), ("tool", "42")], "over")
     view = build_views(row, tokenizer)
-    assert tokenizer.decode(view.input_ids[: view.content[1]]).endswith("<|im_start|>tool\n42")
+    assert tokenizer.decode(view.input_ids[: view.context_end]).endswith("<|im_start|>tool\n42")
     assert tokenizer.decode(view.targets[0]) == shape.target("over")
     with pytest.raises(UserError, match="row 3.*'tool'.*context_view: prefix"):
         build_views(row, tokenizer, context_view="message", where="row 3")
@@ -570,7 +570,7 @@ def test_cuts_hold_for_any_printable_content(name):
     def check(earlier, content, answer):
         turns = [("user", earlier), ("assistant", content), ("user", content)]
         view = build_views(pair(turns, answer), tokenizer, context_view="message")
-        assert tokenizer.decode(view.input_ids[: view.content[1]]) == shape.text(turns)
+        assert tokenizer.decode(view.input_ids[: view.context_end]) == shape.text(turns)
         assert tokenizer.decode(view.contexts[0]) == shape.context(content)
         assert tokenizer.decode(view.targets[0]) == shape.target(answer)
         assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
@@ -637,7 +637,7 @@ def test_max_length_cuts_row_and_views_at_the_end(name, context_view, tmp_path):
         view = build_views(row, tokenizer, **options)
         assert view.input_ids == whole.input_ids[:limit] and view.labels == whole.labels[:limit]
         assert view.contexts == [whole.contexts[0][:limit]] and view.targets == [whole.targets[0][:limit]]
-        assert view.content[1] == whole.content[1] and view.target_key == whole.target_key
+        assert view.context_end == whole.context_end and view.target_key == whole.target_key
         longest = max(len(whole.input_ids), len(whole.contexts[0]), len(whole.targets[0]))
         assert view.truncated == (limit < longest)
     assert prompt_length + 1 < len(whole.input_ids)
@@ -670,8 +670,8 @@ def test_a_token_across_the_boundary_is_not_in_the_context(add_bos, tmp_path):
     for row, reference in zip(rows, theirs, strict=True):
         view = build_views(row, tokenizer)
         prompt_length = next(i for i, label in enumerate(reference["labels"]) if label != IGNORE)
-        seen = tokenizer.decode(view.input_ids[: view.content[1]]).removeprefix(BOS if add_bos else "")
-        assert 0 < view.content[1] <= prompt_length and row["prompt"].startswith(seen) and seen.strip()
+        seen = tokenizer.decode(view.input_ids[: view.context_end]).removeprefix(BOS if add_bos else "")
+        assert 0 < view.context_end <= prompt_length and row["prompt"].startswith(seen) and seen.strip()
         merged += seen != row["prompt"].rstrip()
         assert tokenizer.decode(view.targets[0]) == (BOS if add_bos else "") + row["completion"].rstrip()
     assert merged >= 3, "no token crossed the boundary"
@@ -698,7 +698,7 @@ def test_plain_views_are_the_two_strings(add_bos):
     view = build_views(row, tokenizer, context_view="message")
     assert view.contexts[0] == ids_of(tokenizer, f"{bos}the quick fox")
     assert view.targets[0] == ids_of(tokenizer, f"{bos} jumps over")
-    assert tokenizer.decode(view.input_ids[: view.content[1]]) == f"{bos}the quick fox"
+    assert tokenizer.decode(view.input_ids[: view.context_end]) == f"{bos}the quick fox"
     assert tokenizer.decode(view.input_ids) == f"{bos}the quick fox \n jumps over \n{tokenizer.eos_token}"
 
 
@@ -845,7 +845,7 @@ def test_a_template_that_hides_content_is_cut_right_or_refused(template):
     except UserError as error:
         assert "row 3" in str(error)
     else:
-        assert tokenizer.decode(view.input_ids[: view.content[1]]).lower().endswith("the fox")
+        assert tokenizer.decode(view.input_ids[: view.context_end]).lower().endswith("the fox")
         assert tokenizer.decode(view.targets[0]).lower().endswith("over")
 
 
@@ -948,6 +948,6 @@ def test_content_ranges_are_the_content(name):
         (tokenizer_of(name), pair(turns_of(SHAPES[name], "the fox", kinds(SHAPES[name])[-1]), "over")),
     ):
         view = build_views(row, tokenizer)
-        a, b, c, d = view.content
+        a, b, c, d = view.context_start, view.context_end, view.target_start, view.target_end
         found = [tokenizer.decode(view.input_ids[start:end]).strip() for start, end in ((a, b), (c, d))]
         assert found[1] == "over" and found[0].endswith("the fox") and len(found[0]) <= len("\nthe fox")

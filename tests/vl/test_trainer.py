@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_jepa.core import checkpoint
+from llm_jepa.core import trainer as trainer_module
 from llm_jepa.core.errors import NonFiniteLossError, UserError
 from llm_jepa.core.files import text_key
 from llm_jepa.core.losses import info_nce, jepa_distance
-from llm_jepa.vl import trainer as trainer_module
+from llm_jepa.vl import trainer as vl_trainer_module
 from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair
 from llm_jepa.vl.features import cache_features
 from llm_jepa.vl.trainer import VLJEPATrainer
@@ -241,9 +242,9 @@ def test_a_frozen_y_encoder_reads_every_text_once_and_trains_as_if_it_read_them_
     options = {"y_encoder_lr_factor": 0, "validation": make_clips(4, seed=1), "eval_strategy": "steps", "eval_steps": 2}
     cached, start = run(tmp_path / "a", model=model, processor=processor, **options)
     assert sum(calls) == len(TEXTS)
-    monkeypatch.setattr(trainer_module, "MAX_TEXTS", 0)
+    monkeypatch.setattr(vl_trainer_module, "MAX_TEXTS", 0)
     warned = []
-    monkeypatch.setattr(trainer_module.logger, "warning", lambda text, *a: warned.append(text))
+    monkeypatch.setattr(vl_trainer_module.logger, "warning", lambda text, *a: warned.append(text))
     model, processor = parts(y_dropout=0.1)
     calls = count_calls(model.y_encoder)
     fresh, _ = run(tmp_path / "b", model=model, processor=processor, **options)
@@ -286,7 +287,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(pairs_per_clip, tmp_path):
         rates = [group["lr"] for group in resumed.optimizer.param_groups]
         assert rates == [group["lr"] for group in whole.optimizer.param_groups]
         assert max(rates) == pytest.approx(20 * min(rates)) or max(rates) == 0
-        assert resumed._start_diagnostics == whole._start_diagnostics and "recall_at_1" in whole._start_diagnostics
+        assert resumed.start_diagnostics == whole.start_diagnostics and "recall_at_1" in whole.start_diagnostics
     assert checkpoint.fault(tmp_path / "checkpoint-3") is None
     assert not list(tmp_path.rglob("training_args.bin")), "a pickle was left in a checkpoint"
 
@@ -402,7 +403,7 @@ def test_collapse_is_warned_of_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 1e-3)])
 def test_training_from_the_cache_is_training(dtype, tolerance, tmp_path, monkeypatch):
     """And neither a step nor an evaluation runs the x_encoder. Training and validation have their own features."""
-    monkeypatch.setattr(trainer_module, "cache_features", functools.partial(cache_features, dtype=dtype))
+    monkeypatch.setattr(vl_trainer_module, "cache_features", functools.partial(cache_features, dtype=dtype))
     options = {"validation": make_clips(4, seed=1), "eval_strategy": "steps", "eval_steps": 2, "diagnostics_pairs": 4}
     fresh, start = run(tmp_path / "a", **options)
     model, processor = parts()

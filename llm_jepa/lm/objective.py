@@ -30,7 +30,7 @@ from .views import IGNORE
 
 
 class JEPATerm:
-    """Args: the configuration of the run, the width of the hidden states, the device of this rank, the model's dtype."""
+    """Args: the configuration of the run, the width of the hidden states, the device of this rank, the dtype."""
 
     def __init__(
         self, args: LLMJEPAConfig, hidden_size: int, device: torch.device, dtype: torch.dtype = torch.float32

@@ -26,7 +26,7 @@ from tests.vl.runs import arguments
         ({"label_smoothing_factor": 0.1}, "no labels"),
         ({"hub_token": "hf_secret"}, "hf auth login"),
         ({"bf16": True, "use_cpu": False}, "need a GPU"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "pairs are not rows"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "a pair is not a row"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, said, tmp_path, monkeypatch):

@@ -147,10 +147,11 @@ def embed(options: argparse.Namespace) -> None:
     _check_output(options)
     from safetensors.torch import save_file
 
-    from .batching import JEPACollator, embed_pairs
+    from .batching import JEPACollator
     from .loading import read_rows
     from .predictor_tokens import predictor_token_ids
     from .probe import choose_layout
+    from .reading import embed_pairs
     from .views import add_view_columns
 
     rows = read_rows(options.input)
@@ -171,7 +172,8 @@ def embed(options: argparse.Namespace) -> None:
     collator = JEPACollator(tokenizer.pad_token_id, predictors, layout=layout, **readout)
     size = options.batch_size
     batches = [collator(views[start : start + size]) for start in range(0, len(views), size)]
-    context, target, _ = embed_pairs(model, model, batches, layer=how.get("readout_layer", -1))  # [N, D] each
+    layer = how.get("readout_layer", -1)
+    context, target, _ = embed_pairs(model, model, batches, layout=layout, layer=layer)  # [N, D] each
     save_file({"context": context.cpu(), "target": target.cpu()}, options.output)
     print(f"Wrote context and target {tuple(context.shape)} to {options.output}")
 

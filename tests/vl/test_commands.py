@@ -482,7 +482,7 @@ def test_recipe_mistakes(changes, said, recipe, tmp_path, capsys, monkeypatch):
     ("changes", "said"),
     [
         ({"per_device_train_batch_size": 1, "pairs_per_clip": 1}, "needs other pairs as negatives"),
-        ({"regularizer": "sigreg", "per_device_train_batch_size": 2}, "cannot judge a distribution by"),
+        ({"regularizer": "sigreg", "per_device_train_batch_size": 2}, "cannot estimate a distribution from"),
         ({"x_encoder_trainable_layers": 3}, "the x_encoder has 2 blocks"),
     ],
 )

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -87,7 +88,7 @@ GRAPH = {
 
 FAMILIES = ("lm", "vl", "world")
 STUBS = {"losses", "trainer", "config", "packing", "views", "vl.config", "vl.video", "vl.selective_decoding"} | {
-    "data", "data.nl_rx", "data.shapestream"
+    "vl.report", "data", "data.nl_rx", "data.shapestream"
 }  # fmt: skip
 
 
@@ -187,6 +188,15 @@ def test_every_public_name_is_there():
             assert getattr(package, name).__module__ == resolve_name(package._HOMES[name], package.__name__)
         with pytest.raises(AttributeError, match="no_such_name"):
             _ = package.no_such_name
+
+
+def test_every_file_of_the_package_is_installed_with_it():
+    """Templates, styles and configurations: setuptools installs only the package data that pyproject.toml names."""
+    package = ROOT / "llm_jepa"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llm_jepa"]
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    other = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert other == installed and len(other) > 5
 
 
 # -- what is not there ----------------------------------------------------------------------------------------------

@@ -430,7 +430,7 @@ def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_pa
     save_file({"nothing": torch.zeros(1)}, broken / "model.safetensors", metadata={"format": "pt"})
     expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "partly random")
     (broken / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "no causal LM")
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "not a causal LM")
 
 
 def test_predictor_tokens_missing_from_the_tokenizer(trained, tmp_path, rows, capsys):

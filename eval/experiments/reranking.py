@@ -22,7 +22,7 @@ from llm_jepa import info_nce
 from llm_jepa.core.diagnostics import evaluating
 from llm_jepa.lm.attention import model_inputs
 from llm_jepa.lm.batching import JEPACollator
-from llm_jepa.lm.inference import PLAIN, encode, read
+from llm_jepa.lm.inference import PLAIN, decode_tokens, encode
 from llm_jepa.lm.predictor_tokens import known_predictor_ids
 from llm_jepa.lm.reading import embed_pairs
 from llm_jepa.lm.views import IGNORE, end_of_turn_ids
@@ -65,7 +65,7 @@ def sample(
                 **PLAIN,
             )
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [read(tokenizer, row, stop).text for row in rows]
+        answers = [decode_tokens(tokenizer, row, stop).text for row in rows]
         samples += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
     return samples
 

@@ -1,4 +1,4 @@
-"""What a recipe will do to a row, for people: the packed segments, who sees whom, and what the views cost in tokens."""
+"""A preview of training for people: one packed row, who sees whom in it, and the cost of the views in tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import LLMJEPAConfig
-from .batching import CONTEXT, LM_ROW, TARGET, JEPACollator
+from .batching import CONTEXT, LM_ROW, TARGET, JEPACollator, Segment
 from .data import bank_collator, training_collator, view_options
 from .predictor_tokens import predictor_token_ids
 from .views import IGNORE, add_view_columns
@@ -21,29 +21,24 @@ SAMPLE = 256
 def describe_row(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig, *, color: bool = False
 ) -> str:
-    """The segments of one packed row with positions, what they see, what is trained and where embeddings are read."""
+    """The segments of one packed row: positions, what each sees, what is trained, where embeddings are read."""
     views = _views(row, 0, tokenizer, args)
     packed = _collator(tokenizer, args).example(views)
     lines = []
     for segment in packed.segments:
-        ids, last = segment.ids, segment.start + len(segment.ids) - 1
-        sees = f"itself and the first {segment.start} tokens of the LM row" if segment.start else "itself"
-        text = repr(tokenizer.decode(ids))
-        if color:
-            text = f"\x1b[{COLORS[segment.kind]}m{text}\x1b[0m"
-        lines.append(f"{NAMES[segment.kind]:8s} {len(ids):4d} tokens, positions {segment.start}..{last}, sees {sees}")
-        lines.append(f"         {text}")
+        lines += _describe_segment(segment, tokenizer, color)
         if segment.kind == LM_ROW:
-            trained = [token for token, label in zip(ids, views["labels"], strict=True) if label != IGNORE]
+            trained = [token for token, label in zip(segment.ids, views["labels"], strict=True) if label != IGNORE]
             lines.append(f"         trained: {len(trained)} tokens, {tokenizer.decode(trained)!r}")
-    for name, reads in (("context", packed.contexts), ("target", packed.targets)):
-        for read in reads:
-            s, i = read[-1]
-            token = repr(tokenizer.decode([packed.segments[s].ids[i]]))
-            where = f"the mean of {len(read)} states up to" if args.readout == "mean" else "the state of"
-            lines.append(f"{name} embedding: {where} the {NAMES[packed.segments[s].kind]}'s token {i}, {token}")
+    for name, embeddings in (("context", packed.contexts), ("target", packed.targets)):
+        for places in embeddings:  # of the states whose mean, or whose last one, is the embedding
+            number, index = places[-1]
+            segment = packed.segments[number]
+            token = repr(tokenizer.decode([segment.ids[index]]))
+            states = f"the mean of {len(places)} states up to" if args.readout == "mean" else "the state of"
+            lines.append(f"{name} embedding: {states} the {NAMES[segment.kind]}'s token {index}, {token}")
     for ids in packed.apart:
-        lines.append(f"target in a row of its own, without gradient: {tokenizer.decode(ids)!r}")
+        lines.append(f"target in a separate row, without gradient: {tokenizer.decode(ids)!r}")
     if not args.uses_jepa:
         lines.append("jepa_weight is 0: plain SFT, no view is added.")
     elif not args.uses_views:
@@ -51,17 +46,31 @@ def describe_row(
     return "\n".join(lines)
 
 
+def _describe_segment(segment: Segment, tokenizer: PreTrainedTokenizerBase, color: bool) -> list[str]:
+    start, count = segment.start, len(segment.ids)
+    sees = f"itself and the first {start} tokens of the LM row" if start else "itself"
+    text = repr(tokenizer.decode(segment.ids))
+    if color:
+        text = f"\x1b[{COLORS[segment.kind]}m{text}\x1b[0m"
+    return [
+        f"{NAMES[segment.kind]:8s} {count:4d} tokens, positions {start}..{start + count - 1}, sees {sees}",
+        f"         {text}",
+    ]
+
+
 def token_cost(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> str:
-    """Mean tokens per example against plain SFT, over the first rows. Tokens, not seconds."""
-    sample = [_views(row, i, tokenizer, args) for i, row in enumerate(rows.select(range(min(SAMPLE, len(rows)))))]
-    sft = sum(len(views["input_ids"]) for views in sample) / len(sample)
+    """Mean tokens per example compared with plain SFT, over the first rows. Tokens, not seconds."""
     collator = _collator(tokenizer, args)
-    examples = [collator.example(views) for views in sample]
-    lengths = [sum(len(s.ids) for s in e.segments) + sum(map(len, e.apart)) for e in examples]
-    ours = sum(lengths) / len(sample)
+    count = min(SAMPLE, len(rows))
+    sft = ours = 0
+    for index, row in enumerate(rows.select(range(count))):
+        views = _views(row, index, tokenizer, args)
+        packed = collator.example(views)
+        sft += len(views["input_ids"])
+        ours += sum(len(segment.ids) for segment in packed.segments) + sum(map(len, packed.apart))
     return (
-        f"{ours:.1f} tokens per example against {sft:.1f} of plain SFT: {ours / sft:.2f} x "
-        f"(context_view {args.context_view}, mean of {len(sample)} rows; the published code pays 3 x before padding)"
+        f"{ours / count:.1f} tokens per example against {sft / count:.1f} of plain SFT: {ours / sft:.2f} x "
+        f"(context_view {args.context_view}, mean of {count} rows; the published code pays 3 x before padding)"
     )
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer and a random model, for training from scratch without any download."""
+"""A tokenizer and a model with random weights, for training from scratch without any download."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import (
     set_seed,
 )
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line, one_line
 from ..core.tokenizer import train_bpe
 from .views import parse_row
 
 
 def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """`core.tokenizer.train_bpe` over the text of TRL rows."""
+    """Train a byte-level BPE (`core.tokenizer.train_bpe`) over the texts of TRL rows."""
     return train_bpe(_texts(rows), vocab_size)
 
 
@@ -51,22 +51,23 @@ def random_model(
             eos_token_id=tokenizer.eos_token_id,
         )
     except StrictDataclassError as error:
-        raise UserError(f"model_config: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model_config: {one_line(error, 300)}") from None
     set_seed(seed)
     kwargs["attn_implementation"] = kwargs.get("attn_implementation") or default_attention(config)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
     except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise UserError(f"model_config: cannot build a causal LM of model_type {model_type!r}: {reason}") from None
-    # After building: known before, it becomes the embedding's padding_idx, and pad = eos = end of turn would keep its
-    # input row at zero without gradient. (Llama-3-Instruct has no pad_token_id either.)
+        raise UserError(
+            f"model_config: cannot build a causal LM of model_type {model_type!r}: {first_line(error, 300)}"
+        ) from None
+    # Set after building. Before, it would become the embedding's padding_idx, and because pad = eos = end of turn, that
+    # token's input row would stay zero without gradient. (Llama-3-Instruct has no pad_token_id either.)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
 def default_attention(config: PreTrainedConfig) -> str:
-    """sdpa where the model has it, else eager; not what a downloaded config asks for, which would choose the code."""
+    """sdpa if the model supports it, else eager. A downloaded config does not decide which attention code runs."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 

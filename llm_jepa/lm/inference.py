@@ -1,4 +1,4 @@
-"""Batched greedy decoding, the same for `llm-jepa generate` and for scoring; and how likely given answers are."""
+"""Batched greedy decoding, for `llm-jepa generate` and for scoring, and the likelihood of given answers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from ..core.errors import UserError
 from ..core.losses import at_least_float32
 from .views import end_of_turn_ids
 
-Prompt = str | list[dict[str, Any]]
-
-
-# What a checkpoint's generation_config may ask for (Qwen2.5: repetition_penalty) and argmax decoding does not do.
+Prompt = str | list[dict[str, Any]]  # a text, or messages
+# Plain argmax decoding, whatever a checkpoint's generation_config asks for (Qwen2.5: repetition_penalty).
 PLAIN = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -43,7 +41,7 @@ PLAIN = {
 
 class Generation(NamedTuple):
     text: str  # special tokens removed, edge whitespace stripped
-    stopped: bool  # ended by itself, not by max_new_tokens
+    stopped: bool  # ended with a stop token, not by max_new_tokens
     num_tokens: int  # generated, the stop token included
 
 
@@ -74,6 +72,14 @@ def generate(
     return [results[i] for i in range(len(prompts))]
 
 
+class _Row(NamedTuple):
+    """A prompt and the beginning of its answer."""
+
+    number: int  # of the prompt
+    prompt: list[int]
+    answer: list[int]
+
+
 def generate_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,62 +88,81 @@ def generate_batches(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[dict[int, Generation]]:
-    """`generate` for prompts from `encode`, as they finish, longest first: index -> its continuation.
+    """`generate` for prompts from `encode`. Yields {index: continuation} as batches finish, longest prompts first.
 
-    A batch does not wait for a few slow rows: they are put aside and finished together, in batches of their own.
-    The model's training mode is put back when the iteration ends, is closed or raises.
+    A batch does not wait for a few slow rows: they are put aside and finished together in later batches.
+    The model's training mode is restored when the iteration ends, is closed or raises.
     """
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # longest first: out of memory comes early
-    fresh: list[tuple[int, list[int]]] = [(i, []) for i in order]  # and what has been generated so far
-    slow: list[tuple[int, list[int]]] = []
+    # Longest first, so that a batch that does not fit into memory comes at the start.
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    fresh = [_Row(index, encoded[index], []) for index in order]
+    slow: list[_Row] = []
     stop = end_of_turn_ids(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [0])[0]
     with evaluating(model):
-        shared, states = _shared_prefix(model, encoded) if len(encoded) > 1 else (0, None)
+        prefix = _shared_prefix(model, encoded) if len(encoded) > 1 else (0, None)
         while fresh or slow:
-            source = slow if len(slow) >= batch_size or not fresh else fresh
-            batch, source[:] = source[:batch_size], source[batch_size:]
-            prompts = [encoded[i] + begun for i, begun in batch]
-            left = [max_new_tokens - len(begun) for _, begun in batch]
-            length = max(map(len, prompts))
-            # The padding stands before the tokens that are read here: on the left, or behind the shared prefix.
-            ids = torch.tensor([p[:shared] + [pad] * (length - len(p)) + p[shared:] for p in prompts])
-            mask = torch.tensor([[1] * shared + [0] * (length - len(p)) + [1] * (len(p) - shared) for p in prompts])
-            cache = copy.deepcopy(states)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(batch))
-            enough = _Enough(length, left, stop, model.device)
-            with torch.inference_mode():
-                output = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    past_key_values=cache,
-                    max_new_tokens=max(left),
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    eos_token_id=stop or None,
-                    pad_token_id=pad,
-                    stopping_criteria=StoppingCriteriaList([enough] if fresh or slow else []),
-                    **PLAIN,
-                )
-            done = {}
-            for (index, begun), room, row in zip(batch, left, output[:, length:].tolist(), strict=True):
-                new = row[:room]
-                if len(new) == room or not set(stop).isdisjoint(new):
-                    done[index] = read(tokenizer, begun + new, stop)
+            queue = slow if len(slow) >= batch_size or not fresh else fresh
+            batch, queue[:] = queue[:batch_size], queue[batch_size:]
+            room = [max_new_tokens - len(row.answer) for row in batch]
+            more_to_come = bool(fresh or slow)
+            finished = {}
+            for row, new in zip(batch, _continue(model, batch, room, stop, pad, prefix, more_to_come), strict=True):
+                answer = row.answer + new
+                if len(answer) == max_new_tokens or not set(stop).isdisjoint(new):
+                    finished[row.number] = decode_tokens(tokenizer, answer, stop)
                 else:
-                    slow.append((index, begun + new))
-            if done:
-                yield done
+                    slow.append(_Row(row.number, row.prompt, answer))
+            if finished:
+                yield finished
+
+
+def _continue(
+    model: PreTrainedModel,
+    batch: Sequence[_Row],
+    room: Sequence[int],
+    stop: list[int],
+    pad: int,
+    prefix: tuple[int, DynamicCache | None],
+    may_end_early: bool,
+) -> list[list[int]]:
+    """New tokens of each row, at most its `room`. If the batch may end early, slow rows come back unfinished."""
+    shared, states = prefix
+    texts = [row.prompt + row.answer for row in batch]
+    length = max(map(len, texts))
+    ids, mask = [], []
+    for text in texts:
+        # The padding must precede the tokens that are read in this pass: on the left, or behind the shared prefix.
+        padding = length - len(text)
+        ids.append(text[:shared] + [pad] * padding + text[shared:])
+        mask.append([1] * shared + [0] * padding + [1] * (len(text) - shared))
+    cache = copy.deepcopy(states)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(batch))
+    few_left = _FewRowsLeft(length, room, stop, model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor(ids).to(model.device),  # [B, L]
+            attention_mask=torch.tensor(mask).to(model.device),
+            past_key_values=cache,
+            max_new_tokens=max(room),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=stop or None,
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([few_left] if may_end_early else []),
+            **PLAIN,
+        )
+    return [new[:limit] for new, limit in zip(output[:, length:].tolist(), room, strict=True)]
 
 
 @torch.inference_mode()
 def _shared_prefix(model: PreTrainedModel, encoded: Sequence[list[int]]) -> tuple[int, DynamicCache | None]:
-    """How many tokens all prompts begin with (system prompt, header of the user turn), and their keys and values.
+    """The number of tokens that all prompts begin with (system prompt, header of the user turn), and their cache.
 
-    (0, None) if they are few, or if the padding that then follows them would be seen: by anything but rotary positions
-    and full attention (windows and ALiBi count places), or in another kind of cache.
+    (0, None) if they are few, or if padding behind them would change the result: with learned positions, sliding
+    windows or ALiBi, which count places, and with caches other than keys and values.
     """
     config = model.config.get_text_config()
     first, last = min(encoded), max(encoded)
@@ -153,9 +178,12 @@ def _shared_prefix(model: PreTrainedModel, encoded: Sequence[list[int]]) -> tupl
     return shared, cache
 
 
-class _Enough(StoppingCriteria):
-    """Ends a batch when at most an eighth of its rows go on and it took twice as long as half of them needed: then its
-    steps cost more than prefilling the rest once more. A row ends at a stop token or with its own room."""
+class _FewRowsLeft(StoppingCriteria):
+    """Ends a batch if at most 1/8 of its rows go on, and it has run twice as long as half of the rows needed.
+
+    From then on, its steps cost more than reading the rest again in another batch. A row ends at a stop token or when
+    its room is used up.
+    """
 
     def __init__(self, length: int, room: Sequence[int], stop: Sequence[int], device: torch.device):
         self.length, self.steps_of_half = length, 0
@@ -165,22 +193,22 @@ class _Enough(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         steps = input_ids.shape[1] - self.length
         self.done |= torch.isin(input_ids[:, -1], self.stop) | (steps >= self.room)
-        done = int(self.done.sum())  # no further wait for the device: `generate` reads whether all are done, too
+        done = int(self.done.sum())  # this adds no wait for the device: `generate` asks it in every step as well
         if not self.steps_of_half and 2 * done >= len(self.done):
             self.steps_of_half = steps
-        enough = 8 * (len(self.done) - done) <= len(self.done) and steps >= 2 * self.steps_of_half
-        return torch.full_like(self.done, enough)
+        left = len(self.done) - done
+        return torch.full_like(self.done, 8 * left <= len(self.done) and steps >= 2 * self.steps_of_half)
 
 
-def read(tokenizer: PreTrainedTokenizerBase, row: list[int], stop: Sequence[int]) -> Generation:
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Sequence[int]) -> Generation:
     """Generated token ids, up to the first stop token, as text."""
-    end = next((i for i, token in enumerate(row) if token in stop), None)
-    text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-    return Generation(text, end is not None, len(row) if end is None else end + 1)
+    end = next((i for i, token in enumerate(tokens) if token in stop), None)
+    text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return Generation(text, stopped=end is not None, num_tokens=len(tokens) if end is None else end + 1)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, up to where the answer begins. Raises UserError as `generate`."""
+    """Token ids of each prompt, up to the place where the answer begins. Raises UserError like `generate`."""
     return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
 
 
@@ -211,7 +239,7 @@ class Choice(NamedTuple):
 
     @property
     def most_likely_per_character(self) -> int:
-        """By log-likelihood per character, so that long choices stand a chance (lm-evaluation-harness: acc_norm)."""
+        """By log-likelihood per character, which is fair to long choices (lm-evaluation-harness: acc_norm)."""
         means = [ll / n for ll, n in zip(self.log_likelihoods, self.num_characters, strict=True)]
         return max(range(len(means)), key=means.__getitem__)
 
@@ -224,47 +252,57 @@ def choose_batches(
     *,
     batch_size: int,
 ) -> Iterator[dict[int, Choice]]:
-    """How likely each choice is after its prompt, batch by batch, longest first: index of the question -> `Choice`.
+    """The likelihood of each choice after its prompt. Yields {index of the question: Choice}, longest first.
 
-    log p(choice | prompt) = sum over the choice's tokens, as the model would generate them: tokens that its generation
-    config suppresses (predictor tokens) leave the softmax. Prompt and choice are tokenized apart, so a choice that
-    follows a bare string brings its own leading space. `batch_size` counts rows (question x choice).
+    log p(choice | prompt) is the sum over the choice's tokens, under the softmax that generation uses: tokens that the
+    generation config suppresses (predictor tokens) are left out. Prompt and choice are tokenized separately, so a
+    choice that follows a bare string needs its own leading space. `batch_size` counts rows (question x choice).
     """
-    rows = [
-        (index, at, tokenizer(choice, add_special_tokens=False)["input_ids"])
-        for index, options in enumerate(choices)
-        for at, choice in enumerate(options)
-    ]
-    rows.sort(key=lambda row: (-len(encoded[row[0]]) - len(row[2]), row[0], row[1]))
+    rows = []
+    for index, options in enumerate(choices):
+        for number, choice in enumerate(options):
+            rows.append(_ChoiceRow(index, number, tokenizer(choice, add_special_tokens=False)["input_ids"]))
+    rows.sort(key=lambda row: (-len(encoded[row.question]) - len(row.ids), row.question, row.choice))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    found: dict[int, dict[int, float]] = {}
+    known: dict[int, dict[int, float]] = {}  # question -> choice -> log-likelihood
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        length = max(len(encoded[index]) + len(ids) for index, _, ids in batch)
-        ids = torch.full((len(batch), length), pad)  # padded on the right: positions need no help, causality hides it
-        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for row, (index, _, choice_ids) in enumerate(batch):
-            whole = encoded[index] + choice_ids
-            ids[row, : len(whole)], mask[row, : len(whole)] = torch.tensor(whole), 1
-            scored[row, len(encoded[index]) - 1 : len(whole) - 1] = True
-        ids, mask, scored = ids.to(model.device), mask.to(model.device), scored.to(model.device)
-        with torch.inference_mode(), evaluating(model):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored).logits
-            logits = logits.reshape(-1, logits.shape[-1])  # [choice tokens of the batch, V]
-            logits = at_least_float32(logits)
-            suppressed = getattr(model.generation_config, "suppress_tokens", None) or []
-            logits[:, suppressed] = -torch.inf
-            targets = ids[:, 1:][scored[:, :-1]]
-            each = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-        parts = each.split([len(choice_ids) for _, _, choice_ids in batch])
-        for (index, at, _), part in zip(batch, parts, strict=True):
-            found.setdefault(index, {})[at] = float(part.sum())
-        whole_questions = [index for index, by_choice in found.items() if len(by_choice) == len(choices[index])]
-        done = {index: found.pop(index) for index in whole_questions}
-        yield {
-            index: Choice(
-                tuple(by_choice[at] for at in range(len(by_choice))),
-                tuple(max(1, len(choice.strip())) for choice in choices[index]),
-            )
-            for index, by_choice in done.items()
-        }
+        for row, value in zip(batch, _log_likelihoods(model, batch, encoded, pad), strict=True):
+            known.setdefault(row.question, {})[row.choice] = value
+        complete = [index for index, values in known.items() if len(values) == len(choices[index])]
+        results = {}
+        for index in complete:
+            values = known.pop(index)
+            lengths = tuple(max(1, len(choice.strip())) for choice in choices[index])
+            results[index] = Choice(tuple(values[number] for number in range(len(values))), lengths)
+        yield results
+
+
+class _ChoiceRow(NamedTuple):
+    question: int
+    choice: int
+    ids: list[int]
+
+
+def _log_likelihoods(
+    model: PreTrainedModel, batch: Sequence[_ChoiceRow], encoded: Sequence[list[int]], pad: int
+) -> list[float]:
+    """log p(choice | prompt) in nats of each row."""
+    length = max(len(encoded[row.question]) + len(row.ids) for row in batch)
+    # Padded on the right: positions stay those of the row alone, and causal attention does not see the padding.
+    ids = torch.full((len(batch), length), pad)  # [B, L]
+    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for i, row in enumerate(batch):
+        prompt = encoded[row.question]
+        end = len(prompt) + len(row.ids)
+        ids[i, :end], mask[i, :end] = torch.tensor(prompt + row.ids), 1
+        scored[i, len(prompt) - 1 : end - 1] = True  # the state before a token predicts it
+    ids, mask, scored = ids.to(model.device), mask.to(model.device), scored.to(model.device)
+    with torch.inference_mode(), evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored).logits
+        logits = logits.reshape(-1, logits.shape[-1])  # [choice tokens of the batch, V]
+        logits = at_least_float32(logits)
+        logits[:, getattr(model.generation_config, "suppress_tokens", None) or []] = -torch.inf
+        targets = ids[:, 1:][scored[:, :-1]]  # [choice tokens of the batch]
+        by_token = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
+    return [float(part.sum()) for part in by_token.split([len(row.ids) for row in batch])]

@@ -1,4 +1,7 @@
-"""Recipe -> data sets, tokenizer, model. Files and folders first, the Hub second; safetensors only, no remote code."""
+"""Loads data sets, tokenizer and model of a recipe: from files and folders, else from the Hub.
+
+Weights are read from safetensors only, and code that comes with a checkpoint is never run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "p
 
 
 def read_rows(source: str, *, split: str = "train", config: str | None = None, revision: str | None = None) -> Dataset:
-    """A local file, or a split of a Hub data set. Raises UserError."""
+    """The rows of a local file, or of a split of a Hub data set. Raises UserError."""
     path = Path(source)
     if path.suffix in FILE_READERS:
         if not path.is_file():
@@ -37,21 +40,21 @@ def read_rows(source: str, *, split: str = "train", config: str | None = None, r
         except Exception as error:  # datasets wraps parser errors in its own and in pyarrow's
             raise UserError(f"Cannot read {path}: {first_line(error.__cause__ or error)}") from None
     if path.exists():
-        raise UserError(f"{path} is no .jsonl, .json, .csv or .parquet file.")
+        raise UserError(f"{path} is not a .jsonl, .json, .csv or .parquet file; convert it or name one.")
     try:
         return load_dataset(source, config, split=split, revision=revision)
-    except Exception as error:  # network, permission, missing split: all the user's to mend
+    except Exception as error:  # network, permission, missing split: the user can fix all of them
         raise UserError(f"Cannot load the data set {source!r} (split {split}): {first_line(error)}") from None
 
 
 def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
-    """(train, validation). Rows held out for validation are drawn with `seed` and leave the training set."""
+    """The training rows and the validation rows. `seed` draws the rows that are held out of the training set."""
     train = read_rows(
         args.train_data, split=args.train_split, config=args.dataset_config, revision=args.dataset_revision
     )
     if len(train) == 0:
         raise UserError(f"{args.train_data} holds no rows.")
-    for index, row in enumerate(train):  # before the split moves rows about, so that errors name the file's own rows
+    for index, row in enumerate(train):  # before the split, so that errors name the row of the file
         parse_row(row, f"{args.train_data}, row {index}")
     if args.validation_data is not None:
         validation = read_rows(args.validation_data, split=args.validation_split, config=args.dataset_config)
@@ -70,7 +73,7 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
 
 
 def data_sha256(dataset: Dataset | None) -> str | None:
-    """Hash of the rows themselves, wherever they came from."""
+    """A hash of the rows, the same for a file and for the Hub; None without rows."""
     if dataset is None:
         return None
     digest = hashlib.sha256()
@@ -80,7 +83,7 @@ def data_sha256(dataset: Dataset | None) -> str | None:
 
 
 def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Dataset) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer; from scratch and without a name, one trained on the training rows."""
+    """The recipe's tokenizer. If it names none and trains from scratch, a BPE is trained on the training rows."""
     source = model.tokenizer_name_or_path or model.model_name_or_path
     if source is None:
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(train, model.tokenizer_vocab_size)
@@ -89,11 +92,11 @@ def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Datase
     if training.chat_template_path is not None:
         path = Path(training.chat_template_path)
         if not path.is_file():
-            raise UserError(f"No chat template at {path}.")
+            raise UserError(f"No chat template at {path}; check chat_template_path.")
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"The chat template {path} is no UTF-8 text: {error}.") from None
+            raise UserError(f"The chat template {path} is not UTF-8 text: {error}.") from None
     return tokenizer
 
 
@@ -109,7 +112,7 @@ def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, see
 
 
 def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, of a model or of a tokenizer alone, or from the Hub."""
+    """A tokenizer from the Hub or a folder; the folder may hold a model or only a tokenizer. Raises UserError."""
     if not (Path(source) / "tokenizer_config.json").is_file():
         _check_folder(source)
     try:
@@ -119,15 +122,15 @@ def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokeni
 
 
 def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTrainedModel:
-    """A causal LM from a folder or the Hub. Raises UserError if it is none, or if its weights do not fit."""
+    """A causal LM from a folder or the Hub. Raises UserError for another kind of model, or if weights do not fit."""
     _check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot load a model from {source!r}: {first_line(error)}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{source!r} is a {config.model_type} model, which is no causal LM; choose one that generates.")
-    logging.disable_progress_bar()  # a bar per file says nothing; the training's own bar is another
+        raise UserError(f"{source!r} is a {config.model_type} model, not a causal LM; choose one that generates.")
+    logging.disable_progress_bar()  # hides the bar of every weight file; training has its own
     options["attn_implementation"] = options.get("attn_implementation") or default_attention(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -140,14 +143,19 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"Cannot load a model from {source!r}: {first_line(error)}") from None
-    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
-    if wrong:
-        shown = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
-        raise UserError(f"The weights of {source!r} do not fit its config ({shown}): it would be partly random.")
+    misfits = []
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report.get(kind):
+            misfits.append(f"{kind}: {', '.join(sorted(map(str, report[kind]))[:3])}")
+    if misfits:
+        raise UserError(
+            f"The weights of {source!r} do not fit its config ({'; '.join(misfits)}): the model would be partly random."
+        )
     return model
 
 
 def lora_config(model: ModelArguments) -> LoraConfig | None:
+    """The LoRA adapter of a recipe; None without use_peft."""
     if not model.use_peft:
         return None
     return LoraConfig(
@@ -160,7 +168,7 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
 
 
 def _read_jsonl(path: Path) -> Dataset:
-    """One JSON object a line, with the line number in the error; `datasets` would name none."""
+    """One JSON object per line. Errors name the line, which `datasets` does not."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -178,16 +186,17 @@ def _read_jsonl(path: Path) -> Dataset:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     try:
         return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-    except Exception as error:  # pyarrow's many ways to say that a column changes its type
+    except Exception as error:  # pyarrow raises many types if a column changes its type
         raise UserError(f"{path}: rows differ in the type of a column: {first_line(error)}") from None
 
 
 def _check_folder(source: str) -> None:
+    """Raises UserError if `source` is a folder without a model, or clearly a path and not a Hub id."""
     path = Path(source)
-    # `runs/mistyped` reads like a Hub id; asking the Hub for it takes a minute of retries without a network.
-    beside_us = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or beside_us
+    # `runs/mistyped` looks like a Hub id; without a network, asking the Hub for it takes a minute of retries.
+    starts_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or starts_here
     if looks_local and not path.is_dir():
-        raise UserError(f"No model folder at {source}.")
+        raise UserError(f"No model folder at {source}; check the path (it is relative to the current folder).")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"The folder {source} has no config.json, so it is no saved model.")
+        raise UserError(f"The folder {source} has no config.json, so it is not a saved model.")

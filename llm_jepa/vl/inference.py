@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from ..stream.clips import read_clip
 from ..stream.opening import IMAGE_SUFFIXES
 from .configuration import VLJEPAConfig
@@ -70,8 +70,7 @@ class VLJEPA:
             )
             processor = VLJEPAProcessor.from_pretrained(local, **options)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, StrictDataclassError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UserError(f"Cannot load a VL-JEPA from {str(source)!r}: {reason}") from None
+            raise UserError(f"Cannot load a VL-JEPA from {str(source)!r}: {first_line(error)}") from None
         if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise UserError(f"The weights of {source} do not fit its config ({str(wrong[0])}, ...): partly random.")
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)

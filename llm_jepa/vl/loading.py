@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, set_seed
 
-from ..core.errors import UserError
+from ..core.errors import UserError, one_line
 from ..core.tokenizer import train_bpe
 from .arguments import VLDataArguments, VLModelArguments
 from .data import Clip, read_clips
@@ -110,4 +110,4 @@ def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) ->
     try:
         return AutoConfig.for_model(model_type, **{**options, **more})
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{name}: {one_line(error, 300)}") from None

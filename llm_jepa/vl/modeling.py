@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core.errors import UserError
+from ..core.errors import UserError, one_line
 from .configuration import MIN_TEMPERATURE, VLJEPAConfig
 from .parts import NAMES, Part, check_bidirectional, last_layers, load_part, pooling_of, shape_of_tokens, sources_of
 
@@ -288,7 +288,7 @@ class VLJEPAModel(PreTrainedModel):
                 **options,
             )
         except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from None
+            raise UserError(one_line(error)) from None
         model = cls(config, **models)
         check_bidirectional(model.predictor)
         return model.to(dtype)

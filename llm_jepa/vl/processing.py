@@ -14,7 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from ..stream.clips import sample_frames
 from ..stream.frames import to_rgb
 from .configuration import VLJEPAConfig
@@ -191,7 +191,7 @@ def frame_processor(source: str, revision: str | None = None) -> Any:
             source, revision=revision or "main", backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"No image processor in {source!r}: {str(error).strip().splitlines()[0][:200]}") from None
+        raise UserError(f"No image processor in {source!r}: {first_line(error)}") from None
 
 
 def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:

@@ -61,7 +61,8 @@ from llm_jepa.core.distributed import shared_coin
 from llm_jepa.core.files import write_json
 from llm_jepa.lm.from_scratch import train_tokenizer
 from llm_jepa.lm.loading import data_sha256, read_rows
-from llm_jepa.lm.views import IGNORE, parse_row
+from llm_jepa.lm.rows import parse_row
+from llm_jepa.lm.views import IGNORE
 from llm_jepa.synthetic import nl_rx
 
 from ..provenance import environment

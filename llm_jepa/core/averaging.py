@@ -29,32 +29,34 @@ class MovingAverage:
         self._average = {name: at_least_float32(_local(p).detach()).clone() for name, p in self._weights.items()}
 
     def decay_at(self, progress: float) -> float:
+        """The decay at `progress`, the finished part of the run, 0 to 1."""
         return 1 - (1 - self.decay) * (math.cos(math.pi * min(progress, 1.0)) + 1) / 2
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Once per optimizer step, after it."""
+        """Move the average towards the weights. Call it once after each optimizer step."""
         weight = 1 - self.decay_at(progress)
         for name, average in self._average.items():
             average.lerp_(at_least_float32(_local(self._weights[name])), weight)
 
     @contextlib.contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """The model computes with the average. Not between a forward pass and its backward pass."""
-        kept = {}
+        """The model computes with the average inside the block. Not between a forward pass and its backward pass."""
+        weights = {}
         reshard(self._model)
         try:
             for name, p in self._weights.items():
-                if isinstance(p, DTensor):  # FSDP gathers from the storage it was given
-                    kept[name] = _local(p).detach().clone()
+                if isinstance(p, DTensor):  # FSDP gathers from the storage that it got, so only the values change
+                    weights[name] = _local(p).detach().clone()
                     _local(p).data.copy_(self._average[name])
                 else:
-                    kept[name] = p.data
+                    weights[name] = p.data
                     p.data = self._average[name].to(p.dtype)
             yield
         finally:
-            reshard(self._model)  # or the pass that learns would compute with the average's final norm and head
-            for name, data in kept.items():
+            # Without this, the pass that learns would compute with the final norm and the head of the average.
+            reshard(self._model)
+            for name, data in weights.items():
                 p = self._weights[name]
                 if isinstance(p, DTensor):
                     _local(p).data.copy_(data)
@@ -70,4 +72,5 @@ class MovingAverage:
 
 
 def _local(p: Tensor) -> Tensor:
+    """The shard of this rank under FSDP2; otherwise the tensor itself."""
     return p.to_local() if isinstance(p, DTensor) else p

@@ -61,8 +61,8 @@ def linear_r2(
 
     1 - sum |s - (W z + b)|^2 / sum |s - mean|^2 over the scored pairs, `mean` that of the fitted targets: 1 = every
     target follows, 0 = no better than that mean, below 0 = worse. It does not ask, as a cosine does, in
-    which coordinates a prediction knows its target; and unlike the residual of a fit on the very pairs it is measured
-    on (arXiv:2509.14252, table 14) it is not perfect by itself where N < D.
+    which coordinates a prediction knows its target. The residual of a fit, measured on the fitted pairs
+    (arXiv:2509.14252, table 14), is perfect whenever N < D; this is not.
 
     W is a ridge regression with a free intercept. Its strength is the one of 13, 1e-6 to 1e6 times the mean squared
     length of the centred fitted predictions, with the least leave-one-out error on the fitted pairs; all 13 come from
@@ -73,7 +73,7 @@ def linear_r2(
             have learnt it by heart.
         train_share: share of the pairs to fit on, rounded down. The order of the pairs must say nothing.
 
-    NaN for non-finite embeddings and where no pair is left to score; 0 where the scored targets do not vary.
+    NaN for non-finite embeddings and if no pair is left to score; 0 if the scored targets do not vary.
 
     Raises ValueError for fewer than two pairs to fit or none to score.
     """
@@ -100,9 +100,9 @@ def linear_r2(
         rotated = u.T @ y
         best, error = x.new_zeros(()), torch.inf
         for strength in x.square().sum() / fit * torch.logspace(6, -6, 13, dtype=x.dtype):
-            kept = singular.square() / (singular.square() + strength)
-            leverage = 1 / fit + u.square() @ kept  # 1 / fit: the intercept
-            left_out = (y - u @ (kept[:, None] * rotated)) / (1 - leverage)[:, None]
+            shrinkage = singular.square() / (singular.square() + strength)  # [K]
+            leverage = 1 / fit + u.square() @ shrinkage  # [fit]; 1 / fit is the intercept's
+            left_out = (y - u @ (shrinkage[:, None] * rotated)) / (1 - leverage)[:, None]
             if (now := float(left_out.square().sum())) < error * (1 - 1e-9):  # a tie, as for fit = 2: the strongest
                 best, error = strength, now
         mapped = x_new @ v.T @ ((singular / (singular.square() + best))[:, None] * rotated)
@@ -117,7 +117,7 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
     raw_cosine_matched, raw_cosine_mismatched: the same without centring; both near 1 is the signature of collapse.
     recall_at_1: see `recall_at_1`; chance is 1 / N.
     effective_rank_predicted, effective_rank_target: see `effective_rank`.
-    linear_r2: see `linear_r2`. Left out for fewer than four pairs, and where no target is new in the second half.
+    linear_r2: see `linear_r2`. Left out for fewer than four pairs, and if no target is new in the second half.
 
     Raises ValueError for fewer than two pairs: there is no wrong pair to compare with.
     """
@@ -144,7 +144,7 @@ def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | No
 
 
 def has_collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
-    """True when the space shrank to a point or to a few directions since step 0.
+    """Whether the space shrank to a point or to a few directions since step 0.
 
     To a point: wrong pairs kept less than a twentieth of their distance 1 - cos, and less than twice that of right
     pairs. Relative to the start, because pretrained models begin at high cosines. The centred rank does not see this,

@@ -1,7 +1,7 @@
-"""What ranks have to agree on: the pairs of all of them, with exact gradients, and one coin.
+"""Exact gradients over ranks, and a random number that all ranks share.
 
-A loss in which every pair meets every other (InfoNCE) is written like this, and is then the single process's loss in
-value and in gradient, however the rows are spread:
+A loss that compares every pair with every other (InfoNCE) is written like this. Its value and gradient are then those
+of one process with all rows, however the rows are spread over the ranks:
 
     z, own = gather_with_grad(predicted)              # [b_r, D] -> [B, D], B = sum of b_r
     s, _ = gather_with_grad(target)
@@ -11,7 +11,7 @@ value and in gradient, however the rows are spread:
 *Own rows only*, because the backward of the gather adds up what all ranks hand back: a rank that summed all of `value`
 would count every row world_size times. *The global count*, because ranks of different size must not weigh the same.
 *Times world_size* where the wrapper averages the gradients of the weights over ranks (DDP, FSDP2) instead of adding
-them up. Every rank must run the backward, one without rows too: it is a collective.
+them up. Every rank must run the backward pass, even one without rows, because it is a collective call.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def gather_with_grad(x: Tensor) -> tuple[Tensor, slice]:
-    """`x` [b_r, ...] of all ranks -> [sum of b_r, ...] in the order of ranks, and which of these rows are our own.
+    """Gather `x` [b_r, ...] of all ranks -> [sum of b_r, ...] in the order of ranks, and the slice of our own rows.
 
     b_r may differ from rank to rank and may be 0; the rest of the shape, and the dtype, may not. Integers, as keys are,
-    gather without gradient. The gradient of a gathered row is the sum of what all ranks have for it, added in float32
-    at least. A rank whose `x` needs no gradient while another's does takes part in the backward all the same: the
-    others would wait for it. Without process group, or with one process: `x` itself.
+    gather without gradient. The gradient of a gathered row is the sum over all ranks, added in float32 at least. If
+    `x` needs a gradient on any rank, every rank takes part in the backward pass, or the others would wait for it.
+    Without a process group, or with one process, this returns `x` itself.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x, slice(0, len(x))
@@ -82,10 +82,10 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def shared_coin(seed: int, step: int) -> float:
-    """A uniform number in [0, 1) that depends on (seed, step) alone.
+    """A uniform number in [0, 1) that depends only on (seed, step).
 
-    So it is the same on every rank, platform and resumed run, and no generator moves. Ranks that drew one each would
-    disagree, and wait for each other in the next collective for ever.
+    So it is the same on every rank, platform and resumed run, and no generator moves. Ranks with different coins would
+    wait for each other's collective call forever.
     """
     digest = hashlib.sha256(f"llm_jepa coin {int(seed)} {int(step)}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -7,8 +7,8 @@ LLM-JEPA (arXiv:2509.14252, eq. 2) trains
 and this module is `d`. A distance takes `predicted` and `target` [B, D] and returns one value per pair, [B]: the
 caller averages, so that accumulation steps and ranks of different size weigh every pair alike.
 
-`vicreg` and `sigreg` are terms to add: of the embeddings of one side alone, [B, D], they make one number that is large
-where the space has collapsed.
+`vicreg` and `sigreg` are terms to add. Each looks at the embeddings of one side, [B, D], and returns one number that is
+large if the space has collapsed.
 
 Everything is computed in float32 at least: near 1, a bfloat16 cosine is off by half its distance from 1.
 """
@@ -16,18 +16,14 @@ Everything is computed in float32 at least: near 1, a bfloat16 cosine is off by 
 from __future__ import annotations
 
 import random
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Objective = Literal["cosine", "l2", "mse", "smooth_l1", "info_nce"]
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
-
 
 def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine") -> Tensor:
-    """Distance of each pair on its own, [B]. 0 for equal embeddings.
+    """Distance of each pair, [B]; other pairs do not matter. 0 for equal embeddings.
 
     cosine:    1 - cos(z, s), in 0..2.                    The paper's default (section 3.1).
     l2:        ||z - s||.                                 Unnormalised; grows with sqrt(D) (paper, table 3).
@@ -51,7 +47,7 @@ def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine") ->
         return (z - s).square().mean(dim=-1)
     if kind == "smooth_l1":
         return F.smooth_l1_loss(z, s, reduction="none").mean(dim=-1)
-    raise ValueError(f"kind={kind!r} is no per-pair distance; choose cosine, l2, mse or smooth_l1.")
+    raise ValueError(f"kind={kind!r} is not a per-pair distance; choose cosine, l2, mse or smooth_l1.")
 
 
 def info_nce(
@@ -73,7 +69,7 @@ def info_nce(
         temperature: > 0, a number or a scalar tensor that is learnt. Smaller is sharper; 0.07 is CLIP's starting value
             and the reference code's.
         target_key: [B] ints, equal for equal targets. Two rows with the same target are both positives of each
-            other: the probability of picking *any* of them is what counts.
+            other, and the loss is that of picking *any* of them.
 
     Raises ValueError if shapes differ or temperature <= 0.
     """
@@ -104,18 +100,18 @@ def jepa_loss(
     temperature: float | Tensor = 0.07,
     target_key: Tensor | None = None,
 ) -> Tensor:
-    """The objective a recipe names, one value per pair [B]; `temperature` and `target_key` serve `info_nce` alone."""
+    """The objective that a recipe names, [B]: one value per pair. `temperature` and `target_key` are for `info_nce`."""
     if objective == "info_nce":
         return info_nce(predicted, target, temperature=temperature, target_key=target_key)
     return jepa_distance(predicted, target, kind=objective)
 
 
 def vicreg(embeddings: Tensor) -> Tensor:
-    """Variance and covariance terms of VICReg, scalar. 0 where every dimension has variance 1 and none is correlated.
+    """Variance and covariance terms of VICReg, scalar. 0 if every dimension has variance 1 and none are correlated.
 
     v + c / 25,  v = mean over j of max(0, 1 - sqrt(var_j + 1e-4)),  c = sum over i != j of C_ij^2 / D,  C the
     covariance of the D dimensions, var its diagonal, both over B - 1 (arXiv:2105.04906, eqs. 1-4, gamma = 1). A point
-    has v = 0.99; a line has no v but a large c. The paper adds the terms of both sides; that is left to the caller.
+    has v = 0.99; a line has v = 0 but a large c. The paper adds the terms of both sides; here the caller does that.
 
     Args:
         embeddings: [B, D], one side of the pairs. Gather ranks first: C of a part is not a part of C.
@@ -156,7 +152,7 @@ def sigreg(embeddings: Tensor, slices: Tensor) -> Tensor:
         )
     x = at_least_float32(embeddings)
     # 17 points and -5..5 are the paper's advice (section 6.1). The integrand is even, so all 17 go to t >= 0 (section
-    # 5.1; algorithm 1 has them on -5..5). A spacing h takes x that are 2 pi / h apart for equal: here 20, there 10.
+    # 5.1; algorithm 1 has them on -5..5). With a spacing h, x that are 2 pi / h apart look equal: 20 here, 10 there.
     t = torch.linspace(0, 5, 17, dtype=x.dtype, device=x.device)
     normal = torch.exp(-t.square() / 2)  # the characteristic function of N(0, 1), and the window (algorithm 1)
     with torch.autocast(x.device.type, enabled=False):
@@ -166,9 +162,9 @@ def sigreg(embeddings: Tensor, slices: Tensor) -> Tensor:
 
 
 def random_slices(dim: int, count: int, *, seed: int, step: int, device: torch.device | str) -> Tensor:
-    """[dim, count] float32 unit columns, uniform on the sphere, for `sigreg`: equal wherever `seed` and `step` are.
+    """Draw directions for `sigreg`: [dim, count] float32 unit columns, uniform on the sphere, from `seed` and `step`.
 
-    Drawn on the CPU, whatever the device, by a generator of its own: the global one does not move. The paper starts
+    Drawn on the CPU, so that every device gets the same, and without the global generator. The paper starts
     from 1024 slices (arXiv:2511.08544, section 6.1; 256 in algorithm 1), and new ones every step (section 4.3).
     """
     mixed = random.Random(f"{seed} {step}").getrandbits(32)  # a CPU generator reads no more than 32 bits of its seed

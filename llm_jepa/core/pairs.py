@@ -1,4 +1,4 @@
-"""Pairs of embeddings of all ranks -> a loss per pair of this rank. What LLM-JEPA and VL-JEPA both do with a batch."""
+"""Pairs of embeddings of all ranks -> a loss per pair of this rank. Every family compares its batches with this."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ def compare_pairs(
     seed: int = 0,
     step: int = 0,
 ) -> Tensor:
-    """`predicted`, `target` [P, D] -> [P]. Where all pairs meet (InfoNCE, regularizers), those of all ranks do.
+    """Loss of each pair: `predicted`, `target` [P, D] -> [P].
 
-    Every rank computes the loss of all pairs and returns its own rows of it: sum them, divide by the pairs of all
-    ranks, and multiply by the number of ranks where gradients are averaged (see `distributed`).
+    InfoNCE and the regularizers compare every pair with every other, so they gather the pairs of all ranks. Each rank
+    then computes the loss of all pairs and returns the rows of its own pairs. The caller sums them, divides by the
+    pairs of all ranks, and multiplies by the number of ranks if gradients are averaged over ranks (see `distributed`).
 
     Args:
         target_key: [P] ints, equal for equal targets, on whatever rank.
-        regularizer: None, "vicreg" or "sigreg", added for each side by itself (their mean), to every pair alike.
-        both_sides: regularize the targets too; not where they have no gradient, whose spread cannot mend.
-        seed, step: of the random slices of sigreg, equal on all ranks.
+        regularizer: None, "vicreg" or "sigreg": the mean over both sides, added to every pair.
+        both_sides: regularize the targets too. False if they have no gradient, since their spread cannot change then.
+        seed, step: seed the random slices of sigreg; equal on all ranks.
     """
     own = slice(None)
     if objective == "info_nce" or regularizer is not None:
-        predicted, own = gather_with_grad(predicted)
+        predicted, own = gather_with_grad(predicted)  # [P of all ranks, D]
         target, _ = gather_with_grad(target)
         target_key, _ = gather_with_grad(target_key)
     loss = jepa_loss(predicted, target, objective=objective, temperature=temperature, target_key=target_key)
-    if regularizer is not None and len(predicted) > 1:  # one row, at the end of an epoch, has no spread
+    if regularizer is not None and len(predicted) > 1:  # a single pair, at the end of an epoch, has no spread
         sides = [predicted, target] if both_sides else [predicted]
         if regularizer == "sigreg":
             slices = random_slices(predicted.shape[1], SLICES, seed=seed, step=step, device=predicted.device)

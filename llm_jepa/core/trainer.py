@@ -10,7 +10,7 @@ family fills in these hooks:
     example_sums   one evaluation batch -> sums per example
     figures        sums of a whole evaluation -> the figures that are logged
     embed_bank     embeddings whose geometry is measured
-    save_more      files that belong to a checkpoint
+    extra_state    tensors that a resumed run needs besides model and optimizer; load_extra_state takes them back
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -38,11 +39,12 @@ from transformers.utils import logging
 from . import checkpoint
 from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
-from .errors import NonFiniteLossError
+from .errors import NonFiniteLossError, UserError
 from .sums import NamedSums
 
 logger = logging.get_logger(__name__)
 
+JEPA_STATE = "jepa_state.safetensors"
 EVALUATION = -1  # the "step" of evaluations, so that random choices are the same in every evaluation
 COLLAPSED = (
     "At two evaluations in a row the embedding space had collapsed: wrong pairs are as close as right ones, or hardly "
@@ -164,6 +166,7 @@ class JEPATrainer(SafeTrainer):
         self.start_diagnostics: dict[str, float] | None = None
         self._example_sums: list[Tensor] = []
         self._is_collapsed = self._warned_of_collapse = False
+        self._resumed_from: str | None = None
         self.add_callback(_Hooks(self))
 
     @classmethod
@@ -201,8 +204,15 @@ class JEPATrainer(SafeTrainer):
         """What to do if the space collapses; "" if this run has no JEPA term to blame."""
         raise NotImplementedError
 
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs besides model and optimizer; not a part of the saved model."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `extra_state` returned when the checkpoint was saved."""
+
     def begin_training(self, state: TrainerState) -> None:
-        """Called when training begins or resumes, before the geometry is measured."""
+        """Called when training begins or resumes, before `load_extra_state` and before the geometry is measured."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Called at the start of every epoch."""
@@ -291,6 +301,37 @@ class JEPATrainer(SafeTrainer):
         figures = ", ".join(f"{name} {start[name]:.3g} -> {now[name]:.3g}" for name in COLLAPSE_FIGURES)
         logger.warning(COLLAPSED.format(figures=figures, advice=advice))
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_fsdp(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_distributed_loading_by_transformers)
+
+    def save_more(self, folder: Path) -> None:
+        state = self.extra_state()
+        if state and (self.args.should_save or self.is_fsdp):
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in state.items()}, self._state_file(folder)
+            )
+
+    def _state_file(self, folder: Path) -> Path:
+        """Of sharded state every rank has its own part."""
+        return folder / (f"rank{self.args.process_index}_{JEPA_STATE}" if self.is_fsdp else JEPA_STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed_from = resume_from_checkpoint
+
+    def restore_extra_state(self) -> None:
+        """Read the extra state of the checkpoint that this run resumes from. A second `train()` starts afresh."""
+        folder, self._resumed_from = self._resumed_from, None
+        if folder is None or not self.extra_state():
+            return
+        path = self._state_file(Path(folder))
+        if not path.is_file():
+            raise UserError(f"The checkpoint has no {path.name}, which holds its target encoder or projector.")
+        self.load_extra_state(load_file(path))
+
 
 class _Hooks(TrainerCallback):
     """Calls the trainer's hooks, and logs the geometry before the first step; a resumed run reads it back."""
@@ -303,6 +344,7 @@ class _Hooks(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.begin_training(state)
+        trainer.restore_extra_state()
         if state.global_step == 0:
             if trainer.eval_dataset is not None and (space := trainer.measure_space()):
                 trainer.start_diagnostics = space

@@ -18,7 +18,7 @@ from transformers import (
 
 from ..core.errors import UserError, first_line, one_line
 from ..core.tokenizer import train_bpe
-from .views import parse_row
+from .rows import parse_row
 
 
 def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:

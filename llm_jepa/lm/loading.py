@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..core.errors import UserError, first_line
 from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
-from .views import parse_row
+from .rows import parse_row
 
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -1,13 +1,11 @@
-"""Targets of the start model (`target_encoder: base`), computed once, and the state that a checkpoint adds."""
+"""Targets of the start model (`target_encoder: base`), computed once before training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -83,13 +81,3 @@ def target_table(
     table = torch.empty_like(embedded, device="cpu")
     table[order.cpu()] = embedded.cpu()
     return table
-
-
-def save_state(path: Path, state: dict[str, Tensor]) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"The checkpoint has no {path.name}, which holds its target encoder or projector.")
-    return load_file(path)

@@ -45,11 +45,10 @@ from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, 
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
 from .probe import agree_on_layout
 from .reading import embed_pairs
-from .targets import base_targets, load_state, save_state
+from .targets import base_targets
 
 logger = logging.get_logger(__name__)
 
-JEPA_STATE = "jepa_state.safetensors"
 BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # they do not change what is learned
 LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only")  # `local_files_only` would break loading from the Hub
 ADVICE = {
@@ -108,19 +107,9 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         check_dataset("eval", eval_dataset)
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise UserError("average_tokens_across_devices: false would weight ranks by their share; remove it.")
-        set_pad_token(model, processing_class, args)
-
-        self.predictor_ids: list[int] = []
-        if args.uses_views:
-            self.predictor_ids = add_predictor_tokens(model, processing_class, args.num_predictor_tokens)
-            if peft_config is not None:
-                train_token_rows(peft_config, model, self.predictor_ids)
+        self.predictor_ids = prepare_model(model, processing_class, args, peft_config)
         # The baseline masks them too, in case it starts from a model that has such tokens already.
         self.masked_ids = known_predictor_ids(processing_class)
-        model.config.llm_jepa = {
-            **{name: getattr(args, name) for name in LLMJEPAConfig.__annotations__ if name not in BOOKKEEPING},
-            "num_predictor_tokens": len(self.predictor_ids),
-        }
         self.base_model = model  # without the wrappers of PEFT and DDP
         self._use_cache = model.config.use_cache
         self._bank_collator = bank_collator(args, processing_class.pad_token_id, self.predictor_ids)
@@ -134,20 +123,13 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self._check_parallelism()
-        warn_of_narrow_weights(self.model)
-        if self.aux_loss_enabled and not hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func"):
-            raise UserError(
-                f"{type(model).__name__} has a router_aux_loss_coef, but transformers has no router loss for it; set "
-                "router_aux_loss_coef: 0."
-            )
+        self._check_support()
         config = model.config.get_text_config()
         self.term = JEPATerm(args, config.hidden_size, args.device, model.dtype)
         self.losses = LLMJEPALoss(args, model, self.term, self.masked_ids, self.aux_loss_enabled)
         self._micro_batches: Iterator[MicroBatch] = iter(())
-        self._is_fsdp = self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
         if args.uses_jepa:
-            sharded = self._is_fsdp or self.is_deepspeed_enabled
+            sharded = self.is_fsdp or self.is_deepspeed_enabled
             opaque = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self.accelerator.is_fsdp2
             check_objective(args, config, self.train_dataset, sharded=sharded, opaque=opaque)
         self._set_layout()
@@ -156,15 +138,27 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         if isinstance(self.eval_dataset, dict):
             self.bank_prefix = f"eval_{next(iter(self.eval_dataset))}"
         self._bank = make_bank(self.eval_dataset, self._bank_collator, args)
-        self._resumed_from: str | None = None
 
-    def _check_parallelism(self) -> None:
+    def _check_support(self) -> None:
+        """Raises UserError for parallelism and losses that would be dropped silently; warns of narrow weights."""
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
         if (self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and not self.is_fsdp_enabled:
             raise UserError(
                 "FSDP was asked for, but without GPUs Accelerate silently uses DDP instead; use --launch cpu."
+            )
+        family = type(self.base_model)
+        if self.aux_loss_enabled and not hasattr(sys.modules[family.__module__], "load_balancing_loss_func"):
+            raise UserError(
+                f"{family.__name__} has a router_aux_loss_coef, but transformers has no router loss for it; set "
+                "router_aux_loss_coef: 0."
+            )
+        narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+        if narrow:
+            logger.warning(
+                f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
+                "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
             )
 
     def _set_layout(self) -> None:
@@ -366,13 +360,15 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     # -- around the optimizer step ------------------------------------------------------------------------------------
 
     def begin_training(self, state: TrainerState) -> None:
-        """The moving average starts at the weights, or as the checkpoint left it; the projector likewise."""
         self.term.start_averaging(self.model)
-        if self._resumed_from is not None and self.term.state():
-            self.term.load(load_state(Path(self._resumed_from) / self._jepa_state_file()))
-        self._resumed_from = None  # a second `train()` starts afresh
         if state.global_step > 0:
             self._total_train_tokens = state.num_input_tokens_seen
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.term.state()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.term.load(state)
 
     def before_optimizer_step(self) -> None:
         if self.args.world_size > 1:
@@ -410,19 +406,6 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self._count_tokens()
         super()._save_checkpoint(model, trial)
 
-    def save_more(self, folder: Path) -> None:
-        state = self.term.state()
-        if state and (self.args.should_save or self._is_fsdp):
-            save_state(folder / self._jepa_state_file(), state)
-
-    def _jepa_state_file(self) -> str:
-        """Every rank has its own part of a sharded average."""
-        return f"rank{self.args.process_index}_{JEPA_STATE}" if self._is_fsdp else JEPA_STATE
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._resumed_from = resume_from_checkpoint
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A tied head is neither in the file nor missing; transformers would warn about it at every resume."""
         model = self.base_model
@@ -436,8 +419,17 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             write_model_card(self.args.output_dir, self.base_model, self.args, self.history_of_saved_weights())
 
 
-def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> None:
-    """Set the pad token of tokenizer and model: the recipe's, the tokenizer's, or else eos as in the published code."""
+def prepare_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: LLMJEPAConfig,
+    peft_config: PeftConfig | None,
+) -> list[int]:
+    """Set the pad token, add the predictor tokens and write the settings into the model's config, all in place.
+
+    The pad token is the recipe's, the tokenizer's, or else eos as in the published code. Returns the ids of the
+    predictor tokens. Raises UserError for a pad token that the tokenizer does not have.
+    """
     pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad_token not in tokenizer.get_vocab():
         raise UserError(f"The pad token {pad_token!r} is not in the tokenizer's vocabulary; set pad_token to one.")
@@ -445,12 +437,13 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ar
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def warn_of_narrow_weights(model: torch.nn.Module) -> None:
-    narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-    if narrow:
-        logger.warning(
-            f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
-            "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
-        )
+    predictor_ids: list[int] = []
+    if args.uses_views:
+        predictor_ids = add_predictor_tokens(model, tokenizer, args.num_predictor_tokens)
+        if peft_config is not None:
+            train_token_rows(peft_config, model, predictor_ids)
+    model.config.llm_jepa = {
+        **{name: getattr(args, name) for name in LLMJEPAConfig.__annotations__ if name not in BOOKKEEPING},
+        "num_predictor_tokens": len(predictor_ids),
+    }
+    return predictor_ids

@@ -1,19 +1,17 @@
-"""One dataset row -> the token ids of its LM row and of its two views.
+"""One dataset row -> the token ids of its LM row and of its views.
 
-The *LM row* is what plain SFT trains on, byte for byte what TRL's `SFTTrainer` makes of the same row. The *context
-view* is what predicts (the paper's Text: a user turn), the *target view* is what is predicted (the paper's Code: the
-assistant turn). LLM-JEPA (arXiv:2509.14252, section 3.1) renders each view alone with the chat template.
+The *LM row* is the row that plain SFT trains on, byte for byte as TRL's `SFTTrainer` makes it. The *context view*
+predicts (the paper's Text: a user turn), the *target view* is predicted (the paper's Code: the assistant turn). The
+paper (LLM-JEPA, arXiv:2509.14252, section 3.1) renders each view alone with the chat template.
 
-Where content starts and ends is read off the tokenizer's own template, by rendering the row once more with a probe in
-place of the content and looking at what stays the same around it. There is no table of model names, and nothing is
-searched in decoded text.
+The start and end of the content are read off the tokenizer's own template: the row is rendered once more with a probe
+in place of the content, and the text around the probe shows where the content was. There is no table of model names,
+and nothing is searched in decoded text.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +21,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import UserError
+from ..core.files import text_key
+from .rows import Message, ParsedRow, parse_row
 
 ContextView = Literal["prefix", "message"]
 LabelProtocol = Literal["completion", "paper"]
@@ -31,17 +31,18 @@ IGNORE = -100
 PROBE = "jepaprobecontent"
 PREDICTOR_TOKEN = "<|predictor_{}|>"
 
-Message = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Views:
-    """Token ids of one example. Everything after the last content token of a view is already cut off, so that both
-    views are read at their last token (the context at its last predictor token, if there are any)."""
+    """Token ids of one example.
+
+    A view ends with its last content token, so that its embedding is read at its last token (a context's at its last
+    predictor token, if there are any).
+    """
 
     input_ids: list[int]  # the LM row
-    labels: list[int]  # -100 where the LM loss does not look
-    contexts: list[list[int]]  # the context view, then those of the row's `views` column
+    labels: list[int]  # -100 for tokens that are not trained
+    contexts: list[list[int]]  # the context view, then those of the column `views`
     targets: list[list[int]]  # likewise
     context_header: int  # tokens before the content of a context: `predictor_position: first` inserts there
     target_header: int  # tokens before the content of a target
@@ -49,92 +50,10 @@ class Views:
     context_end: int
     target_start: int  # content tokens of the completion, in the LM row: [target_start, target_end)
     target_end: int
-    context_key: int  # equal for equal texts: such rows are no negatives of each other
+    context_key: int  # equal for equal texts: such rows are not negatives of each other
     target_key: int
     index: int  # which row of the data set
     truncated: bool  # max_length cut the LM row or a view
-
-
-class ParsedRow(NamedTuple):
-    """A row in one shape: prompt and completion, both strings or both lists of messages."""
-
-    prompt: str | list[Message]
-    completion: str | list[Message]
-    render_kwargs: dict[str, Any]  # tools, chat_template_kwargs: passed to the chat template
-    contexts: list[str]  # other wordings of the prompt's last turn, from the `views` column
-    targets: list[str]  # other wordings of the completion
-
-
-def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
-    """Read a TRL row. `messages` becomes (everything before, last assistant turn); earlier assistant turns are not
-    trained. Raises UserError naming `where` (e.g. "row 3") and the field."""
-    if row.get("messages") is not None:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise UserError(f"{where}: 'messages' must be a list of {{'role', 'content'}} turns.")
-        if messages[-1].get("role") != "assistant":
-            raise UserError(
-                f"{where}: 'messages' ends with role {messages[-1].get('role')!r}, so there is no completion to learn; "
-                "end it with an assistant turn or remove the row."
-            )
-        prompt, completion = messages[:-1], messages[-1:]
-    elif "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-    else:
-        raise UserError(
-            f"{where}: found the columns {sorted(row)}, need 'prompt' and 'completion', or 'messages' "
-            "(TRL's prompt-completion and conversational formats)."
-        )
-    for name, side in (("prompt", prompt), ("completion", completion)):
-        if side is None or side == "" or side == []:
-            raise UserError(f"{where} has no {name}; fill in '{name}' or remove the row.")
-    if not (isinstance(prompt, str) and isinstance(completion, str) or _are_turns(prompt) and _are_turns(completion)):
-        raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
-    if isinstance(prompt, list):
-        if len(completion) != 1 or completion[0].get("role") != "assistant":
-            raise UserError(
-                f"{where}: the completion must be one assistant turn, got roles "
-                f"{[m.get('role') for m in completion]}; put earlier turns into the prompt."
-            )
-        for message in (prompt[-1], completion[0]):
-            content = message.get("content")
-            if not isinstance(content, str) or not content.strip():
-                raise UserError(
-                    f"{where}: the {message.get('role')} turn has no text content; fill it in or remove the row."
-                )
-    elif not prompt.strip() or not completion.strip():
-        raise UserError(f"{where} has a blank prompt or completion; fill it in or remove the row.")
-    tools = row.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools  # as TRL
-    except ValueError as error:
-        raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
-    kwargs = {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
-    return ParsedRow(prompt, completion, kwargs, *_more_views(row.get("views"), where))
-
-
-def _more_views(views: Any, where: str) -> tuple[list[str], list[str]]:
-    """The optional `views` column, {"contexts": [text, ...], "targets": [text, ...]}; either may be missing."""
-    if views is None:
-        return [], []
-    if not isinstance(views, dict) or not set(views) <= {"contexts", "targets"}:
-        found = f"the keys {sorted(views)}" if isinstance(views, dict) else type(views).__name__
-        raise UserError(
-            f"{where}: 'views' must hold {{'contexts': [text, ...], 'targets': [text, ...]}}, either of them; "
-            f"found {found}."
-        )
-    for name, texts in views.items():
-        if texts is not None and not (
-            isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
-        ):
-            raise UserError(
-                f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."
-            )
-    return views.get("contexts") or [], views.get("targets") or []
-
-
-def _are_turns(side: Any) -> bool:
-    return isinstance(side, list) and all(isinstance(message, dict) for message in side)
 
 
 def build_views(
@@ -149,8 +68,8 @@ def build_views(
 ) -> Views:
     """Tokenize one row.
 
-    The `views` column (optional) holds other wordings, `{"contexts": [...], "targets": [...]}`: further contexts in the
-    place of the prompt's last turn, further targets in the place of the completion. They have views, and no labels.
+    The optional column `views` holds other wordings, `{"contexts": [...], "targets": [...]}`: contexts in place of the
+    last turn of the prompt, targets in place of the completion. They become views without labels.
 
     Args:
         context_view: "prefix": the LM row up to the last content token of the prompt, system prompt and earlier turns
@@ -162,11 +81,9 @@ def build_views(
 
     Raises UserError naming `where` if a view or the labels would be empty.
     """
-    example = parse_row(row, where)
-    if isinstance(example.prompt, str):
-        parts = _plain_parts(example, tokenizer, where, alone=context_view == "message")
-    else:
-        parts = _chat_parts(example, tokenizer, where, alone=context_view == "message")
+    parsed = parse_row(row, where)
+    cut = _plain_parts if isinstance(parsed.prompt, str) else _chat_parts
+    parts = cut(parsed, tokenizer, where, alone=context_view == "message")
     views = [*parts.contexts, *parts.targets]
     longest = max(map(len, [parts.input_ids, *views]))
     limit = max_length or longest
@@ -203,8 +120,11 @@ def add_view_columns(row: dict[str, Any], index: int, **kwargs: Any) -> dict[str
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an assistant turn: the eos token and, if the template closes a turn with another special
-    token (Gemma's <end_of_turn>, Llama's <|eot_id|>), that one. Generation stops at any of them."""
+    """Token ids that end an assistant turn; generation stops at any of them.
+
+    The eos token, and the special token with which the template closes a turn, if that is another one (Gemma's
+    <end_of_turn>, Llama's <|eot_id|>).
+    """
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
@@ -245,43 +165,47 @@ class _Parts(NamedTuple):
     target_key: int
 
 
-def _plain_parts(example: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
-    """Two strings, no template: TRL joins them and appends the eos token to the completion."""
-    prompt, completion = str(example.prompt), str(example.completion)
+def _plain_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
+    """Two strings without a template: TRL joins them and appends the eos token to the completion."""
+    prompt, completion = str(parsed.prompt), str(parsed.completion)
     eos = tokenizer.eos_token or ""
-    full = prompt + completion + ("" if completion.endswith(eos) else eos)
+    full = prompt + completion
+    if not completion.endswith(eos):
+        full += eos
     ids, offsets = _encode(tokenizer, full, special=True)
     prompt_ids, _ = _encode(tokenizer, prompt, special=True)
     prompt_length = common_length(prompt_ids, ids)
-    texts = [prompt.rstrip(), *(text.rstrip() for text in example.contexts)]
-    content = completion.removesuffix(eos).rstrip() if eos else completion.rstrip()
-    goals = [content, *(text.rstrip() for text in example.targets)]
-    _refuse_predictor_tokens(" ".join([full, *texts, *goals]), where)
-    split = min(_tokens_before(offsets, len(texts[0])), prompt_length)
-    has_content = any(stop > start for start, stop in offsets[:split])  # BOS alone is no context
+
+    source = prompt.rstrip()
+    goal = completion.rstrip() if not eos else completion.removesuffix(eos).rstrip()
+    _refuse_predictor_tokens(" ".join([full, *parsed.contexts, *parsed.targets]), where)
+    split = min(_tokens_before(offsets, len(source)), prompt_length)
+    if alone:
+        context = _stand_alone(tokenizer, source, ids)
+    else:
+        has_content = any(stop > start for start, stop in offsets[:split])  # a BOS token alone is not a context
+        context = ids[:split] if has_content else []
     bos = int(ids[:1] == [tokenizer.bos_token_id])
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
-        contexts=[
-            _stand_alone(tokenizer, texts[0], ids) if alone else ids[:split] if has_content else [],
-            *(_stand_alone(tokenizer, text, ids) for text in texts[1:]),
-        ],
-        targets=[_stand_alone(tokenizer, text, ids) for text in goals],
+        contexts=[context, *(_stand_alone(tokenizer, text.rstrip(), ids) for text in parsed.contexts)],
+        targets=[_stand_alone(tokenizer, text.rstrip(), ids) for text in (goal, *parsed.targets)],
         context_header=bos,
         target_header=bos,
         context_start=bos,
         context_end=split,
         target_start=prompt_length,
-        target_end=_tokens_before(offsets, len(prompt + content)),
-        context_key=_key(texts[0]),
-        target_key=_key(content),
+        target_end=_tokens_before(offsets, len(prompt + goal)),
+        context_key=text_key(source),
+        target_key=text_key(goal),
     )
 
 
-def _chat_parts(example: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
-    prompt: list[Message] = list(example.prompt)  # type: ignore[arg-type]
-    completion: list[Message] = list(example.completion)  # type: ignore[arg-type]
+def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
+    """Two lists of messages, rendered by the chat template."""
+    prompt: list[Message] = list(parsed.prompt)  # type: ignore[arg-type]
+    completion: list[Message] = list(parsed.completion)  # type: ignore[arg-type]
     if tokenizer.chat_template is None:
         raise UserError(
             f"{where} holds messages but the tokenizer has no chat template; set chat_template_path to a .jinja file "
@@ -290,51 +214,65 @@ def _chat_parts(example: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: s
 
     def render(messages: list[Message], generation_prompt: bool = False) -> str:
         try:
-            return _render(tokenizer, messages, generation_prompt, example.render_kwargs)
+            return _render(tokenizer, messages, generation_prompt, parsed.render_kwargs)
         except TemplateError as error:
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
+    # The LM row, as TRL makes it.
     text = render(prompt + completion)
-    _refuse_predictor_tokens(" ".join([text, *example.contexts, *example.targets]), where)
+    _refuse_predictor_tokens(" ".join([text, *parsed.contexts, *parsed.targets]), where)
     prompt_text = render(prompt, generation_prompt=True)
     ids, offsets = _encode(tokenizer, text)
     prompt_length = common_length(_encode(tokenizer, prompt_text)[0], ids)
 
+    # The characters of the two contents in it.
     context_start, context_end = _content_span(render, prompt + completion, len(prompt) - 1, where)
     target_start, target_end = _content_span(render, prompt + completion, len(prompt), where)
-    # What opens the assistant turn: everything between what closes the prompt's last turn and the content.
+    source = text[context_start:context_end].rstrip()
+    goal = text[target_start:target_end].rstrip()
+    # No token of the context may reach into the target, and none of it may be later than its last content character.
+    before_target = sum(stop <= target_start for _, stop in offsets)
+    split = min(_tokens_before(offsets, context_start + len(source)), before_target)
+
+    # The target view: what opens the assistant turn (the text between what closes the turn before it and the content),
+    # then the content.
     closing = render(prompt)[_content_span(render, prompt, len(prompt) - 1, where)[1] :]
     turn_start = context_end + _shared(tokenizer, text[context_end:], closing)
     target_header = text[turn_start:target_start]
-    split = min(
-        _tokens_before(offsets, len(text[:context_end].rstrip())), sum(stop <= target_start for _, stop in offsets)
-    )
-    # A further context stands where the first one does: after all that comes before the prompt's last turn, or alone.
-    header = _user_header(tokenizer, prompt[-1].get("role"), where) if alone else text[:context_start]
-    opened = _stand_alone(tokenizer, header, ids) if alone else _encode(tokenizer, header)[0]
-    first = text[context_start:context_end].rstrip()
-    encode = (lambda view: _stand_alone(tokenizer, view, ids)) if alone else (lambda view: _encode(tokenizer, view)[0])
-    targets = [text[target_start:target_end].rstrip(), *(more.strip() for more in example.targets)]
-    target_views = [_stand_alone(tokenizer, target_header + target, ids) for target in targets]
-    context_view = encode(header + first) if alone else ids[:split]
+    opened_target = _stand_alone(tokenizer, target_header, ids)
+    targets = [_stand_alone(tokenizer, target_header + goal, ids)]
+    targets += [_stand_alone(tokenizer, target_header + more.strip(), ids) for more in parsed.targets]
+
+    # The context view: the last user turn alone, or all of the row up to the end of its content. Other wordings take
+    # the place of that content.
+    if alone:
+        header = _user_header(tokenizer, prompt[-1].get("role"), where)
+        opened_context = _stand_alone(tokenizer, header, ids)
+        contexts = [_stand_alone(tokenizer, header + source, ids)]
+        contexts += [_stand_alone(tokenizer, header + more.strip(), ids) for more in parsed.contexts]
+    else:
+        header = text[:context_start]
+        opened_context, _ = _encode(tokenizer, header)
+        contexts = [ids[:split]]
+        contexts += [_encode(tokenizer, header + more.strip())[0] for more in parsed.contexts]
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
-        contexts=[context_view, *(encode(header + more.strip()) for more in example.contexts)],
-        targets=target_views,
-        context_header=common_length(opened, context_view),
-        target_header=common_length(_stand_alone(tokenizer, target_header, ids), target_views[0]),
+        contexts=contexts,
+        targets=targets,
+        context_header=common_length(opened_context, contexts[0]),
+        target_header=common_length(opened_target, targets[0]),
         context_start=sum(stop <= context_start for _, stop in offsets[:split]),
         context_end=split,
-        target_start=max(prompt_length, sum(stop <= target_start for _, stop in offsets)),
-        target_end=_tokens_before(offsets, len(text[:target_end].rstrip())),
-        context_key=_key(first if alone else header + first),  # earlier turns too, where they are part of the view
-        target_key=_key(text[target_start:target_end].strip()),
+        target_start=max(prompt_length, before_target),
+        target_end=_tokens_before(offsets, target_start + len(goal)),
+        context_key=text_key(source if alone else header + source),  # earlier turns are a part of a prefix view
+        target_key=text_key(goal.strip()),
     )
 
 
 def _refuse_predictor_tokens(text: str, where: str) -> None:
-    """Predictor tokens are inputs that we place: in a label their masked logit would be an infinite loss."""
+    """Predictor tokens are inputs that the collator adds; as a label, their masked logit would be an infinite loss."""
     if PREDICTOR_TOKEN.partition("{")[0] in text:
         raise UserError(f"{where} holds the text of a predictor token, {PREDICTOR_TOKEN.format('...')}; remove it.")
 
@@ -350,12 +288,13 @@ def _render(
 def _content_span(
     render: Callable[[list[Message]], str], messages: list[Message], at: int, where: str
 ) -> tuple[int, int]:
-    """Character range of the content of messages[at] in render(messages)."""
+    """The range of characters that the content of messages[at] has in render(messages)."""
     text = render(messages)
-    probed = render([{**m, "content": PROBE} if i == at else m for i, m in enumerate(messages)])
-    before, found, after = probed.rpartition(PROBE)
-    fits = found and text.startswith(before) and text.endswith(after) and len(before) + len(after) < len(text)
-    if not fits:
+    probed = render([*messages[:at], {**messages[at], "content": PROBE}, *messages[at + 1 :]])
+    before, probe, after = probed.rpartition(PROBE)
+    # Only the content may differ between the two renderings, and it may not be empty.
+    same_around = text.startswith(before) and text.endswith(after)
+    if not probe or not same_around or len(before) + len(after) >= len(text):
         raise UserError(
             f"{where}: cannot find the {messages[at].get('role')} turn in the rendered conversation, because the chat "
             "template changes the text around it; use a template that renders each turn in its place."
@@ -365,29 +304,36 @@ def _content_span(
 
 @functools.lru_cache(maxsize=8)
 def _header_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """What the template writes before a user turn that is not the first one, or None if it cannot hold three turns."""
-    names = [PROBE, PROBE[::-1], PROBE.upper()]
-    roles = ["user", "assistant", "user"]
-    turns = [{"role": r, "content": n} for r, n in zip(roles, names, strict=True)]
+    """The text that opens a user turn which is not the first one; None if the template cannot render three turns."""
+    first, answer, second = PROBE, PROBE[::-1], PROBE.upper()
+    turns = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": second},
+    ]
     try:
         text, two = _render(tokenizer, turns, False, {}), _render(tokenizer, turns[:2], False, {})
     except (TemplateError, TypeError, ValueError):
         return None
-    if names[1] not in two or names[1] not in text or names[2] not in text:
+    if answer not in two or answer not in text or second not in text:
         return None
-    closing = two[two.rindex(names[1]) + len(names[1]) :]
-    between = text[text.rindex(names[1]) + len(names[1]) : text.rindex(names[2])]
+    # Between the answer and the second user turn: what closes a turn, then the header.
+    closing = two[two.rindex(answer) + len(answer) :]
+    between = text[text.rindex(answer) + len(answer) : text.rindex(second)]
     header = between[_shared(tokenizer, between, closing) :]
-    first = text[: text.index(names[0])]  # the first turn's header, without what closes a turn before it
-    suffix = os.path.commonprefix([header[::-1], first[::-1]])[::-1]
+    # The first turn has the same header without anything that closes a turn before it.
+    opening = text[: text.index(first)]
+    suffix = os.path.commonprefix([header[::-1], opening[::-1]])[::-1]
     return suffix or header
 
 
 def _shared(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> int:
-    """Number of leading characters in common, cut back to the start of a token of `text` where the two part."""
+    """How many leading characters two texts share, cut back to the start of a token of `text` that contains the end."""
     length = len(os.path.commonprefix([text, other]))
     if length < len(other):
-        length = next((i for i, j in _encode(tokenizer, text)[1] if i < length < j), length)
+        for start, stop in _encode(tokenizer, text)[1]:
+            if start < length < stop:
+                return start
     return length
 
 
@@ -406,18 +352,19 @@ def _encode(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets, which the views are cut by; "
-            "use the fast (Rust) version of this tokenizer."
+            f"{type(tokenizer).__name__} gives no character offsets, by which the views are cut; use the fast (Rust) "
+            "version of this tokenizer."
         )
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def _stand_alone(tokenizer: PreTrainedTokenizerBase, text: str, row_ids: list[int]) -> list[int]:
-    """Tokens of a view on its own, opened with the BOS token if the LM row is."""
+    """Tokens of a view that is a sequence of its own; it opens with the BOS token if the LM row does."""
     ids, _ = _encode(tokenizer, text)
     bos = tokenizer.bos_token_id
-    return [bos, *ids] if ids and bos is not None and row_ids[:1] == [bos] and ids[:1] != [bos] else ids
+    row_has_bos = bos is not None and row_ids[:1] == [bos]
+    return [bos, *ids] if ids and row_has_bos and ids[0] != bos else ids
 
 
 def _tokens_before(offsets: list[tuple[int, int]], end: int) -> int:
@@ -431,8 +378,3 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
-
-
-def _key(text: str) -> int:
-    """A stable 63-bit key of a text: Python's own hash differs between processes."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

@@ -15,7 +15,7 @@ from llm_jepa.core.averaging import MovingAverage
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import jepa_loss
 from llm_jepa.lm.batching import rows_apart
-from llm_jepa.lm.targets import load_state, target_table
+from llm_jepa.lm.targets import target_table
 from tests.conftest import config, tiny_model
 from tests.lm.test_objective import gradients, parameters, plain_copy, rows_with_views, trainer_gradients  # noqa: F401
 from tests.lm.test_trainer import assert_close, history, make, run, weights
@@ -290,9 +290,14 @@ def test_evaluation_does_not_change_training(target_encoder, unique, tokenizer, 
     assert trainer.evaluate()["eval_jepa_loss"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_state_of_a_torn_checkpoint_is_missed(tmp_path):
+def test_state_of_a_torn_checkpoint_is_missed(unique, tokenizer, tmp_path):
+    options = {"target_encoder": "ema", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(unique, tokenizer, config(tmp_path, **options)).train()
+    (tmp_path / "checkpoint-1" / "jepa_state.safetensors").unlink()
     with pytest.raises(UserError, match="jepa_state"):
-        load_state(tmp_path / "jepa_state.safetensors")
+        make(unique, tokenizer, config(tmp_path, **options)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
 
 
 def test_rows_apart_end_where_their_sequences_end():

@@ -1,0 +1,114 @@
+"""Read one row of TRL's prompt-completion or conversational format. Errors name the row and the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from ..core.errors import UserError
+
+Message = dict[str, Any]
+
+
+class ParsedRow(NamedTuple):
+    """Prompt and completion: both strings, or both lists of messages."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    render_kwargs: dict[str, Any]  # tools and chat_template_kwargs, for the chat template
+    contexts: list[str]  # other wordings of the last turn of the prompt, from the column `views`
+    targets: list[str]  # other wordings of the completion
+
+
+def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
+    """Read a TRL row. `messages` becomes (everything before, last assistant turn).
+
+    Earlier assistant turns are a part of the prompt and are not trained.
+
+    Raises UserError that names `where` (e.g. "row 3") and the field.
+    """
+    prompt, completion = _sides(row, where)
+    for name, side in (("prompt", prompt), ("completion", completion)):
+        if side is None or side == "" or side == []:
+            raise UserError(f"{where} has no {name}; fill in '{name}' or remove the row.")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not prompt.strip() or not completion.strip():
+            raise UserError(f"{where} has a blank prompt or completion; fill it in or remove the row.")
+    elif _are_turns(prompt) and _are_turns(completion):
+        _check_turns(prompt, completion, where)
+    else:
+        raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
+    contexts, targets = _other_wordings(row.get("views"), where)
+    return ParsedRow(prompt, completion, _render_kwargs(row, where), contexts, targets)
+
+
+def _sides(row: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """Prompt and completion as the row has them."""
+    messages = row.get("messages")
+    if messages is None:
+        if "prompt" in row and "completion" in row:
+            return row["prompt"], row["completion"]
+        raise UserError(
+            f"{where}: found the columns {sorted(row)}, need 'prompt' and 'completion', or 'messages' "
+            "(TRL's prompt-completion and conversational formats)."
+        )
+    if not _are_turns(messages) or not messages:
+        raise UserError(f"{where}: 'messages' must be a list of {{'role', 'content'}} turns.")
+    if messages[-1].get("role") != "assistant":
+        raise UserError(
+            f"{where}: 'messages' ends with role {messages[-1].get('role')!r}, so there is no completion to learn; "
+            "end it with an assistant turn or remove the row."
+        )
+    return messages[:-1], messages[-1:]
+
+
+def _check_turns(prompt: list[Message], completion: list[Message], where: str) -> None:
+    if len(completion) != 1 or completion[0].get("role") != "assistant":
+        raise UserError(
+            f"{where}: the completion must be one assistant turn, got roles "
+            f"{[m.get('role') for m in completion]}; put earlier turns into the prompt."
+        )
+    for message in (prompt[-1], completion[0]):
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise UserError(
+                f"{where}: the {message.get('role')} turn has no text content; fill it in or remove the row."
+            )
+
+
+def _render_kwargs(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of the chat template. TRL takes tools as a JSON string too."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
+    kwargs = {} if tools is None else {"tools": tools}
+    return kwargs | (row.get("chat_template_kwargs") or {})
+
+
+def _other_wordings(views: Any, where: str) -> tuple[list[str], list[str]]:
+    """The optional column `views`, {"contexts": [text, ...], "targets": [text, ...]}; either may be missing."""
+    if views is None:
+        return [], []
+    if not isinstance(views, dict) or not set(views) <= {"contexts", "targets"}:
+        kind = f"the keys {sorted(views)}" if isinstance(views, dict) else type(views).__name__
+        raise UserError(
+            f"{where}: 'views' must hold {{'contexts': [text, ...], 'targets': [text, ...]}}, either of them; "
+            f"found {kind}."
+        )
+    for name, texts in views.items():
+        if texts is not None and not _are_texts(texts):
+            raise UserError(
+                f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."
+            )
+    return views.get("contexts") or [], views.get("targets") or []
+
+
+def _are_texts(texts: Any) -> bool:
+    return isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+
+
+def _are_turns(side: Any) -> bool:
+    return isinstance(side, list) and all(isinstance(message, dict) for message in side)

@@ -14,7 +14,7 @@ from .groups import DEFINITIONS
 from .inference import detectable_difference, show_p
 from .tables import aligned_table, estimate_spread, sample_sd
 
-Analysis = Mapping[str, Any]  # what `robustness_analysis.analyse` returns, and results.json holds
+Analysis = Mapping[str, Any]  # the result of `robustness_analysis.analyse`, as in results.json
 
 SCATTER, PHRASING = "accuracy-worst.png", "phrasing.png"  # the plots that the report shows
 TITLES = {
@@ -186,7 +186,7 @@ def _over_seeds(analysis: Analysis) -> str | None:
 
 def _zero_width_bound(analysis: Analysis) -> float | None:
     """The largest rate, in per cent, that 0 hits in all groups leave possible (one-sided 95 %); None if every interval
-    has a width, or lies elsewhere than at 0 or 100 %."""
+    has a width or is not at 0 or 100 %."""
     for model in analysis["models"].values():
         for metric in ("accuracy", "worst_of_k"):
             low, high = model["metrics"][metric]["low"], model["metrics"][metric]["high"]

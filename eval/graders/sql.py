@@ -140,7 +140,7 @@ class Databases:
         """Does `answer` return the rows of `gold`, by `same_rows`? In order if `gold` orders its result.
 
         A gold that returns no row is matched by any answer that runs, has as many columns and returns none.
-        Raises UserError if the gold fails, whatever the answer is, and where `run` does.
+        Raises UserError if the gold fails, whatever the answer is, and whenever `run` does.
         """
         expected = self.run(db_id, gold)
         if expected.status != "ok":

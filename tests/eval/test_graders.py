@@ -58,9 +58,9 @@ def test_two_spellings_are_one_number_and_two_numbers_are_two(value, commas, dol
     """However it is written, the key is that value (Decimal is the oracle) and that of no neighbour."""
     text = f"{abs(value):,f}" if commas else f"{abs(value):f}"
     text = ("-" if value < 0 else "") + ("$" if dollar else "") + text + ("." if dot else "")
-    found = number(f"so it is {text}")
-    assert found is not None and Decimal(found) == value
-    assert number(f"{value:f}") == found and number(f"{value + Decimal('0.001'):f}") != found
+    value_read = number(f"so it is {text}")
+    assert value_read is not None and Decimal(value_read) == value
+    assert number(f"{value:f}") == value_read and number(f"{value + Decimal('0.001'):f}") != value_read
 
 
 def test_last_number_takes_no_sign_from_a_subtraction():
@@ -195,12 +195,12 @@ def test_likelihoods_are_those_of_each_row_alone(family, tokenizer):
         expected.append(sums)
     assert len({len(tokenizer(o, add_special_tokens=False)["input_ids"]) for some in choices for o in some}) > 2
     for batch_size in (1, 2, 4, 50):
-        found = {}
+        scored = {}
         for batch in choose_batches(model, tokenizer, encoded, choices, batch_size=batch_size):
-            found.update(batch)
+            scored.update(batch)
         for index, sums in enumerate(expected):
-            assert found[index].log_likelihoods == pytest.approx(sums, abs=1e-9)
-    assert found[0].num_characters == (1, 12, 1)
+            assert scored[index].log_likelihoods == pytest.approx(sums, abs=1e-9)
+    assert scored[0].num_characters == (1, 12, 1)
 
 
 def test_suppressed_tokens_take_no_probability(tokenizer):
@@ -232,20 +232,20 @@ def load(tmp_path_factory):
 
 def test_regex_equivalence_metric(load):
     metric = load("regex_equivalence")
-    found = metric.compute(predictions=["[ab].*", "x", "((", "q"], references=["(a|b).*", "y", "z", "q"])
-    assert found == {"equivalent": 0.5, "exact": 0.25, "undecided": 0}
+    figures = metric.compute(predictions=["[ab].*", "x", "((", "q"], references=["(a|b).*", "y", "z", "q"])
+    assert figures == {"equivalent": 0.5, "exact": 0.25, "undecided": 0}
 
 
 def test_sql_execution_metric(load, tmp_path):
     (tmp_path / "shop").mkdir()
     sqlite3.connect(tmp_path / "shop" / "shop.sqlite").execute("CREATE TABLE items (name TEXT)").connection.close()
-    found = load("sql_execution").compute(
+    figures = load("sql_execution").compute(
         predictions=["SELECT 2 - 1", "SELECT 2", "SELECT", "SELECT 3"],
         references=["SELECT 1", "SELECT 1", "SELECT name FROM items", "SELECT 3"],
         db_ids=["shop"] * 4,
         databases=str(tmp_path),
     )
-    assert found == {"execution": 0.5, "failed": 0.25}
+    assert figures == {"execution": 0.5, "failed": 0.25}
 
 
 def test_paraphrase_consistency_metric(load):
@@ -253,9 +253,9 @@ def test_paraphrase_consistency_metric(load):
     metric = load("paraphrase_consistency")
     rows = [("4", "a"), ("5", "b"), ("4.0", "a"), ("5.0", "b"), ("4", "b")]
     columns = {"predictions": [text for text, _ in rows], "groups": [group for _, group in rows]}
-    found = metric.compute(**columns, references=["4"] * 5, grader="number")
-    assert found["accuracy"] == pytest.approx((1 + 1 / 3) / 2) and found["worst_of_k"] == 0.5
-    assert found["consistency"] == pytest.approx((1 + 1 / 3) / 2) and found["consistent_and_correct"] == 0.5
+    figures = metric.compute(**columns, references=["4"] * 5, grader="number")
+    assert figures["accuracy"] == pytest.approx((1 + 1 / 3) / 2) and figures["worst_of_k"] == 0.5
+    assert figures["consistency"] == pytest.approx((1 + 1 / 3) / 2) and figures["consistent_and_correct"] == 0.5
     with pytest.raises(UserError, match="did you mean 'number'"):
         metric.compute(**columns, references=["4"] * 5, grader="numbr")
 

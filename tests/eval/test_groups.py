@@ -225,10 +225,10 @@ def test_comparison_is_paired_and_signed_model_minus_baseline():
     better = [list(row) for row in table]
     for g in (4, 5, 6):
         better[g][1] = (1, "r")
-    found = compare([answers(better)], [answers(table)])
-    assert found.metrics["accuracy"].estimate == pytest.approx(3 / 80) and found.metrics["accuracy"].low >= 0
-    assert found.mcnemar["a"] == (0, 0, 1.0) and found.mcnemar["b"] == (3, 0, 0.25)
-    assert found.over_seeds == {}
+    comparison = compare([answers(better)], [answers(table)])
+    assert comparison.metrics["accuracy"].estimate == pytest.approx(3 / 80) and comparison.metrics["accuracy"].low >= 0
+    assert comparison.mcnemar["a"] == (0, 0, 1.0) and comparison.mcnemar["b"] == (3, 0, 0.25)
+    assert comparison.over_seeds == {}
 
 
 def test_mcnemar_is_done_by_wording_and_for_right_and_wrong_only():
@@ -246,18 +246,18 @@ def test_seeds_are_averaged_and_their_differences_tested():
     wrong, right = [(0, "w"), (0, "w")], [(1, "r"), (1, "r")]
     base = [answers([wrong, wrong, right, wrong])] * 3
     model = [answers([right, wrong, right, wrong]), answers([right, right, right, wrong]), base[0]]
-    found = compare(model, base)
-    seeds = found.over_seeds["accuracy"]
+    comparison = compare(model, base)
+    seeds = comparison.over_seeds["accuracy"]
     assert seeds.by_seed == (0.25, 0.5, 0) and seeds.p == pytest.approx(1 - math.sqrt(3 / 5))
-    assert found.metrics["accuracy"].estimate == seeds.t.estimate == seeds.crossed.estimate == pytest.approx(0.25)
-    assert found.mcnemar == {} and found.over_seeds["drop_rate"].crossed is None
+    assert comparison.metrics["accuracy"].estimate == seeds.t.estimate == seeds.crossed.estimate == pytest.approx(0.25)
+    assert comparison.mcnemar == {} and comparison.over_seeds["drop_rate"].crossed is None
     both = robustness(model[:2]).metrics["accuracy"]
     assert both.estimate == pytest.approx(0.625)
     assert robustness([model[0]] * 5).metrics == robustness([model[0]]).metrics, "equal runs add no certainty"
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda: answers([[(1, "r"), (0, "x")], [(1, "r"), None], [None, (1, "r")]]), "2 of 3 groups"),
         (lambda: answers([]), "there is none"),
@@ -269,8 +269,8 @@ def test_seeds_are_averaged_and_their_differences_tested():
         (lambda: compare([answers([[(1, "r")] * 2], "ab")], [answers([[(1, "r")] * 2], "ac")]), "other wordings"),
     ],
 )
-def test_answers_that_cannot_be_compared(call, said):
-    with pytest.raises(UserError, match=said):
+def test_answers_that_cannot_be_compared(call, message):
+    with pytest.raises(UserError, match=message):
         call()
 
 

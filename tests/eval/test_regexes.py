@@ -93,11 +93,11 @@ def ends(node, line, start):
     if kind == "cat":
         return {end for middle in ends(parts[0], line, start) for end in ends(parts[1], line, middle)}
     least, most = parts[1]
-    reached, found = {start}, set()
+    reached, final = {start}, set()
     for count in range((most if most is not None else least + len(line)) + 1):
-        found |= reached if count >= least else set()
+        final |= reached if count >= least else set()
         reached = {end for middle in reached for end in ends(parts[0], line, middle)}
-    return found
+    return final
 
 
 def denotes(node, line):
@@ -239,9 +239,9 @@ def test_equality_emptiness_and_length_of_the_counterexample_as_in_automata_lib(
     assert (ours.status == "equal") == theirs.isempty()
     if ours.status == "different":
         assert len(ours.counterexample) == theirs.minimum_word_length()
-    found, minimal = language(spelled(one)), automaton(one).minify()
-    assert (found.num_states, found.is_empty) == (len(minimal.states), minimal.isempty())
-    assert found.is_everything == minimal.complement().isempty()
+    ours, minimal = language(spelled(one)), automaton(one).minify()
+    assert (ours.num_states, ours.is_empty) == (len(minimal.states), minimal.isempty())
+    assert ours.is_everything == minimal.complement().isempty()
 
 
 @settings(max_examples=200, deadline=None)
@@ -307,12 +307,12 @@ def test_keys_do_not_depend_on_the_process():
     regexes = [r"\b(dog|[aeiou])\b.*&~(.*[0-9].*)", "[\u0430-\u044f]*|.*[^a-z].*", "(a|b)*a(a|b){5}"]
     code = f"from eval.graders.regexes import language; print([language(r).key for r in {ascii(regexes)}])"
     for seed in ("1", "2"):
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-c", code],
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-        assert said.strip() == str([language(regex).key for regex in regexes])
+        assert output.strip() == str([language(regex).key for regex in regexes])
 
 
 def test_keys_do_not_depend_on_how_the_alphabet_was_cut():

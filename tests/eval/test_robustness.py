@@ -65,16 +65,16 @@ def command(folder, tmp_path, capsys):
 
 def answers_by_hand(path):
     """group -> wording -> (right, key), read off the file."""
-    found: dict = {}
+    answers: dict = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        found.setdefault(row["group"], {})[row["wording"]] = (row["scores"]["correct"], row["answer_key"])
-    return found
+        answers.setdefault(row["group"], {})[row["wording"]] = (row["scores"]["correct"], row["answer_key"])
+    return answers
 
 
 def test_the_command_writes_the_figures_of_the_answers(command, tmp_path):
     """accuracy, worst of three, consistency and the difference, counted again from samples.jsonl."""
-    code, said, _ = command("--models", "@a", "@b")
+    code, output, _ = command("--models", "@a", "@b")
     assert code == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     by_hand = {}
@@ -100,7 +100,7 @@ def test_the_command_writes_the_figures_of_the_answers(command, tmp_path):
     assert set(result["comparisons"]["b"]["mcnemar"]) == set(WORDINGS) and result["finished"] is True
     shown = f"{100 * by_hand['a']['accuracy']:.1f} ["
     text = (tmp_path / "out" / "report.md").read_text()
-    assert shown in said and shown in text
+    assert shown in output and shown in text
     for needed in ("12 requests, each in 3 wordings (plain, polite, terse", "McNemar", "Published: none: your data",
                    "## What cannot be concluded", "these trained weights"):  # fmt: skip
         assert needed in text
@@ -112,8 +112,8 @@ def test_finished_models_are_kept_and_others_added(command, folder, tmp_path):
     """A third model joins: the answers of the first two are not written again, and the baseline may change."""
     assert command("--models", "@a", "@b")[0] == 0
     before = {name: (tmp_path / "out" / name / "samples.jsonl").stat().st_mtime_ns for name in "ab"}
-    code, said, _ = command("--models", "@a", "@b", "@c", "--baseline", "b")
-    assert code == 0 and said.count("holds this run already") == 2
+    code, output, _ = command("--models", "@a", "@b", "@c", "--baseline", "b")
+    assert code == 0 and output.count("holds this run already") == 2
     assert before == {name: (tmp_path / "out" / name / "samples.jsonl").stat().st_mtime_ns for name in "ab"}
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["order"] == ["a", "b", "c"] and set(result["comparisons"]) == {"a", "c"}
@@ -123,12 +123,12 @@ def test_a_folder_made_with_other_settings_is_refused_and_left_as_it_is(command,
     write_groups(folder / "other.jsonl", [[text.format(n) for text in ASKED] for n in range(4)])
     assert command("--models", "@a")[0] == 0
     before = (tmp_path / "out" / "results.json").read_bytes()
-    for options, said in (
+    for options, message in (
         ({"data": "other.jsonl"}, "another data_sha256"),
         ({}, "another limit (null, now 3)"),
     ):
         code, _, error = command("--models", "@a", *([] if options else ["--limit", "3"]), **options)
-        assert code == 2 and error.count("\n") == 1 and said in error and "choose another --out" in error
+        assert code == 2 and error.count("\n") == 1 and message in error and "choose another --out" in error
     # the same name for other weights
     code, _, error = command("--models", "a=@b")
     assert code == 2 and "model.name" in error and error.count("\n") == 1
@@ -142,8 +142,8 @@ def test_a_folder_made_with_other_settings_is_refused_and_left_as_it_is(command,
 def test_seeds_of_an_arm_are_averaged_and_compared_by_pairs(command, tmp_path):
     """Two arms of two runs (the second arm in the other order): mean and spread by hand, and the p value of a paired t
     test of differences d and -d: mean 0, so p = 1."""
-    code, said, _ = command("--models", "one=@a,@b", "two=@b,@a")
-    assert code == 0 and " ± " in said
+    code, output, _ = command("--models", "one=@a,@b", "two=@b,@a")
+    assert code == 0 and " ± " in output
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     figure = result["models"]["one"]["metrics"]["accuracy"]
     alone = [
@@ -194,7 +194,7 @@ def scored(folder, name="m", groups=4, k=2, right=lambda g, w: (g + w) % 3 > 0, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"data_sha256": {"test.jsonl": "1" * 64}}, "data_sha256"),
         ({"groups": 5}, "differ in groups (4 and 5)"),
@@ -205,15 +205,15 @@ def scored(folder, name="m", groups=4, k=2, right=lambda g, w: (g + w) % 3 > 0, 
         ({"decoding": {"greedy": True, "max_new_tokens": 64, "stop_token_ids": [7], "batch_size": 1}}, None),
     ],
 )
-def test_runs_that_are_not_alike_are_refused(changes, said, command, tmp_path):
+def test_runs_that_are_not_alike_are_refused(changes, message, command, tmp_path):
     """Another tokenizer's stop tokens and another batch size are no reason; everything that moves the figures is."""
     one, other = scored(tmp_path / "one"), scored(tmp_path / "other", **changes)
     code, _, error = command("--samples", one, other)
-    assert (code, said in error if said else error) == ((2, True) if said else (0, ""))
+    assert (code, message in error if message else error) == ((2, True) if message else (0, ""))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--models", "@a", "--limit", "0"), "--limit must be 1 or more"),
         (("--models", "@a", "--limit", "1"), "1 group(s) to ask"),
@@ -228,18 +228,18 @@ def test_runs_that_are_not_alike_are_refused(changes, said, command, tmp_path):
         (("--models", "@a", "--metric", "bleu"), "No sample has the metric 'bleu'; there is contains, correct"),
     ],
 )
-def test_mistakes_are_one_line(options, said, command):
+def test_mistakes_are_one_line(options, message, command):
     code, _, error = command(*options)
     line = error.splitlines()[-1]  # after the progress bar, if any answer was given
-    assert code == 2 and line.startswith("eval.robustness: error: ") and said in line and "Traceback" not in error
+    assert code == 2 and line.startswith("eval.robustness: error: ") and message in line and "Traceback" not in error
 
 
 def test_unknown_tasks_and_groups_of_one_are_named(command, folder):
     code, _, error = command("--models", "@a", task="grups")
     assert code == 2 and "did you mean 'groups'" in error
     write_groups(folder / "one.jsonl", [["Is 1 even?", "1 even?"], ["Is 2 even?"], ["Is 3 even?"]])
-    code, said, error = command("--models", "@a", data="one.jsonl")
-    assert code == 2 and "2 of 3 groups have a single wording" in error and "a:" not in said
+    code, output, error = command("--models", "@a", data="one.jsonl")
+    assert code == 2 and "2 of 3 groups have a single wording" in error and "a:" not in output
 
 
 def test_results_of_a_truncated_file_are_refused(tmp_path):

@@ -55,7 +55,7 @@ def test_metrics_of_answers_worked_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({}, "holds neither"),
         ({"synth_test": [("a", "r")]}, "lacks turk_test.jsonl, synth_train.jsonl, turk_train.jsonl"),
@@ -69,9 +69,9 @@ def test_metrics_of_answers_worked_by_hand():
         ),
     ],
 )
-def test_folders_that_cannot_be_scored(files, said, tmp_path):
+def test_folders_that_cannot_be_scored(files, message, tmp_path):
     write_folder(tmp_path, **files)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         nl_rx.load(tmp_path)
 
 

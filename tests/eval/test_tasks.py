@@ -1,5 +1,5 @@
 """Claims about tasks and runs: raw rows and shipped rows ask the same, a run cut short ends as if it had not been, and
-what cannot be scored is said in one line before anything is written."""
+data that cannot be scored gets one line before anything is written."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_golds_that_match_everything_or_nothing_are_flagged(tmp_path):
 
 
 def test_real_nl_rx():
-    """1,771 of 2,000 lines are new; of their golds a fifth match everything or nothing, whatever the question said."""
+    """1,771 of 2,000 lines are new; of their golds a fifth match everything or nothing, whatever the question is."""
     if not (SHARED / "nl_rx").is_dir():
         pytest.skip(f"the real NL-RX is not at {SHARED}")
     data = TASKS["nl_rx"].load(str(SHARED / "nl_rx"))
@@ -294,21 +294,21 @@ def test_a_run_cut_short_ends_as_if_it_had_not_been(stop, cut, model_dir, tmp_pa
     with pytest.raises(Stopped):
         evaluate_model(model_dir, stopping_after(task, stop)[0], data, out=out, **settings)
     partial = tmp_path / "cut.samples.jsonl.partial"
-    kept = partial.read_text().splitlines()[1:]
-    assert not out.exists() and len(kept) <= stop and (stop < 5 or kept)
+    resumed = partial.read_text().splitlines()[1:]
+    assert not out.exists() and len(resumed) <= stop and (stop < 5 or resumed)
     if cut:
         with open(partial, "a") as file:
             file.write('{"group": "g0", "wor')
         if stop < 14:
             with pytest.raises(Stopped):
                 evaluate_model(model_dir, stopping_after(task, 5)[0], data, out=out, **settings)
-            assert len(partial.read_text().splitlines()) > 1 + len(kept)
-            kept = partial.read_text().splitlines()[1:]
+            assert len(partial.read_text().splitlines()) > 1 + len(resumed)
+            resumed = partial.read_text().splitlines()[1:]
     counting, graded = stopping_after(task, -1)
     result, again = evaluate_model(model_dir, counting, data, out=out, **settings)
-    per_choice = sum("log_likelihoods" in line for line in lines) - sum("log_likelihoods" in line for line in kept)
-    assert len(graded) == len(lines) - len(kept) + per_choice
-    assert again == lines and stable(result) == stable(whole) and result["resumed_answers"] == len(kept)
+    per_choice = sum("log_likelihoods" in line for line in lines) - sum("log_likelihoods" in line for line in resumed)
+    assert len(graded) == len(lines) - len(resumed) + per_choice
+    assert again == lines and stable(result) == stable(whole) and result["resumed_answers"] == len(resumed)
     assert (
         not partial.exists()
         and (tmp_path / "cut.samples.jsonl").read_text() == (tmp_path / "whole.samples.jsonl").read_text()
@@ -460,7 +460,7 @@ def test_help_lists_the_tasks(capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"task": "gsm8"}, "did you mean 'gsm8k'"),
         ({"data": "{}/none.jsonl"}, "No data file at"),
@@ -474,15 +474,15 @@ def test_help_lists_the_tasks(capsys):
         ({"task": "paws"}, "unknown"),
     ],
 )
-def test_one_line_exit_2_and_nothing_written(changes, said, model_dir, tmp_path, capsys):
+def test_one_line_exit_2_and_nothing_written(changes, message, model_dir, tmp_path, capsys):
     group_file(tmp_path / "g.jsonl", 3)
     changes = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
     if changes == {"task": "paws"}:
-        said = "paws needs 'messages' or sentence1, sentence2, label"
+        message = "paws needs 'messages' or sentence1, sentence2, label"
     before = sorted(tmp_path.rglob("*"))
     assert run.main(command(tmp_path, **changes)) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1, error
+    assert message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -517,10 +517,10 @@ def test_the_harness_task_grades_as_ours(nl_rx_dir):
     assert rows[1]["user"] == TASKS["nl_rx"].load(nl_rx_dir).groups[0].prompts[1][-1]["content"]
     right = [f" ({row['gold']}) " for row in rows]
     answers = [*right[:2], right[2], "q", "q", "q", "q", "qq", *right[8:]]
-    found = [utils.process_results(row, [text]) for row, text in zip(rows, answers, strict=True)]
-    assert [figures["equivalent"] for figures in found] == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
-    assert not any(figures["exact"] for figures in found)
-    figure = lambda name: getattr(utils, name)([figures[name] for figures in found])  # noqa: E731
+    rows_of_figures = [utils.process_results(row, [text]) for row, text in zip(rows, answers, strict=True)]
+    assert [figures["equivalent"] for figures in rows_of_figures] == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
+    assert not any(figures["exact"] for figures in rows_of_figures)
+    figure = lambda name: getattr(utils, name)([figures[name] for figures in rows_of_figures])  # noqa: E731
     assert [figure(name) for name in ("worst_of_k", "consistency", "consistent_and_correct")] == [0.4, 0.6, 0.4]
     with pytest.raises(UserError, match="--metadata nl_rx=FOLDER"):
         utils.load()
@@ -530,7 +530,7 @@ def test_the_harness_gets_the_answers_that_we_get(nl_rx_dir, model_dir):
     lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm_eval")
     from lm_eval.tasks import TaskManager
 
-    found = lm_eval.simple_evaluate(
+    output = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": model_dir, "dtype": "float32"},
         tasks=["llm_jepa_nl_rx"],
@@ -541,7 +541,7 @@ def test_the_harness_gets_the_answers_that_we_get(nl_rx_dir, model_dir):
     )
     result, lines = evaluate_model(model_dir, TASKS["nl_rx"], TASKS["nl_rx"].load(nl_rx_dir), out=None, progress=False)
     ours = {(line["group"], line["wording"]): line["text"] for line in lines}
-    for sample in found["samples"]["llm_jepa_nl_rx"]:
+    for sample in output["samples"]["llm_jepa_nl_rx"]:
         assert sample["resps"][0][0].strip() == ours[sample["doc"]["group"], sample["doc"]["wording"]]
-    theirs = found["results"]["llm_jepa_nl_rx"]["exact,none"]
+    theirs = output["results"]["llm_jepa_nl_rx"]["exact,none"]
     assert theirs == pytest.approx(sum(result["metrics"][name]["exact"] for name in result["wordings"]) / 2)

@@ -141,5 +141,8 @@ class SelectiveDecoder:
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """0 if one of the two vectors [D] is 0."""
-    length = float(np.linalg.norm(a.astype(np.float64)) * np.linalg.norm(b.astype(np.float64)))
-    return float(a.astype(np.float64) @ b.astype(np.float64)) / length if length else 0.0
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    length = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if length == 0:
+        return 0.0
+    return float(x @ y) / length

@@ -104,8 +104,7 @@ def open_frames(
     if isinstance(source, (str, Path)) and native_fps is not None:
         raise UserError(f"native_fps={native_fps} is for images without times; {source_name(str(source))} has its own.")
     if live is None:
-        scheme = source.partition(":")[0].lower() if isinstance(source, str) else ""
-        live = scheme in _LIVE_SCHEMES | {"webcam"}
+        live = isinstance(source, str) and source.partition(":")[0].lower() in _LIVE_SCHEMES | {"webcam"}
     if limits is None:
         limits = _LIVE_LIMITS if live else Limits()
     reading = Reading(source_name(source), live=live, limits=limits)
@@ -160,7 +159,9 @@ def _pictures(source: Iterable[Any], native_fps: float | None, name: str) -> Ite
         else:
             seconds = number / native_fps
         if not _is_picture(item):
-            kind = f"{item.dtype} {list(item.shape)}" if isinstance(item, np.ndarray) else type(item).__name__
+            kind = type(item).__name__
+            if isinstance(item, np.ndarray):
+                kind = f"{item.dtype} {list(item.shape)}"
             raise UserError(f"{name}: frame {number} is {kind}; give PIL images or uint8 arrays [H, W, 3].")
         yield seconds, item
     if number < 0:
@@ -197,8 +198,9 @@ def _open_path(path: str | Path, reading: Reading) -> Opened:
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"avif"):
         raise UserError(f"{reading.name}: HEIC and AVIF images are not supported. Convert it to JPEG or PNG.")
     still = _open_still(path, reading)
-    raw = iter([(0.0, still)]) if still is not None else _open_bytes(file, reading)
-    return Opened(raw, replayable=True)
+    if still is not None:
+        return Opened(iter([(0.0, still)]), replayable=True)
+    return Opened(_open_bytes(file, reading), replayable=True)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -273,7 +275,8 @@ def _open_url(url: str, reading: Reading) -> Iterator[RawFrame]:
 def _open_webcam(device: str, reading: Reading) -> Iterator[RawFrame]:
     is_number = device.isdecimal()
     if sys.platform.startswith("linux") and (is_number or device.startswith("/dev/video")):
-        return _open_container(f"/dev/video{device}" if is_number else device, reading, "video4linux2")
+        path = f"/dev/video{device}" if is_number else device
+        return _open_container(path, reading, "video4linux2")
     if sys.platform == "darwin" and is_number:
         # few cameras accept AVFoundation's own default rate
         return _open_container(device, reading, "avfoundation", options={"framerate": "30"})
@@ -293,7 +296,9 @@ def _open_lavfi(graph: str, reading: Reading) -> Iterator[RawFrame]:
         )
     for width, height in re.findall(r"(\d+)[^\d=:/](\d+)", graph):  # FFmpeg draws it before we can measure it
         reading.check_pixels(int(width), int(height))
-    return _open_container(f"{graph},realtime" if reading.live else graph, reading, "lavfi")
+    if reading.live:
+        graph += ",realtime"
+    return _open_container(graph, reading, "lavfi")
 
 
 # -- decoding -------------------------------------------------------------------------------------------------------
@@ -347,7 +352,10 @@ def _decode(container: InputContainer, stream: VideoStream, reading: Reading) ->
                 reading.num_corrupt += 1
                 continue
             ticks, unit = frame.pts if has_pts else frame.dts, frame.time_base
-            stamp = stamp + step if ticks is None or unit is None else ticks * unit
+            if ticks is None or unit is None:
+                stamp += step
+            else:
+                stamp = ticks * unit
             if origin is None:
                 origin = stamp
             yield float(stamp - origin), frame

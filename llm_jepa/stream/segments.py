@@ -84,8 +84,9 @@ class WardSegmenter:
 
     Two further bounds:
 
-    *   Scatter. If a share f of the n windows is at a distance d from the others, cutting off these others would gain
-        k f^2 d^2, which is wrong. So the gain must exceed SCATTER * (mean ||z||^2 - ||a||^2) = 4 f (1 - f) d^2.
+    *   Scatter. If a share f of the n windows is at a distance d from the others, then k of the others gain k f^2 d^2
+        over the mean of all, although the scene has not changed. So the gain must exceed SCATTER * (mean ||z||^2 -
+        ||a||^2) = 4 f (1 - f) d^2.
     *   Afterglow. Windows overlap, so the first ones after a cut show both scenes and must not become a segment. After
         a cut of gain g the gain must exceed AFTERGLOW * g * block / n.
 
@@ -100,9 +101,9 @@ class WardSegmenter:
     overlap `block` times move slowly: at block 4, p falls to 3/4 and q to 1/4 of the variance, and the gain rises to
     11/4; p * p / q is 9/4. A busy stream has no quiet stretch for p but quiet moments for q: hence the bound.
 
-    Rotating or scaling the stream therefore changes neither threshold nor cuts. The threshold is at least ROUNDING of
-    the mean squared length. It is infinite until max(WARM_UP, 2 * block) windows were seen. A large change among these
-    is still found, but later and less exactly; so is a change in a stream that is never quiet, once it is.
+    So rotating or scaling the stream does not change the cuts; the threshold scales along. It is at least ROUNDING of
+    the mean squared length, and infinite until max(WARM_UP, 2 * block) windows were seen. A large change among these
+    windows is still found, but later and less exactly. The same holds in a stream until its first quiet moment.
 
     Args:
         block: number of windows that show one moment, window / stride. 2 is accepted, 3 or more is advised. With a
@@ -137,7 +138,7 @@ class WardSegmenter:
             raise ValueError(f"sensitivity={sensitivity} must be a finite number > 0; 1 is the default.")
         if not (min_duration_s >= 0 and math.isfinite(min_duration_s)):
             raise ValueError(f"min_duration_s={min_duration_s} must be a finite number of seconds >= 0.")
-        self._block, self._given = block, threshold
+        self._block, self._fixed_threshold = block, threshold
         self._sensitivity, self._min_duration_s = sensitivity, min_duration_s
         self._dim: int | None = None
         self._last_s = -math.inf
@@ -182,13 +183,15 @@ class WardSegmenter:
     @property
     def open(self) -> Segment | None:
         """The running segment up to the newest window, if any. A later cut may remove its last windows."""
-        return self._segment(len(self._recent), self._last_s) if self._recent else None
+        if not self._recent:
+            return None
+        return self._segment(len(self._recent), self._last_s)
 
     @property
     def threshold(self) -> float:
         """The value that a gain has to exceed now; infinite while warming up."""
-        if self._given is not None:
-            return self._given
+        if self._fixed_threshold is not None:
+            return self._fixed_threshold
         if self._num_seen < max(WARM_UP, 2 * self._block) or not self._block_statistics or not self._recent:
             return math.inf
         p = float(np.quantile(self._block_statistics, NOISE_QUANTILE))
@@ -424,10 +427,11 @@ def _stream(
 
 def _split(x: NDArray[np.float64], times: NDArray[np.float64], cuts: Sequence[int]) -> list[Segment]:
     """The segments of a stream that start at window 0 and at `cuts`."""
+    # [T + 1]: edges[i] is before window i. The stream itself starts and ends at the centre of a window.
+    edges = np.concatenate([times[:1], (times[:-1] + times[1:]) / 2, times[-1:]])
     segments = []
     for first, end in zip([0, *cuts], [*cuts, len(x)], strict=True):
-        start_s = float(times[0] if first == 0 else (times[first - 1] + times[first]) / 2)
-        end_s = float(times[-1] if end == len(x) else (times[end - 1] + times[end]) / 2)
+        start_s, end_s = float(edges[first]), float(edges[end])
         nearest = first + int(np.abs(times[first:end] - (start_s + end_s) / 2).argmin())
         within = x[first:end]
         core = within[1:-1] if end - first > 2 else within

@@ -100,13 +100,7 @@ def write_report(
     """
     final = [caption for caption in captions if caption.final]
     start_s, length_s = _axis(final, timeline, seconds)
-    saved = f"{num_windows / num_decodes:.1f} times fewer than one per window" if num_decodes else "nothing to decode"
-    facts = [
-        (f"{num_decodes} of {num_windows}", f"decoded {num_decodes} of {num_windows} windows: {saved}"),
-        (clock(seconds), "of video"),
-        (str(len(final)), "scene" if len(final) == 1 else "scenes"),
-    ]
-    median_s = statistics.median(c.end_s - c.start_s for c in final) if final else length_s
+    durations = [caption.end_s - caption.start_s for caption in final] or [length_s]
     curve_line, curve_area = _curve(timeline, start_s)
     script = _asset("page.js")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -114,7 +108,7 @@ def write_report(
         source=one_line(source),
         query=one_line(query),
         details=one_line(details),
-        facts=facts,
+        facts=_facts(num_windows, num_decodes, seconds, len(final)),
         scenes=_scenes(final, start_s, length_s),
         thumbnails=[(time_s, base64.b64encode(jpeg).decode()) for time_s, jpeg in timeline.thumbnails],
         curve_line=curve_line,
@@ -122,7 +116,7 @@ def write_report(
         largest=timeline.largest_distance,
         start_s=start_s,
         length_s=length_s,
-        scale=min(BLOCK_PX / max(median_s, 1e-3), MAX_SCALE),
+        scale=min(BLOCK_PX / max(statistics.median(durations), 1e-3), MAX_SCALE),
         style=_asset("page.css"),
         script=script,
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -135,8 +129,10 @@ def clock(seconds: float) -> str:
     tenths = round(abs(seconds) * 10)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
-    shown = f"{minutes:02d}:{rest // 10:02d}.{rest % 10}"
-    return ("-" if seconds < 0 and tenths else "") + (f"{hours}:{shown}" if hours else shown)
+    digits = f"{minutes:02d}:{rest // 10:02d}.{rest % 10}"
+    if hours:
+        digits = f"{hours}:{digits}"
+    return f"-{digits}" if seconds < 0 and tenths else digits
 
 
 def one_line(text: str) -> str:
@@ -188,6 +184,18 @@ def _scenes(final: Sequence[Caption], start_s: float, length_s: float) -> list[_
             )
         )
     return scenes
+
+
+def _facts(num_windows: int, num_decodes: int, seconds: float, num_scenes: int) -> list[tuple[str, str]]:
+    """The large numbers at the top of the page, each with its meaning."""
+    saved = "nothing to decode"
+    if num_decodes:
+        saved = f"{num_windows / num_decodes:.1f} times fewer than one per window"
+    return [
+        (f"{num_decodes} of {num_windows}", f"decoded {num_decodes} of {num_windows} windows: {saved}"),
+        (clock(seconds), "of video"),
+        (str(num_scenes), "scene" if num_scenes == 1 else "scenes"),
+    ]
 
 
 def _axis(final: Sequence[Caption], timeline: Timeline, seconds: float) -> tuple[float, float]:

@@ -75,7 +75,7 @@ class ModelArguments:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = field(
         default=None,
         metadata={
-            "help": "Attention backend; null: sdpa where the model has it, else eager. Both mask packed rows; flash "
+            "help": "Attention backend. null: sdpa if the model has it, else eager. Both can mask packed rows; flash "
             "attention cannot, so it needs num_predictor_tokens: 0."
         },
     )
@@ -88,7 +88,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        lora_keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        for name in lora_keys:
             value = getattr(self, name)
             if not self.use_peft and value != type(self).__dataclass_fields__[name].default:
                 raise UserError(
@@ -129,7 +130,7 @@ class LLMJEPAConfig(SFTConfig):
     jepa_weight: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the JEPA loss beside the LM loss (the paper's lambda). 0: plain SFT, no token is added."
+            "help": "Weight of the JEPA loss (the paper's lambda); the LM loss has 1. 0: plain SFT, no token is added."
         },
     )
     jepa_weight_end: float | None = field(
@@ -138,48 +139,48 @@ class LLMJEPAConfig(SFTConfig):
     jepa_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "Share of optimizer steps without the JEPA term, which cost what plain SFT does (the paper's LD, "
+            "help": "Share of optimizer steps without the JEPA term; they cost as much as plain SFT (the paper's LD, "
             "which advises jepa_weight * (1 - LD) = constant)."
         },
     )
     objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1", "stp"] = field(
         default="info_nce",
         metadata={
-            "help": "Distance between predicted and target embedding. The paper's is cosine, which collapsed in every "
-            "small run of ours; info_nce did not. stp: Semantic Tube Prediction, which has no views."
+            "help": "Distance between predicted and target embedding. The paper uses cosine, which collapsed in all of "
+            "our small runs; info_nce did not. stp: Semantic Tube Prediction, which has no views."
         },
     )
     temperature: float = field(default=0.07, metadata={"help": "Temperature of info_nce; smaller is sharper."})
     negatives: Literal["micro_batch", "optimizer_step"] = field(
         default="micro_batch",
         metadata={
-            "help": "Where info_nce takes its negatives from: the micro-batch of all ranks, or all those of the "
+            "help": "Source of the negatives of info_nce: the micro-batch of all ranks, or all micro-batches of the "
             "optimizer step (GradCache: one more forward pass, same gradient as one big batch)."
         },
     )
     regularizer: Literal["vicreg", "sigreg"] | None = field(
         default=None,
-        metadata={"help": "Keep the space from collapsing: each view by itself, over the pairs of all ranks."},
+        metadata={"help": "Anti-collapse term on each view, over the pairs of all ranks."},
     )
     regularizer_weight: float = field(default=1.0, metadata={"help": "Its weight relative to the distance."})
     projector_dim: int = field(
         default=128,
         metadata={
-            "help": "With a regularizer, distance and regularizer see a linear projection of the embeddings to so many "
-            "dimensions, trained along and thrown away; 0: the embeddings themselves."
+            "help": "With a regularizer: project the embeddings linearly to this many dimensions before both terms. "
+            "The projector is trained too and is not saved with the model. 0: no projector."
         },
     )
     stp_formula: Literal["paper", "code"] = field(
         default="paper",
-        metadata={"help": "objective: stp as the paper writes it, or as its released code computes it."},
+        metadata={"help": "Formula of objective: stp, as in the paper or as in its released code."},
     )
 
     # -- the two embeddings
     target_encoder: Literal["self", "stop_gradient", "ema", "base"] = field(
         default="self",
         metadata={
-            "help": "Where targets come from. self: this model; both sides move (paper). stop_gradient: this model, "
-            "forward only. ema: a moving average of it. base: the model at the start, whose targets are computed once."
+            "help": "Source of the targets. self: this model; both sides learn (paper). stop_gradient: this model, "
+            "forward only. ema: its moving average. base: the model at the start; its targets are computed once."
         },
     )
     ema_decay: float = field(
@@ -196,24 +197,25 @@ class LLMJEPAConfig(SFTConfig):
         default="forward", metadata={"help": "reverse: the completion predicts the prompt (paper, table 3)."}
     )
     readout: Literal["last", "mean"] = field(
-        default="last", metadata={"help": "A view's embedding: the state of its last token, or the mean of all."}
+        default="last",
+        metadata={"help": "Embedding of a view: the state of its last token, or the mean over all of its tokens."},
     )
     readout_layer: int = field(
         default=-1,
-        metadata={"help": "Which hidden state is read: -1 the last (after the final norm), 8 that after layer 8."},
+        metadata={"help": "Hidden state to read: -1 is the last one (after the final norm), 8 the one after layer 8."},
     )
     context_view: Literal["prefix", "message"] = field(
         default="prefix",
         metadata={
-            "help": "prefix: the LM row up to the end of the prompt, system prompt and earlier turns included, nearly "
-            "free. message: the last user turn alone, as in the paper. Two objectives, not two costs of one."
+            "help": "prefix: the LM row up to the end of the prompt, with system prompt and earlier turns; nearly "
+            "free. message: only the last user turn, as in the paper. These are two different objectives."
         },
     )
     label_protocol: Literal["completion", "paper"] = field(
         default="completion",
         metadata={
             "help": "completion: train the completion and its end-of-turn token. paper: train every non-pad token, as "
-            "the published script really does (end-of-turn is no target where pad = eos)."
+            "the published script really does (so end-of-turn is never trained if pad = eos)."
         },
     )
     diagnostics_pairs: int = field(
@@ -222,7 +224,7 @@ class LLMJEPAConfig(SFTConfig):
     share_rows: bool = field(
         default=False,
         metadata={
-            "help": "Lay several examples of a batch in one row where that saves padding. The batch and its gradient "
+            "help": "Put several examples of a batch into one row if that saves padding. The batch and its gradient "
             "stay the same (TRL's packing changes both)."
         },
     )
@@ -283,7 +285,7 @@ class LLMJEPAConfig(SFTConfig):
             raise UserError(f"chat_template_path={self.chat_template_path!r} must be a .jinja file.")
 
     def _check_jepa(self) -> None:
-        """Combinations of our own keys that cannot do what they say."""
+        """Refuse combinations of our own keys that contradict each other."""
         info_nce, regularized = self.objective == "info_nce", self.regularizer is not None
         views = "an objective with views, which stp is not"
         check_used(

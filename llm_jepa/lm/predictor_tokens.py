@@ -21,7 +21,7 @@ def predictor_token_names(num_predictor_tokens: int) -> list[str]:
 
 
 def predictor_token_ids(tokenizer: PreTrainedTokenizerBase, num_predictor_tokens: int) -> list[int]:
-    """Ids of tokens that must already be there. Raises UserError naming the missing ones."""
+    """Ids of tokens that the tokenizer must have already. Raises UserError that names the missing ones."""
     vocabulary = tokenizer.get_vocab()
     names = predictor_token_names(num_predictor_tokens)
     missing = [name for name in names if name not in vocabulary]
@@ -34,7 +34,7 @@ def predictor_token_ids(tokenizer: PreTrainedTokenizerBase, num_predictor_tokens
 
 
 def known_predictor_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of every predictor token the tokenizer has, also those an earlier stage of training brought along."""
+    """Ids of every predictor token that the tokenizer has, also of those from an earlier stage of training."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[name] for name in predictor_token_names(MAX_PREDICTOR_TOKENS) if name in vocabulary]
 
@@ -43,12 +43,11 @@ def known_predictor_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def add_predictor_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_predictor_tokens: int
 ) -> list[int]:
-    """Add the tokens to tokenizer and model (in place) and return their ids. Does nothing twice.
+    """Add the tokens to tokenizer and model, in place, and return their ids. A second call changes nothing.
 
-    The embedding grows only if it has no spare rows. A new row is drawn like an ordinary one (mean and spread of the
-    old rows, per dimension): transformers' own choice, the mean alone, is nearly zero in a fresh model, and a norm
-    layer turns that into a gradient several times too large. The generator is its own: the training seed stays
-    unmoved.
+    The embedding grows only if it has no spare rows. A new row is drawn with the mean and spread of the old rows, per
+    dimension. (transformers uses the mean alone, which is nearly zero in a fresh model; a norm layer turns that into a
+    gradient several times too large.) The rows are drawn with a generator that does not touch the training seed.
     """
     names = predictor_token_names(num_predictor_tokens)
     new = [name for name in names if name not in tokenizer.get_vocab()]
@@ -56,7 +55,7 @@ def add_predictor_tokens(
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True)
     ids = predictor_token_ids(tokenizer, num_predictor_tokens)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):  # transformers draws rows of its own first
+        with torch.random.fork_rng(devices=[]):  # transformers first draws other rows
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new_ids = [i for i, name in zip(ids, names, strict=True) if name in new]
     if new_ids:
@@ -72,7 +71,7 @@ def add_predictor_tokens(
 
 
 def train_token_rows(peft_config: PeftConfig, model: PreTrainedModel, token_ids: list[int]) -> None:
-    """Make a LoRA run train the predictor tokens' embedding rows, which plain LoRA leaves at their random start.
+    """Make a LoRA run train the embedding rows of the predictor tokens; plain LoRA would leave them random.
 
     Works for tied and untied embeddings. Raises UserError for a PEFT method that cannot train single rows.
     """
@@ -85,7 +84,7 @@ def train_token_rows(peft_config: PeftConfig, model: PreTrainedModel, token_ids:
         )
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]
-    given = peft_config.trainable_token_indices or {}
-    if isinstance(given, list):
-        given = {name: given}
-    peft_config.trainable_token_indices = {**given, name: sorted({*given.get(name, []), *token_ids})}
+    trained = peft_config.trainable_token_indices or {}
+    if isinstance(trained, list):
+        trained = {name: trained}
+    peft_config.trainable_token_indices = {**trained, name: sorted({*trained.get(name, []), *token_ids})}

@@ -222,6 +222,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         compares = comparison(args, dropped=dropped)
         parts = [plan_micro_batch(batch, args, self.layout, compares, step=step) for batch in batches]
         labels = sum(count_labels(batch) for batch in batches)
+        # [] each, at least 1
         labels, pairs = self.count_over_ranks([labels, sum(part.num_pairs for part in parts)])
         if batches and compares == "known":
             parts = self._compare_step(batches, parts, step)
@@ -268,11 +269,11 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         else:
             plan, part = self.plan, next(self._micro_batches)
         out = self.losses(model, inputs, plan, part)
-        lm_sum = out.token_nll.sum()
+        lm_sum = out.token_nll.sum()  # []
         loss = lm_sum / plan.labels
         pair_sum = lm_sum.new_zeros(())
         if out.pair_loss is not None:
-            pair_sum = out.pair_loss.sum()
+            pair_sum = out.pair_loss.sum()  # [P] -> []
             loss = loss + self.jepa_weight_now() * pair_sum / plan.pairs
         if not is_alone:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
@@ -280,9 +281,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         if out.router_loss is not None:
             # Weighted as in TRL: a mean over micro-batches, and over ranks.
             router = out.router_loss
-            loss = loss + self.router_aux_loss_coef * router / (
-                1 if is_alone else self.current_gradient_accumulation_steps
-            )
+            loss = loss + self.router_aux_loss_coef * router / len(plan.micro_batches)
         if self.model.training:
             self.sums.add(
                 lm_loss=lm_sum.detach(),
@@ -327,9 +326,9 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         (part,) = plan.micro_batches
         out = self.losses(model, inputs, plan, part)
         # A label belongs to the last LM row that starts before it.
-        starts, order = inputs["lm_at"].sort()
-        example_of_label = order[torch.searchsorted(starts, out.label_at, right=True) - 1]
-        sums = out.token_nll.new_zeros(4, len(starts))
+        starts, order = inputs["lm_at"].sort()  # [B] each
+        example_of_label = order[torch.searchsorted(starts, out.label_at, right=True) - 1]  # [labels]
+        sums = out.token_nll.new_zeros(4, len(starts))  # [4, B]
         sums[0].index_add_(0, example_of_label, out.token_nll)
         sums[1] += torch.bincount(example_of_label, minlength=len(starts))
         if out.pair_loss is not None and part.example_of_pair is not None:

@@ -3,8 +3,8 @@
     L = L_LM + weight * [1 - cos(first, second)]
 
 where `first` and `second` are displacements between hidden states of the *same* forward pass: no second view, no
-predictor. Which displacements is said in two ways. The paper's (sections 1 and 4, appendix G) and that of its released
-code (github.com/galilai-group/llm-jepa, stp.py at 1dce9e7, `--linear=random_span`) are different losses; both are here.
+predictor. The paper (sections 1 and 4, appendix G) and its released code (github.com/galilai-group/llm-jepa, stp.py at
+1dce9e7, `--linear=random_span`) choose different displacements, so they are different losses. Both are here.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Tube(NamedTuple):
 def draw_tube(spans: Sequence[tuple[int, int]], formula: str, rng: random.Random) -> Tube | None:
     """Draw a random tube of one row, or None if the row is too short for one.
 
-    paper: h_r - h_s and h_t - h_r for s < r < t, any three positions from the start of the first span to the end of the
-        last alike, the tokens between the messages included: the paper takes the trajectory of the sequence, and starts
-        at s > 0 only to skip what comes before (appendix G). None below three positions.
-    code: a patch of the content and all the rest of it. The L content tokens of all spans are laid end to end; the
-        patch is those from a ~ U{0..L-1} up to b ~ U{a+1..L}, never all of them. Each token moves the state *before* it
-        to its own, so a run of tokens p..q is the displacement h_q - h_(p-1), and the patch is compared with what lies
-        before plus what lies after it. None below two tokens (there the reference loops for ever).
+    paper: h_r - h_s and h_t - h_r for s < r < t. The three positions are uniform from the start of the first span to
+        the end of the last, tokens between the messages included: the paper uses the trajectory of the whole sequence
+        and starts at s > 0 only to skip a preamble (appendix G). None below three positions.
+    code: a patch of the content against the rest of it. The L content tokens of all spans are laid end to end; the
+        patch is tokens a ~ U{0..L-1} up to b ~ U{a+1..L}, never all of them. Each token moves the state *before* it to
+        its own state, so a run of tokens p..q is the displacement h_q - h_(p-1). The patch is compared with the sum of
+        the displacements before and after it. None below two tokens (the reference loops forever there).
 
     Args:
         spans: half-open token ranges [start, end) of the content, in order: the user's, then the assistant's. A token

@@ -152,10 +152,10 @@ class JEPACollator:
     def lay_out(self, examples: list[PackedExample]) -> Rows:
         """Segments of all examples -> right-padded rows."""
         lines = self._lines(examples)
-        lengths = [sum(len(examples[e].segments[s].ids) for e, s in line) for line in lines]
-        length = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        longest = max(sum(len(examples[e].segments[s].ids) for e, s in line) for line in lines)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         if self.layout == "flat":
-            length = max(lengths)  # flash attention would take padding for one more sequence
+            length = longest  # flash attention would take padding for one more sequence
         columns: dict[str, list[list[int]]] = {key: [] for key in ("input_ids", *FILL)}
         start: dict[Place, int] = {}
         for r, line in enumerate(lines):
@@ -172,7 +172,11 @@ class JEPACollator:
 
     def _lines(self, examples: list[PackedExample]) -> list[list[Place]]:
         """The (example, segment) places of each row, in order."""
-        by_example = [[(number, s) for s in range(len(e.segments))] for number, e in enumerate(examples)]
+        by_example: list[list[Place]] = []
+        lengths = []
+        for number, e in enumerate(examples):
+            by_example.append([(number, s) for s in range(len(e.segments))])
+            lengths.append(sum(len(segment.ids) for segment in e.segments))
         everything = list(itertools.chain(*by_example))
         if self.layout == "flat":
             return [everything]
@@ -180,8 +184,10 @@ class JEPACollator:
             return [[place] for place in sorted(everything, key=lambda place: place[1] > 0)]  # LM rows first
         if not self.row_cost:
             return by_example
-        lengths = [sum(len(segment.ids) for segment in e.segments) for e in examples]
-        return [list(itertools.chain(*(by_example[i] for i in row))) for row in share_rows(lengths, self.row_cost)]
+        rows = []
+        for members in share_rows(lengths, self.row_cost):
+            rows.append([place for i in members for place in by_example[i]])
+        return rows
 
     # -- pairs ---------------------------------------------------------------------------------------------------------
 
@@ -196,9 +202,10 @@ class JEPACollator:
         keys: list[int] = []
         owners: list[int] = []
         for number, (row, e) in enumerate(zip(rows, examples, strict=True)):
-            sources = [[start[number, s] + token for s, token in places] for places in e.contexts]
+            first = {s: start[number, s] for s in range(len(e.segments))}
+            sources = [_flat(places, first) for places in e.contexts]
             if self.target_placement == "inside":
-                goals = [[start[number, s] + token for s, token in places] for places in e.targets]
+                goals = [_flat(places, first) for places in e.targets]
             elif self.target_placement == "apart":
                 goals = [[len(apart) + i] for i in range(len(e.apart))]
                 apart += e.apart
@@ -223,6 +230,11 @@ class JEPACollator:
             return {**batch, **alone, "target_at": alone["target_at"][target]}
         assert self.target_table is not None
         return {**batch, "target_embedding": self.target_table[target]}
+
+
+def _flat(places: list[Place], first: dict[int, int]) -> list[int]:
+    """(segment, token) places -> flat places in [R * L]; `first` is where each segment starts."""
+    return [first[s] + token for s, token in places]
 
 
 CONTENT_COLUMNS = ("context_start", "context_end", "target_start", "target_end")

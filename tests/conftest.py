@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 for key, value in {
@@ -47,6 +48,12 @@ FAMILIES = {
     "olmo2": {**LLAMA, "model_type": "olmo2"},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}  # fmt: skip
+
+# The same shape as LLAMA with layer norms, which compute in float64. The RMS norms of transformers round to float32.
+LAYER_NORM = {
+    **LLAMA, "model_type": "starcoder2", "sliding_window": None, "tie_word_embeddings": False,
+    "residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
 
 # More, for the claims about many families. Windows and chunks are 8 tokens, rows are longer. A large spread of the
@@ -125,21 +132,42 @@ MORE_FAMILIES = {
 # float64, on the largest weight. A wrong factor or a missing pair changes 1e-3 and more.
 EXACT = 1e-12  # both in float64
 LOGGED = 1e-6  # training losses in the log: sums of a few micro-batches in float32, each rounded by up to 6e-8
+FLOAT32_LOGITS = 1e-6  # against transformers' own loss, which rounds logits of any dtype to float32
 
 
-def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = EXACT) -> None:
+def assert_same_weights(
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    *,
+    bound: float = EXACT,
+    start: dict[str, Tensor] | None = None,
+) -> None:
     """Weights (or gradients) by name differ by at most `bound` times the largest value of the same tensor.
 
     Relative to the tensor, not to each value: rounding follows the largest terms of a sum, even if they cancel.
+    With `start`, the weights before training, it also checks that training moved them.
     """
     assert actual.keys() == expected.keys()
+    if start is not None:
+        moved = max(float((actual[name] - start[name]).detach().abs().max()) for name in actual)
+        assert moved > 2e-4, "nothing was trained: equal weights would prove nothing"
     for name, tensor in expected.items():
         if bound == EXACT:
             assert tensor.dtype == torch.float64, f"{name} is {tensor.dtype}: compare in float64, or say a bound"
-        largest = float(tensor.abs().max())
+        largest = float(tensor.detach().abs().max())
         torch.testing.assert_close(
             actual[name], tensor, rtol=0, atol=bound * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """Hide from the garbage collector what exists before a file's tests: mostly the objects of imported modules.
+
+    Every `Trainer.train()` collects garbage. With all that transformers imports, that takes longer than training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +190,11 @@ def tiny_model(
 ) -> PreTrainedModel:
     attention = options.pop("attn_implementation", "sdpa")
     return random_model({**FAMILIES[family], **options}, tokenizer, seed=0, dtype=dtype, attn_implementation=attention)
+
+
+def exact_model(tokenizer: PreTrainedTokenizerFast, **options: object) -> PreTrainedModel:
+    """A tiny model that computes in float64 from end to end, for comparisons with the bound `EXACT`."""
+    return random_model({**LAYER_NORM, **options}, tokenizer, seed=0, dtype=torch.float64, attn_implementation="sdpa")
 
 
 def family_model(

@@ -30,8 +30,8 @@ from llm_jepa.lm.from_scratch import random_model
 from llm_jepa.lm.objective import JEPATerm
 from llm_jepa.lm.plan import KnownLoss
 from llm_jepa.lm.tubes import draw_tube
-from tests.conftest import LLAMA, config, tiny_model
-from tests.lm.test_trainer import assert_close, history, make, run, weights
+from tests.conftest import EXACT, LLAMA, LOGGED, assert_same_weights, config, exact_model, tiny_model
+from tests.lm.test_trainer import history, make, run, weights
 
 # -- a step written out ----------------------------------------------------------------------------------------------
 
@@ -119,12 +119,9 @@ def trainer_gradients(trainer, micro_batches) -> dict[str, torch.Tensor]:
     return gradients(trainer.model)
 
 
-def assert_same_gradient(found, wanted, tolerance=4e-6) -> None:
+def assert_same_gradient(found, wanted) -> None:
     assert max(g.abs().max() for g in wanted.values()) > 1e-2, "no gradient: equality would prove nothing"
-    for name in wanted:
-        torch.testing.assert_close(
-            found[name], wanted[name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_same_weights(found, wanted)
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +161,7 @@ OPTIONS = {
 def test_gradient_is_that_of_separate_passes(case, share_rows, rows_with_views, tokenizer, tmp_path):
     """With further views in some rows, several of them in a row or not: 8 rows in one batch."""
     args = config(tmp_path, jepa_weight=1.5, share_rows=share_rows, **OPTIONS[case])
-    trainer = make(Dataset.from_list(rows_with_views[:8]), tokenizer, args)
+    trainer = make(Dataset.from_list(rows_with_views[:8]), tokenizer, args, model=exact_model(tokenizer))
     by_hand = plain_copy(trainer.model)
     eight = trainer.train_dataset.to_list()
     if share_rows:
@@ -183,7 +180,7 @@ def test_pairs_of_further_views_weigh_alike_under_accumulation(rows_with_views, 
     small, _ = run(
         dataset, tokenizer, tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
     )
-    assert_close(weights(small), weights(big), start=start)
+    assert_same_weights(weights(small), weights(big), start=start)
 
 
 def test_equal_prompts_are_no_negatives_in_reverse(rows, tokenizer, tmp_path):
@@ -191,7 +188,7 @@ def test_equal_prompts_are_no_negatives_in_reverse(rows, tokenizer, tmp_path):
     twins = copy.deepcopy(rows[:6])
     twins[1]["messages"][-2]["content"] = twins[0]["messages"][-2]["content"]
     args = config(tmp_path, direction="reverse", temperature=0.5, per_device_train_batch_size=4)
-    trainer = make(Dataset.from_list(twins), tokenizer, args)
+    trainer = make(Dataset.from_list(twins), tokenizer, args, model=exact_model(tokenizer))
     six = trainer.train_dataset.to_list()
     assert six[0]["target_key"] != six[1]["target_key"]
     batch = trainer.data_collator(six)
@@ -225,7 +222,7 @@ def test_shared_rows_are_rows_of_their_own(options, rows_with_views, tokenizer, 
     shared, _ = run(dataset, tokenizer, tmp_path / "b", **{"jepa_weight": 1.0, **options}, share_rows=True)
     batches = (shared.train_dataset.select(range(i, i + 8)).to_list() for i in range(0, 48, 8))
     assert sum(len(shared.data_collator(batch)["input_ids"]) for batch in batches) < 48, "no row was shared"
-    assert_close(weights(shared), weights(apart), start=start)
+    assert_same_weights(weights(shared), weights(apart), start=start)
     assert history(shared, "num_tokens") == history(apart, "num_tokens")
 
 
@@ -249,7 +246,7 @@ def test_dropped_steps_are_plain_sft_steps(target_encoder, dataset, tokenizer, t
         dataset, tokenizer, tmp_path / "arm", jepa_weight=3.0, jepa_dropout=0.5, target_encoder=target_encoder,
         per_device_train_batch_size=8, **options,
     )  # fmt: skip
-    assert_close(weights(arm), weights(sft), start=start, tolerance=0)
+    assert_same_weights(weights(arm), weights(sft), start=start, bound=0)
     assert history(arm, "num_tokens") == history(sft, "num_tokens"), "a dropped step paid for view tokens"
     assert not history(arm, "jepa_loss")
 
@@ -269,7 +266,7 @@ def test_coin_is_of_seed_and_step(objective, dataset, tokenizer, tmp_path):
         assert ["jepa_loss" not in entry for entry in logged] == wanted
         for entry in logged:
             expected = entry["lm_loss"] + 0.1 * entry.get("jepa_loss", 0.0)
-            assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+            assert entry["loss"] == pytest.approx(expected, rel=LOGGED)
 
 
 def test_share_of_dropped_steps():
@@ -301,15 +298,15 @@ def test_negatives_of_the_whole_step_are_one_big_batch(case, rows_with_views, to
             dataset, tokenizer, tmp_path / f"{batch}", per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation, negatives="optimizer_step", **options,
         )  # fmt: skip
-        for key in ("loss", "lm_loss", "jepa_loss", "grad_norm"):
-            assert history(small, key) == pytest.approx(history(big, key), rel=2e-4), key
-        assert_close(weights(small), weights(big), start=start, tolerance=1e-5 if case == "base" else 4e-6)
+        for key, bound in (("loss", LOGGED), ("lm_loss", LOGGED), ("jepa_loss", LOGGED), ("grad_norm", EXACT)):
+            assert history(small, key) == pytest.approx(history(big, key), rel=bound), key
+        assert_same_weights(weights(small), weights(big), start=start)
 
 
 def test_three_and_five_are_eight(dataset, tokenizer, tmp_path):
     """And the gradient is that of a step written out."""
     args = config(tmp_path, jepa_weight=2.0, negatives="optimizer_step", gradient_accumulation_steps=2)
-    trainer = make(dataset.select(range(16)), tokenizer, args)
+    trainer = make(dataset.select(range(16)), tokenizer, args, model=exact_model(tokenizer))
     eight = trainer.train_dataset.select(range(8)).to_list()
     by_hand = plain_copy(trainer.model)
     step_by_hand(by_hand, trainer, [eight], 2.0)
@@ -366,7 +363,7 @@ def test_dropout_is_drawn_again(options, dataset, tokenizer, tmp_path, monkeypat
 def test_regularized_run_is_a_loop_by_hand(case, dataset, tokenizer, tmp_path):
     """Three SGD steps: model and projector end where a loop written out ends."""
     args = config(tmp_path, **{"jepa_weight": 0.5, "projector_dim": 16, "max_steps": 3, **case})
-    trainer = make(dataset, tokenizer, args)
+    trainer = make(dataset, tokenizer, args, model=exact_model(tokenizer))
     start = weights(trainer)
     by_hand, projector = plain_copy(trainer.model), copy.deepcopy(trainer.term.projector)
     assert (projector is None) == (args.projector_dim == 0)
@@ -390,12 +387,12 @@ def test_regularized_run_is_a_loop_by_hand(case, dataset, tokenizer, tmp_path):
             projector=None if projector is None else FrozenTarget(projector, args.target_encoder),
         )  # fmt: skip
         optimizer.step()
-    assert_close(weights(trainer), parameters(by_hand), start=start, tolerance=5e-6)
+    assert_same_weights(weights(trainer), parameters(by_hand), start=start)
     if projector is not None:
-        first = JEPATerm(args, 32, torch.device("cpu")).projector
+        first = JEPATerm(args, 32, torch.device("cpu"), torch.float64).projector
         moved = (trainer.term.projector.weight - first.weight).abs().max()
         assert moved > 1e-3, "the projector was not trained"
-        assert_close(parameters(trainer.term.projector), parameters(projector), tolerance=5e-6)
+        assert_same_weights(parameters(trainer.term.projector), parameters(projector))
 
 
 class FrozenTarget:
@@ -497,15 +494,16 @@ def test_weight_that_starts_at_zero_starts_as_plain_sft(dataset, tokenizer, tmp_
     """The first step is that of SFT; and 0.5 -> 0.5 is a constant 0.5."""
     options = {"num_predictor_tokens": 0, "objective": "cosine"}
     sft, start = run(dataset, tokenizer, tmp_path / "a", jepa_weight=0.0, max_steps=1, **options)
-    first = make(dataset, tokenizer, config(tmp_path / "b", jepa_weight=0.0, jepa_weight_end=4.0, **options))
+    args = config(tmp_path / "b", jepa_weight=0.0, jepa_weight_end=4.0, **options)
+    first = make(dataset, tokenizer, args, model=exact_model(tokenizer))
     after = []
     first.add_callback(AfterSteps(lambda: after.append(weights(first))))
     first.train()
-    assert_close(after[0], weights(sft), start=start)
+    assert_same_weights(after[0], weights(sft), start=start)
     assert history(first, "jepa_loss")[0] > 0.1
     constant, _ = run(dataset, tokenizer, tmp_path / "c", jepa_weight=0.5, **options)
     flat, _ = run(dataset, tokenizer, tmp_path / "d", jepa_weight=0.5, jepa_weight_end=0.5, **options)
-    assert_close(weights(flat), weights(constant), start=start, tolerance=0)
+    assert_same_weights(weights(flat), weights(constant), start=start, bound=0)
 
 
 # -- objective: stp --------------------------------------------------------------------------------------------------
@@ -528,7 +526,7 @@ def test_stp_is_a_tube_per_example(formula, share_rows, dataset, tokenizer, tmp_
     """Loss and gradient by hand; no token is added; 3 + 5 rows = 8; the tubes depend on the step, not on the order."""
     args = config(tmp_path, objective="stp", stp_formula=formula, jepa_weight=2.0, share_rows=share_rows)
     vocabulary = len(tokenizer)
-    trainer = make(dataset.select(range(8)), tokenizer, args)
+    trainer = make(dataset.select(range(8)), tokenizer, args, model=exact_model(tokenizer))
     assert len(trainer.processing_class) == vocabulary == trainer.model.config.vocab_size
     eight = trainer.train_dataset.to_list()[::-1]
     found = {}
@@ -551,15 +549,15 @@ def test_stp_evaluation_is_stable(dataset, tokenizer, tmp_path):
         args = config(
             tmp_path / str(size), objective="stp", per_device_eval_batch_size=size, share_rows=share, max_steps=2
         )
-        trainer = make(dataset, tokenizer, args, dataset.select(range(11)))
+        trainer = make(dataset, tokenizer, args, dataset.select(range(11)), model=exact_model(tokenizer))
         figures.append(trainer.evaluate())
     by_hand = [tube_terms(trainer.model.eval(), args, row, EVALUATION) for row in trainer.eval_dataset.to_list()]
     mean = torch.stack(by_hand).mean().item()
     trainer.state.global_step = 1
     figures.append(trainer.evaluate())
     for found in figures:
-        assert found["eval_jepa_loss"] == pytest.approx(mean, rel=1e-5)
-        assert found["eval_lm_loss"] == pytest.approx(figures[0]["eval_lm_loss"], rel=1e-5)
+        assert found["eval_jepa_loss"] == pytest.approx(mean, rel=EXACT)
+        assert found["eval_lm_loss"] == pytest.approx(figures[0]["eval_lm_loss"], rel=EXACT)
 
 
 def test_stp_row_too_short_for_a_tube_has_none(rows, tokenizer, tmp_path):
@@ -584,16 +582,16 @@ def test_evaluation_does_not_depend_on_the_batches(target_encoder, rows_with_vie
             tmp_path / str(size), objective="cosine", per_device_eval_batch_size=size, share_rows=share,
             target_encoder=target_encoder, num_predictor_tokens=2,
         )  # fmt: skip
-        trainer = make(dataset, tokenizer, args, dataset.select(range(11)))
+        trainer = make(dataset, tokenizer, args, dataset.select(range(11)), model=exact_model(tokenizer))
         figures.append(trainer.evaluate())
     eleven, model = trainer.eval_dataset.to_list(), trainer.model.eval()
     predicted, target, _ = embeddings(model, args, eleven, trainer.predictor_ids)
     jepa = (1 - torch.nn.functional.cosine_similarity(predicted, target)).mean().item()
     lm = torch.cat([lm_terms(model, row, trainer.predictor_ids) for row in eleven]).mean().item()
     for found in figures:
-        assert found["eval_jepa_loss"] == pytest.approx(jepa, rel=1e-4)
-        assert found["eval_lm_loss"] == pytest.approx(lm, rel=1e-5)
-        assert found["eval_loss"] == pytest.approx(lm + 0.1 * jepa, rel=1e-5)
+        assert found["eval_jepa_loss"] == pytest.approx(jepa, rel=EXACT)
+        assert found["eval_lm_loss"] == pytest.approx(lm, rel=EXACT)
+        assert found["eval_loss"] == pytest.approx(lm + 0.1 * jepa, rel=EXACT)
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from llm_jepa.core.errors import UserError
 from llm_jepa.lm import probe
 from llm_jepa.lm.probe import choose_layout, why_inexact
 from tests.conftest import BASE, family_model
-from tests.lm.test_batching import assert_same, gradients, packed_pass, separate_passes, views_of
+from tests.lm.test_batching import TOLERANCE, assert_same, gradients, packed_pass, separate_passes, views_of
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_flat_equals_separate_passes(family, context_view, rows, tokenizer, tmp_
     reference.backward()
     ours = packed_pass(model, model, views, [], "info_nce", 0.7, tmp_path, tokenizer, layout="flat")
     ours.backward()
-    assert ours.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert ours.item() == pytest.approx(reference.item(), rel=TOLERANCE)
     assert_same(gradients(model), gradients(copied))
 
 

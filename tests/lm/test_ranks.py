@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llm_jepa.cli import main
-from tests.conftest import EXACT, FAMILIES, LLAMA, LOGGED, assert_same_weights
+from tests.conftest import EXACT, LAYER_NORM, LLAMA, LOGGED, assert_same_weights
 
 RECIPE = {
     "family": "lm",
@@ -44,8 +44,7 @@ RECIPE = {
     "save_strategy": "no",
 }
 
-# GPT-2, because its norms compute in float64: the RMS norms of transformers round to float32.
-FLOAT64 = {"model_config": FAMILIES["gpt2"], "dtype": "float64"}
+FLOAT64 = {"model_config": LAYER_NORM, "dtype": "float64"}
 CASES = {
     # Three of these four steps have the term: ranks that each tossed their own coin would wait for each other.
     "a coin and a moving average": {

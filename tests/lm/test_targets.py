@@ -16,9 +16,9 @@ from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import jepa_loss
 from llm_jepa.lm.batching import rows_apart
 from llm_jepa.lm.targets import target_table
-from tests.conftest import config, tiny_model
+from tests.conftest import EXACT, LOGGED, assert_same_weights, config, exact_model, tiny_model
 from tests.lm.test_objective import gradients, parameters, plain_copy, rows_with_views, trainer_gradients  # noqa: F401
-from tests.lm.test_trainer import assert_close, history, make, run, weights
+from tests.lm.test_trainer import history, make, run, weights
 
 
 def lora() -> LoraConfig:
@@ -89,8 +89,9 @@ def unique(rows_with_views) -> Dataset:  # noqa: F811
 def test_forward_only_pass_is_a_detach_in_the_row(options, unique, tokenizer, tmp_path):
     """Loss and gradient of `jepa_loss` with a detached target, on the packed row that holds the targets too."""
     common = {"jepa_weight": 2.0, **options}
-    trainer = make(unique, tokenizer, config(tmp_path, target_encoder="stop_gradient", **common))
-    inside = make(unique, tokenizer, config(tmp_path, **common))
+    args = config(tmp_path, target_encoder="stop_gradient", **common)
+    trainer = make(unique, tokenizer, args, model=exact_model(tokenizer))
+    inside = make(unique, tokenizer, config(tmp_path, **common), model=exact_model(tokenizer))
 
     def detached(predicted, target, target_key, *, step):
         args = inside.args
@@ -103,10 +104,9 @@ def test_forward_only_pass_is_a_detach_in_the_row(options, unique, tokenizer, tm
     inside.term.compare = detached
     found, wanted = trainer_gradients(trainer, [eight]), trainer_gradients(inside, [eight])
     assert max((wanted[name] - both_sides[name]).abs().max() for name in wanted) > 1e-3, "no difference to find"
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-6, msg=name)
+    assert_same_weights(found, wanted)
     pair_loss = [one.sums.over_ranks(one.accelerator)["pair_loss"] for one in (trainer, inside)]
-    assert pair_loss[0] == pytest.approx(pair_loss[1] / 2, rel=1e-5)  # `inside` has had two passes
+    assert pair_loss[0] == pytest.approx(pair_loss[1] / 2, rel=LOGGED)  # `inside` has had two passes
 
 
 # -- base ------------------------------------------------------------------------------------------------------------
@@ -115,19 +115,19 @@ def test_forward_only_pass_is_a_detach_in_the_row(options, unique, tokenizer, tm
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_target_table_has_the_order_of_the_sequences(size, tokenizer, tmp_path):
     """Whatever the batch size; evaluation mode, and the mode before it afterwards."""
-    model = tiny_model(tokenizer, attention_dropout=0.5).train()
+    model = exact_model(tokenizer, attention_dropout=0.5).train()
     generator = torch.Generator().manual_seed(0)
     sequences = [
         torch.randint(5, 300, (n,), generator=generator).tolist() for n in (7, 2, 11, 1, 5, 9, 3, 8, 12, 4, 6, 10)
     ]
     for readout, layer in (("last", -1), ("mean", 1)):
         table = target_table(model, sequences, pad_token_id=0, batch_size=size, readout=readout, layer=layer)
-        assert model.training and table.dtype == torch.float32 and not table.requires_grad
+        assert model.training and table.dtype == torch.float64 and not table.requires_grad
         args = config(tmp_path, readout=readout, readout_layer=layer)
         model.eval()
         wanted = torch.stack([alone(model, ids, args) for ids in sequences])
         model.train()
-        torch.testing.assert_close(table, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(table, wanted, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("options", [
@@ -142,10 +142,10 @@ def test_base_targets_are_those_of_the_start(options, unique, tokenizer, tmp_pat
         tmp_path, target_encoder="base", jepa_weight=2.0, max_steps=4, save_strategy="steps", save_steps=2,
         eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=3, **options,
     )  # fmt: skip
-    trainer = make(unique, tokenizer, args, unique.select(range(7)), **copy.deepcopy(peft))
+    trainer = make(unique, tokenizer, args, unique.select(range(7)), exact_model(tokenizer), **copy.deepcopy(peft))
     start = plain_copy(trainer.model).eval()
     before = weights(trainer)
-    resumed = make(unique, tokenizer, args, unique.select(range(7)), **copy.deepcopy(peft))
+    resumed = make(unique, tokenizer, args, unique.select(range(7)), exact_model(tokenizer), **copy.deepcopy(peft))
     for one, checkpoint in ((trainer, None), (resumed, str(tmp_path / "checkpoint-2"))):
         watch = Watch(one)
         one.train(resume_from_checkpoint=checkpoint)
@@ -153,7 +153,7 @@ def test_base_targets_are_those_of_the_start(options, unique, tokenizer, tmp_pat
         assert {training for training, _, _ in watch.seen} == {True, False}
         for _, batch, target in watch.seen:
             wanted = torch.stack([alone(start, ids, args) for ids in goals_of(batch, rows, args)])
-            torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(target, wanted, rtol=0, atol=EXACT)
             assert not target.requires_grad
     now = weights(trainer)
     assert max((now[name] - before[name]).abs().max() for name in now) > 1e-3, "nothing moved: proves nothing"
@@ -186,7 +186,7 @@ def test_average_is_a_loop_by_hand(options, unique, tokenizer, tmp_path):
     options = dict(options)
     peft = {"peft_config": lora()} if options.pop("lora", False) else {}
     args = config(tmp_path, target_encoder="ema", ema_decay=0.6, jepa_weight=1.0, max_steps=5, **options)
-    trainer = make(unique, tokenizer, args, **peft)
+    trainer = make(unique, tokenizer, args, model=exact_model(tokenizer), **peft)
     average = plain_copy(trainer.model)
     trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     rows, checked = trainer.train_dataset.to_list(), []
@@ -196,7 +196,7 @@ def test_average_is_a_loop_by_hand(options, unique, tokenizer, tmp_path):
         for training, batch, target in watch.seen:
             assert training
             wanted = torch.stack([alone(average, ids, args) for ids in goals_of(batch, rows, args)])
-            torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(target, wanted, rtol=0, atol=EXACT)
             checked.append(step)
         watch.seen.clear()
         decay = 1 - (1 - 0.6) * (math.cos(math.pi * (step - 1) / 5) + 1) / 2
@@ -212,8 +212,7 @@ def test_average_is_a_loop_by_hand(options, unique, tokenizer, tmp_path):
     state = trainer.term.state()
     assert set(state) == {f"ema.{name}" for name in trainable}
     by_hand, now = parameters(average), parameters(trainer.model)
-    for name in trainable:
-        torch.testing.assert_close(state[f"ema.{name}"], by_hand[name].detach(), rtol=0, atol=2e-6, msg=name)
+    assert_same_weights(state, {f"ema.{name}": by_hand[name].detach() for name in trainable})
     assert max((state[f"ema.{name}"] - now[name]).abs().max() for name in trainable) > 1e-4, "it does not lag"
 
 
@@ -255,8 +254,8 @@ def test_decay_one_is_base_and_decay_zero_the_model_itself(unique, tokenizer, tm
     ):
         trainer, start = run(unique, tokenizer, tmp_path / name, jepa_weight=2.0, max_steps=2, **options)
         found[name] = weights(trainer)
-    assert_close(found["ema 1"], found["base"], start=start, tolerance=4e-6)
-    assert_close(found["ema 0"], found["stop"], start=start, tolerance=4e-6)
+    assert_same_weights(found["ema 1"], found["base"], start=start)
+    assert_same_weights(found["ema 0"], found["stop"], start=start)
     assert max((found["stop"][name] - found["base"][name]).abs().max() for name in start) > 1e-3, "proves nothing"
 
 
@@ -268,11 +267,10 @@ def test_evaluation_does_not_change_training(target_encoder, unique, tokenizer, 
     options["per_device_eval_batch_size"] = 4  # `base` embeds in such batches, and its last bits depend on them
     without, _ = run(unique, tokenizer, tmp_path / "a", **options)
     args = config(tmp_path / "b", eval_strategy="steps", eval_steps=1, diagnostics_pairs=4, **options)
-    trainer = make(unique, tokenizer, args, unique.select(range(7)))
+    trainer = make(unique, tokenizer, args, unique.select(range(7)), exact_model(tokenizer))
     start = plain_copy(trainer.model).eval()
     trainer.train()
-    for name, value in weights(without).items():
-        assert torch.equal(value, weights(trainer)[name]), name
+    assert_same_weights(weights(trainer), weights(without), bound=0)
     teacher = start if target_encoder == "base" else plain_copy(trainer.model).eval()
     if target_encoder == "ema":
         state = trainer.term.state()
@@ -286,8 +284,8 @@ def test_evaluation_does_not_change_training(target_encoder, unique, tokenizer, 
                 z, s = alone(student, context + trainer.predictor_ids, args), alone(teacher, goal, args)
                 terms.append(1 - torch.nn.functional.cosine_similarity(z, s, dim=0))
     wanted = float(torch.stack(terms).mean())
-    assert history(trainer, "eval_jepa_loss")[-1] == pytest.approx(wanted, rel=1e-4)
-    assert trainer.evaluate()["eval_jepa_loss"] == pytest.approx(wanted, rel=1e-4)
+    assert history(trainer, "eval_jepa_loss")[-1] == pytest.approx(wanted, rel=EXACT)
+    assert trainer.evaluate()["eval_jepa_loss"] == pytest.approx(wanted, rel=EXACT)
 
 
 def test_state_of_a_torn_checkpoint_is_missed(unique, tokenizer, tmp_path):

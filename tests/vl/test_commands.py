@@ -3,7 +3,6 @@ mistake is one line and exit code 2."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -60,14 +59,6 @@ RECIPE = {
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "save_strategy": "no", "max_steps": 3}
 TEXTS = ("a red square", "it moves left", "blue", "two circles that meet and part", "yes")
 QUERIES = (None, "what colour is it?", "where does it go?")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap():
-    """Every `train()` collects garbage, which among all that torch imports takes longer than the training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,25 @@
-"""Fine-tune language models with an embedding-space JEPA loss beside the causal-LM loss.
+"""JEPA training in the Hugging Face ecosystem. Each family of models is a package: `llm_jepa.lm`, `llm_jepa.vl`.
 
     from llm_jepa import LLMJEPAConfig, LLMJEPATrainer
+    from llm_jepa.vl import VLJEPA
 
 Names are imported when first used: `import llm_jepa` loads neither torch nor trl.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._lazy import names_from
+from ._moved import explain_old_paths
 
 if TYPE_CHECKING:
+    from . import lm, vl
+    from .core.diagnostics import effective_rank, space_diagnostics
     from .core.errors import UserError
     from .core.losses import info_nce, jepa_distance
+    from .core.pairs import compare_pairs
+    from .families import parse_recipe
     from .lm.arguments import LLMJEPAConfig
     from .lm.inference import generate
     from .lm.trainer import LLMJEPATrainer
@@ -21,14 +28,27 @@ _HOMES = {
     "LLMJEPAConfig": ".lm.arguments",
     "LLMJEPATrainer": ".lm.trainer",
     "UserError": ".core.errors",
+    "compare_pairs": ".core.pairs",
+    "effective_rank": ".core.diagnostics",
     "generate": ".lm.inference",
     "info_nce": ".core.losses",
     "jepa_distance": ".core.losses",
+    "parse_recipe": ".families",
+    "space_diagnostics": ".core.diagnostics",
 }
-__all__ = ["LLMJEPAConfig", "LLMJEPATrainer", "UserError", "generate", "info_nce", "jepa_distance"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+__all__ = [
+    "LLMJEPAConfig",
+    "LLMJEPATrainer",
+    "UserError",
+    "compare_pairs",
+    "effective_rank",
+    "generate",
+    "info_nce",
+    "jepa_distance",
+    "lm",
+    "parse_recipe",
+    "space_diagnostics",
+    "vl",
+]
+__getattr__ = names_from(__name__, _HOMES, packages=("lm", "vl"))
+explain_old_paths()

@@ -6,13 +6,15 @@ import ast
 import os
 import subprocess
 import sys
-import tomllib
+from importlib import import_module
 from importlib.util import resolve_name
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
 import llm_jepa
+import llm_jepa.lm
 import llm_jepa.vl
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +82,7 @@ def ours(imported: set[str]) -> set[str]:
 
 
 # The packages re-export lazily and may name anything; importing a public name from them counts as its module.
-LAZY = {"llm_jepa": llm_jepa, "llm_jepa.vl": llm_jepa.vl}
+LAZY = {"llm_jepa": llm_jepa, "llm_jepa.lm": llm_jepa.lm, "llm_jepa.vl": llm_jepa.vl}
 GRAPH = {
     name.removeprefix("llm_jepa."): ours(imports_of(name, path)) for name, path in MODULES.items() if name not in LAZY
 }
@@ -181,22 +183,32 @@ def test_importing_it_loads_no_heavy_library(module):
 
 
 def test_every_public_name_is_there():
-    """And is the object of the module it is said to come from."""
+    """And is the object of the module it is said to come from; a function or class is defined there."""
     for package in LAZY.values():
-        assert set(package.__all__) == set(package._HOMES) and len(set(package.__all__)) == len(package.__all__)
-        for name in package.__all__:
-            assert getattr(package, name).__module__ == resolve_name(package._HOMES[name], package.__name__)
+        assert len(set(package.__all__)) == len(package.__all__)
+        for name in package._HOMES:
+            home = resolve_name(package._HOMES[name], package.__name__)
+            thing = getattr(package, name)
+            assert thing is getattr(import_module(home), name)
+            assert not isinstance(thing, (type, FunctionType)) or thing.__module__ == home
         with pytest.raises(AttributeError, match="no_such_name"):
             _ = package.no_such_name
 
 
-def test_every_file_of_the_package_is_installed_with_it():
-    """Templates, styles and configurations: setuptools installs only the package data that pyproject.toml names."""
-    package = ROOT / "llm_jepa"
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llm_jepa"]
-    installed = {path for pattern in patterns for path in package.glob(pattern)}
-    other = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert other == installed and len(other) > 5
+def test_public_names_are_known_to_type_checkers():
+    """The imports under TYPE_CHECKING and `__all__` are those of the table."""
+    for name, package in LAZY.items():
+        imported = {full.rpartition(".")[2] for full in imports_of(name, MODULES[name])}
+        assert set(package._HOMES) <= set(package.__all__) <= imported
+        assert set(package.__all__) - set(package._HOMES) <= set(FAMILIES)
+
+
+def test_the_packages_of_the_families_are_names_of_the_package():
+    code = "import llm_jepa, sys; llm_jepa.lm.__all__, llm_jepa.vl.__all__; print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "False", "")
 
 
 # -- what is not there ----------------------------------------------------------------------------------------------

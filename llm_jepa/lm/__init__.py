@@ -1,1 +1,103 @@
-"""LLM-JEPA."""
+"""LLM-JEPA: fine-tune any causal LM to predict the embedding of a target view as well as its tokens.
+
+    from llm_jepa.lm import LLMJEPAConfig, LLMJEPATrainer
+
+There is no `modeling` here: the model is the user's. Names are imported when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import names_from
+
+if TYPE_CHECKING:
+    from .arguments import LLMJEPAConfig
+    from .attention import model_inputs
+    from .batching import JEPACollator
+    from .data import bank_collator, training_collator
+    from .from_scratch import random_model, train_tokenizer
+    from .inference import (
+        PLAIN,
+        Choice,
+        Generation,
+        Prompt,
+        choose_batches,
+        decode_tokens,
+        encode,
+        generate,
+        generate_batches,
+    )
+    from .loading import FILE_READERS, data_sha256, model_from, read_rows, tokenizer_from
+    from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
+    from .reading import embed_pairs
+    from .trainer import LLMJEPATrainer
+    from .views import IGNORE, add_view_columns, build_views, end_of_turn_ids, parse_row
+
+_HOMES = {
+    "Choice": ".inference",
+    "FILE_READERS": ".loading",
+    "Generation": ".inference",
+    "IGNORE": ".views",
+    "JEPACollator": ".batching",
+    "LLMJEPAConfig": ".arguments",
+    "LLMJEPATrainer": ".trainer",
+    "PLAIN": ".inference",
+    "Prompt": ".inference",
+    "add_predictor_tokens": ".predictor_tokens",
+    "add_view_columns": ".views",
+    "bank_collator": ".data",
+    "build_views": ".views",
+    "choose_batches": ".inference",
+    "data_sha256": ".loading",
+    "decode_tokens": ".inference",
+    "embed_pairs": ".reading",
+    "encode": ".inference",
+    "end_of_turn_ids": ".views",
+    "generate": ".inference",
+    "generate_batches": ".inference",
+    "known_predictor_ids": ".predictor_tokens",
+    "model_from": ".loading",
+    "model_inputs": ".attention",
+    "parse_row": ".views",
+    "predictor_token_ids": ".predictor_tokens",
+    "random_model": ".from_scratch",
+    "read_rows": ".loading",
+    "tokenizer_from": ".loading",
+    "train_tokenizer": ".from_scratch",
+    "training_collator": ".data",
+}
+__all__ = [
+    "Choice",
+    "FILE_READERS",
+    "Generation",
+    "IGNORE",
+    "JEPACollator",
+    "LLMJEPAConfig",
+    "LLMJEPATrainer",
+    "PLAIN",
+    "Prompt",
+    "add_predictor_tokens",
+    "add_view_columns",
+    "bank_collator",
+    "build_views",
+    "choose_batches",
+    "data_sha256",
+    "decode_tokens",
+    "embed_pairs",
+    "encode",
+    "end_of_turn_ids",
+    "generate",
+    "generate_batches",
+    "known_predictor_ids",
+    "model_from",
+    "model_inputs",
+    "parse_row",
+    "predictor_token_ids",
+    "random_model",
+    "read_rows",
+    "tokenizer_from",
+    "train_tokenizer",
+    "training_collator",
+]
+__getattr__ = names_from(__name__, _HOMES)

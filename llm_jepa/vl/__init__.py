@@ -8,25 +8,33 @@ Names are imported when first used; VLJEPAModel registers itself with the Auto c
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import names_from
 
 if TYPE_CHECKING:
     from ..stream.decoder import SelectiveDecoder
     from ..stream.opening import open_frames
-    from ..stream.segments import WardSegmenter, segment_offline
+    from ..stream.segments import Segment, WardSegmenter, segment_offline, segment_uniform
     from .arguments import VLJEPATrainingArguments
     from .configuration import VLJEPAConfig
     from .data import Clip, ClipDataset, Pair
+    from .decoder_stage import train_y_decoder
     from .inference import VLJEPA
+    from .loading import plain_frames
     from .modeling import VLJEPAModel
     from .processing import VLJEPAProcessor
     from .trainer import VLJEPATrainer
+    from .y_decoder import MemoryProjection, PrefixDecoder, PrefixDecoderConfig, YDecoder
 
 _HOMES = {
     "Clip": ".data",
     "ClipDataset": ".data",
+    "MemoryProjection": ".y_decoder",
     "Pair": ".data",
+    "PrefixDecoder": ".y_decoder",
+    "PrefixDecoderConfig": ".y_decoder",
+    "Segment": "..stream.segments",
     "SelectiveDecoder": "..stream.decoder",
     "VLJEPA": ".inference",
     "VLJEPAConfig": ".configuration",
@@ -35,13 +43,21 @@ _HOMES = {
     "VLJEPATrainer": ".trainer",
     "VLJEPATrainingArguments": ".arguments",
     "WardSegmenter": "..stream.segments",
+    "YDecoder": ".y_decoder",
     "open_frames": "..stream.opening",
+    "plain_frames": ".loading",
     "segment_offline": "..stream.segments",
+    "segment_uniform": "..stream.segments",
+    "train_y_decoder": ".decoder_stage",
 }
 __all__ = [
     "Clip",
     "ClipDataset",
+    "MemoryProjection",
     "Pair",
+    "PrefixDecoder",
+    "PrefixDecoderConfig",
+    "Segment",
     "SelectiveDecoder",
     "VLJEPA",
     "VLJEPAConfig",
@@ -50,12 +66,11 @@ __all__ = [
     "VLJEPATrainer",
     "VLJEPATrainingArguments",
     "WardSegmenter",
+    "YDecoder",
     "open_frames",
+    "plain_frames",
     "segment_offline",
+    "segment_uniform",
+    "train_y_decoder",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+__getattr__ = names_from(__name__, _HOMES)

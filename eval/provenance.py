@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit, data and weights."""
+"""The origin of a number: versions, commit, hashes of weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 
 
 def environment() -> dict[str, Any]:
+    """Versions and commit, as every result file records them."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        # Results that are being written do not make the code another one, wherever they are written.
+        # A result file that is being written does not change the code, wherever it is written.
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE, ":!eval/results")),
     }
 
@@ -28,7 +29,9 @@ def environment() -> dict[str, Any]:
 def weights_sha256(folder: Path) -> str | None:
     """One hash over all weight files of a saved model, or None for a Hub id."""
     files = sorted(folder.glob("*.safetensors"))
-    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest() if files else None
+    if not files:
+        return None
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

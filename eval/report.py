@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from llm_jepa import UserError
 
-from .cost import step_cost
+from .cost.step_cost import figures as step_figures
 from .experiments import paraphrases, replication
 from .experiments.paraphrases import analysis as paraphrase_analysis
 from .experiments.replication import analysis as replication_analysis
@@ -137,9 +137,9 @@ def step_table(path: Path = STEP_COST) -> str:
         shown = []
         for cell in cells.values():
             arms = cell["arms"]
-            time = step_cost.paired(arms, arm, "sft", result["clock"])
+            time = step_figures.paired(arms, arm, "sft", result["clock"])
             memory = sum(arms[arm]["peak_memory"]) / sum(arms["sft"]["peak_memory"][: len(arms[arm]["peak_memory"])])
-            tokens = step_cost.token_ratio(arms, arm, "sft")
+            tokens = step_figures.token_ratio(arms, arm, "sft")
             shown.append(f"{time.median:.2f} [{time.low:.2f}, {time.high:.2f}] | {tokens:.2f} | {memory:.2f}")
         lines.append(f"| {title} | " + " | ".join(shown) + " |")
     some = next(iter(cells.values()))

@@ -2,7 +2,7 @@
 
 import sys
 
-from .cost.step_cost import main
+from .cost.step_cost.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,1 +1,1 @@
-"""What a step, a token and a window cost."""
+"""Benchmarks of cost: a training step, decoding, and VL-JEPA training and streams."""

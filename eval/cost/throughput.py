@@ -1,11 +1,14 @@
-"""How much faster is eval.run's decoding than one prompt at a time?
+"""How much faster is the batched decoding of eval.run than one prompt at a time?
 
     python -m eval.cost.throughput [--quick] [--data DIR]
 
-A 0.7M-parameter Llama is trained for a few seconds, so that its answers end. It decodes NL-RX requests as eval.run does
-(`llm_jepa.generate`, batches of 64), and every eighth of them as the published evaluator does (`model.generate`, one
-prompt after the other), in turns. Slow rows are put aside as in a run. With --data it also decides all distinct gold
-regexes there. Processor time of one thread (on CUDA: wall time), so that a busy machine matters less.
+A Llama of 0.7M parameters is trained for a few seconds, so that its answers end. Then two ways of decoding take turns:
+
+- all NL-RX requests as in eval.run (`llm_jepa.generate`, batches of 64; slow rows are postponed, as in a run);
+- every eighth request as in the published evaluator (`model.generate`, one prompt after the other).
+
+With --data it also decides all distinct gold regexes there. The time is the processor time of one thread (on CUDA the
+wall-clock time), so a busy machine matters less.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_jepa import UserError, generate
+from llm_jepa import generate
 from llm_jepa.core.files import file_sha256, write_json
 from llm_jepa.lm.from_scratch import random_model, train_tokenizer
 from llm_jepa.lm.inference import Prompt
@@ -33,31 +36,28 @@ from llm_jepa.lm.loading import read_rows
 from llm_jepa.lm.views import build_views
 from llm_jepa.synthetic import nl_rx as generator
 
+from ..command import one_line_errors
 from ..experiments.small_runs import SHARED
 from ..graders.regexes import RegexError, language
 from ..provenance import environment
 from ..tasks import nl_rx
 
 BATCH_SIZE, MAX_NEW_TOKENS = 64, 64
-EVERY = 8  # decoded alone, too
-BOUND = 8.0  # what we promise, printed beside the figure
+EVERY = 8  # every eighth prompt is also decoded alone
+BOUND = 8.0  # the speed-up that we promise; printed next to the figure
 
 
 def trained_model(rows: Sequence[dict[str, Any]], steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Plain SFT on `rows`: no good model, but one that ends its answers."""
+    """Train plain SFT on `rows`. The model is not good, but it ends its answers."""
     tokenizer = train_tokenizer(rows, SHARED["tokenizer_vocab_size"])
-    model = (
-        random_model(SHARED["model_config"], tokenizer, seed=0)
-        .to("cuda" if torch.cuda.is_available() else "cpu")
-        .train()
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = random_model(SHARED["model_config"], tokenizer, seed=0).to(device).train()
     views = [build_views(row, tokenizer) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     for step in range(steps):
         batch = [views[(16 * step + i) % len(views)] for i in range(16)]
-        length = max(len(view.input_ids) for view in batch)
-        ids = torch.tensor([view.input_ids + [0] * (length - len(view.input_ids)) for view in batch])
-        labels = torch.tensor([view.labels + [-100] * (length - len(view.labels)) for view in batch])
+        ids = _padded([view.input_ids for view in batch], 0)
+        labels = _padded([view.labels for view in batch], -100)
         model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -65,10 +65,16 @@ def trained_model(rows: Sequence[dict[str, Any]], steps: int) -> tuple[PreTraine
     return model.eval(), tokenizer
 
 
+def _padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    """[R, L], right-padded."""
+    length = max(map(len, rows))
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
 def one_by_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[str]:
-    """The published evaluator's way (galilai-group/llm-jepa, evaluate.py): render, tokenize, decode, one at a time."""
+    """Decode like the published evaluator (galilai-group/llm-jepa, evaluate.py): one prompt at a time."""
     texts = []
     for prompt in prompts:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -94,12 +100,12 @@ def measure(
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, Any]:
-    """Seconds an answer of both ways, and how often they say the same."""
+    """Seconds per answer of both ways, and how many texts are equal."""
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     alone = range(0, len(prompts), EVERY)
     seconds: dict[str, list[float]] = {"batched": [], "single": []}
     for repetition in range(repetitions + 1):
-        some = prompts if repetition else prompts[:EVERY]  # first a warm-up
+        some = prompts if repetition else prompts[:EVERY]  # the first repetition is a warm-up
         start = clock()
         batched = generate(model, tokenizer, some, max_new_tokens=max_new_tokens, batch_size=batch_size)
         middle = clock()
@@ -108,7 +114,7 @@ def measure(
         if repetition:
             seconds["batched"].append((middle - start) / len(prompts))
             seconds["single"].append((end - middle) / len(alone))
-    ratios = [one / many for many, one in zip(seconds["batched"], seconds["single"], strict=True)]
+    ratios = [single_s / batched_s for batched_s, single_s in zip(seconds["batched"], seconds["single"], strict=True)]
     return {
         "prompts": len(prompts),
         "batch_size": batch_size,
@@ -125,8 +131,13 @@ def measure(
 
 
 def regex_seconds(files: Sequence[Path]) -> tuple[float, int, int]:
-    """(processor seconds to decide the language of every distinct gold, how many golds, how many met a bound)."""
-    golds = {row["messages"][-1]["content"] for path in files for row in read_rows(str(path))}
+    """(processor seconds to decide the language of every distinct gold, number of golds, number of undecided ones).
+
+    A gold is undecided if it reaches a limit of the regex automata.
+    """
+    golds: set[str] = set()
+    for path in files:
+        golds |= {row["messages"][-1]["content"] for row in read_rows(str(path))}
     start, undecided = time.process_time(), 0
     for gold in sorted(golds):
         try:
@@ -136,29 +147,30 @@ def regex_seconds(files: Sequence[Path]) -> tuple[float, int, int]:
     return time.process_time() - start, len(golds), undecided
 
 
+@one_line_errors("eval.cost.throughput")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.cost.throughput", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.cost.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="fewer prompts and training steps")
-    parser.add_argument("--out", type=Path, help="result JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--data", type=Path, help="NL-RX folder (default: generated rows)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     steps, num_prompts, repetitions = (250, 512, 3) if options.quick else (1000, 2048, 5)
     result: dict[str, Any] = {"quick": options.quick, "bound": BOUND, "data": None}
-    try:
-        if options.data is None:
-            rows: Sequence[dict[str, Any]] = generator.generate(1000, seed=0)
-            test = generator.generate(num_prompts, seed=0, split="test", wordings=(0, 4))
-            prompts: list[Any] = [row["messages"][:-1] for row in test]
-        else:
-            items, _, files = nl_rx.load(options.data)
-            result["data"] = {path.name: file_sha256(path) for path in files}
-            result["regex_seconds"], result["regexes"], result["undecided"] = regex_seconds(files)
-            rows = list(read_rows(str(files[2])))[:1000]
-            prompts = [list(getattr(item, wording)) for item in items for wording in nl_rx.WORDINGS][:num_prompts]
-    except UserError as error:
-        print(f"eval.cost.throughput: error: {error}", file=sys.stderr)
-        return 2
+    if options.data is None:
+        rows: Sequence[dict[str, Any]] = generator.generate(1000, seed=0)
+        test = generator.generate(num_prompts, seed=0, split="test", wordings=(0, 4))
+        prompts: list[Any] = [row["messages"][:-1] for row in test]
+    else:
+        items, _, files = nl_rx.load(options.data)
+        result["data"] = {path.name: file_sha256(path) for path in files}
+        result["regex_seconds"], result["regexes"], result["undecided"] = regex_seconds(files)
+        rows = list(read_rows(str(files[2])))[:1000]
+        prompts = [list(getattr(item, wording)) for item in items for wording in nl_rx.WORDINGS][:num_prompts]
     model, tokenizer = trained_model(rows, steps)
     result |= {"training_steps": steps, **measure(model, tokenizer, prompts, repetitions=repetitions)}
     result |= {"model_config": SHARED["model_config"], "environment": environment()}
@@ -168,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{result['regexes']} gold regexes decided in {result['regex_seconds']:.2f} s; {result['undecided']} not")
     if options.out:
         write_json(options.out, result)
+    ratios = ", ".join(f"{ratio:.1f}" for ratio in result["ratios"])
     print(
-        f"{result['summary']['batched_over_single']:.1f} times (bound: {BOUND:g}; "
-        f"{', '.join(f'{ratio:.1f}' for ratio in result['ratios'])}) as many answers a second in batches of "
-        f"{BATCH_SIZE} as one by one; {result['equal_texts']} of {result['compared_texts']} texts equal; "
+        f"{result['summary']['batched_over_single']:.1f} times (bound: {BOUND:g}; {ratios}) as many answers a second "
+        f"in batches of {BATCH_SIZE} as one by one; {result['equal_texts']} of {result['compared_texts']} texts equal; "
         f"{result['tokens_an_answer']:.1f} tokens an answer, {100 * result['stop_rate']:.0f} % stop by themselves."
     )
     return 0

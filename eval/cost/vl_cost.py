@@ -1,14 +1,14 @@
-"""What VL-JEPA costs: training with and without cached visual features, and a stream with and without decoding it all.
+"""What VL-JEPA costs: training with and without cached features, and streams with and without selective decoding.
 
     python -m eval.vl_cost --quick            # under 45 s on two cores
     python -m eval.vl_cost --out FILE         # also at the paper's layer shapes; five minutes
 
-`cached_over_plain`: samples per second of a training loop that reads its visual features, over those of the same loop
-that runs the frozen encoder in every step. The ratio is a matter of shapes: it is quoted with them.
-`decodes_uniform_over_selective`: on sparse ShapeStream streams, decodes at a fixed rate over those of WardSegmenter,
-for as many events whose nearest decode is right. No model is trained here: what happens in a frame is a random vector,
-and a window the mean of its frames with noise of NOISE times its length, as an ideal model of windows would have it.
-What a trained one gains is in eval/results/vl/selective_decoding-seed*.json.
+- `cached_over_plain`: samples per second of a training loop that reads its visual features, over those of the same
+  loop that runs the frozen encoder in every step. The ratio depends on the shapes, so it is reported with them.
+- `decodes_uniform_over_selective`: decodes at a fixed rate over those of WardSegmenter, on sparse ShapeStream streams,
+  for the same share of events whose nearest decode is right. No model is trained here. An ideal model is simulated:
+  each kind of event in a frame is a random vector, and a window is the mean of its frames, with noise of NOISE times
+  its length. eval/results/vl/selective_decoding-seed*.json has the ratio for trained models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,16 +42,17 @@ from llm_jepa.synthetic import shapestream as world
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.y_decoder import PrefixDecoder, PrefixDecoderConfig
 
+from ..command import one_line_errors
 from ..provenance import environment
 from ..vl.selective_decoding import online
 
 QUERY_TOKENS, TARGET_TOKENS = 8, 16
-NOISE, DIM = 0.3, 64  # of the windows of `streaming`
+NOISE, DIM = 0.3, 64  # of the simulated windows
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained, in words and in numbers. batch: clips in a step."""
+    """The shape of a model and of its clips. name: the same in words; batch: clips in a step."""
 
     name: str
     x_encoder: PreTrainedConfig
@@ -61,7 +62,7 @@ class Shape:
     size: int
     batch: int
     shared_dim: int
-    merged_frames: int = 1  # that share a visual token
+    merged_frames: int = 1  # frames that share a visual token
 
     def build(self) -> VLJEPAModel:
         return VLJEPAModel.from_parts(
@@ -87,8 +88,11 @@ def small() -> Shape:
 
 
 def paper() -> Shape:
-    """The layers of the paper's parts. Clips are shorter (2 frames of 128 px: 64 tokens): both sides of the ratio are
-    linear in tokens but for attention. Vocabularies are cut to 1,000: they are looked up, not multiplied."""
+    """The layers of the paper's parts.
+
+    Clips are shorter (2 frames of 128 px: 64 tokens). Both sides of the ratio are linear in tokens, except attention.
+    Vocabularies are cut to 1,000, because they are only looked up.
+    """
     return Shape(
         "V-JEPA 2 ViT-L (24 x 1024), 2 frames at 128 px; predictor 8 Llama-3.2-1B layers; y_encoder 24 x 768 (300M)",
         VJEPA2Config(crop_size=128, frames_per_clip=2),
@@ -108,7 +112,7 @@ def paper() -> Shape:
 
 
 def training(shape: Shape, repetitions: int) -> dict[str, Any]:
-    """Interleaved steps of the two loops; median seconds, and the ratio of each pair of neighbours."""
+    """Time interleaved steps of the two loops. The ratio is the median over pairs of neighbouring steps."""
     torch.manual_seed(0)
     model = shape.build()
     model.x_encoder.requires_grad_(False)
@@ -135,14 +139,14 @@ def training(shape: Shape, repetitions: int) -> dict[str, Any]:
     plain, cached = [], []
     for repetition in range(repetitions + 1):
         times = step(pixel_values_videos=pixels), step(visual_features=features)
-        if repetition:  # the first one warms up
+        if repetition:  # the first one is a warm-up
             plain.append(times[0])
             cached.append(times[1])
-    ratios = [p / c for p, c in zip(plain, cached, strict=True)]
+    ratios = [without / with_cache for without, with_cache in zip(plain, cached, strict=True)]
     return {
         "shape": shape.name,
         "visual_tokens": features.shape[1],
-        "weights": {name: sum(w.numel() for w in part.parameters()) for name, part in model.named_children()},
+        "weights": {name: num_weights(part) for name, part in model.named_children()},
         "plain_samples_per_second": shape.batch / statistics.median(plain),
         "cached_samples_per_second": shape.batch / statistics.median(cached),
         "cached_over_plain": statistics.median(ratios),
@@ -151,7 +155,12 @@ def training(shape: Shape, repetitions: int) -> dict[str, Any]:
     }
 
 
+def num_weights(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
 def seconds_of(work: Callable[[], Any], repetitions: int = 5) -> float:
+    """The median seconds of a call, after one call to warm up."""
     work()
     times = []
     for _ in range(repetitions):
@@ -161,58 +170,87 @@ def seconds_of(work: Callable[[], Any], repetitions: int = 5) -> float:
     return statistics.median(times)
 
 
+class SimulatedStream(NamedTuple):
+    stream: world.Stream
+    times_s: np.ndarray  # [T] middles of the windows
+    embeddings: np.ndarray  # [T, D] of the windows
+    codes: np.ndarray  # [N, D] of the events
+
+
 def streaming(num_streams: int) -> dict[str, Any]:
-    """Decodes of a sparse stream, and what a window and a decode cost with a small model."""
-    streams = [world.stream(seed, split="test", size=32) for seed in range(num_streams)]
-    drawn = [(stream, *ideal_windows(stream, np.random.default_rng(seed))) for seed, stream in enumerate(streams)]
-    windows = min(len(times) for _, times, _, _ in drawn)
-    right, decodes = [], []
-    for stream, times, embeddings, codes in drawn:
-        segments = online(embeddings, times)
-        right.append(share_right(stream, segments, codes))
-        decodes.append(len(segments))
-    selective, every = statistics.mean(decodes), windows
-    for uniform in range(1, windows + 1):
-        shares = [share_right(s, segment_uniform(z, t, num_segments=uniform), c) for s, t, z, c in drawn]
-        if statistics.mean(shares) >= statistics.mean(right):
-            break
-    torch.manual_seed(0)
+    """Decodes of sparse streams, and the cost of a window and a decode with a small model."""
+    streams = []
+    for seed in range(num_streams):
+        stream = world.stream(seed, split="test", size=32)
+        streams.append(SimulatedStream(stream, *ideal_windows(stream, np.random.default_rng(seed))))
+    windows = min(len(stream.times_s) for stream in streams)
+    segments = [online(stream.embeddings, stream.times_s) for stream in streams]
+    decodes = statistics.mean(map(len, segments))
+    right = statistics.mean(
+        share_right(stream.stream, cut, stream.codes) for stream, cut in zip(streams, segments, strict=True)
+    )
+    uniform = uniform_decodes_for(right, streams, windows)
     shape = small()
-    model = shape.build().eval()
-    lm = GPT2Config(n_embd=192, n_layer=3, n_head=3, vocab_size=4096, bos_token_id=0, eos_token_id=0)
-    decoder = PrefixDecoder(PrefixDecoderConfig(lm_config=lm, embedding_dim=shape.shared_dim)).eval()
-    pixels, query = torch.randn(1, 4, 3, 64, 64), torch.randint(0, 1000, (1, QUERY_TOKENS))
-    with torch.no_grad():
-        window_s = seconds_of(lambda: model(pixel_values_videos=pixels, query_ids=query))
-        prefix = decoder.prefix_of(torch.randn(1, shape.shared_dim))
-        seen = torch.ones(prefix.shape[:2], dtype=torch.long)
-        decode_s = seconds_of(
-            lambda: decoder.lm.generate(
-                inputs_embeds=prefix, attention_mask=seen, max_new_tokens=TARGET_TOKENS, min_new_tokens=TARGET_TOKENS,
-                do_sample=False, pad_token_id=0,
-            )
-        )  # fmt: skip
+    window_s, decode_s = latencies(shape)
     return {
-        "decodes_uniform_over_selective": uniform / selective,
-        "events_and_rests_said_right": statistics.mean(right),
-        "decodes_per_stream": selective,
+        "decodes_uniform_over_selective": uniform / decodes,
+        "events_and_rests_said_right": right,
+        "decodes_per_stream": decodes,
         "uniform_decodes_per_stream": uniform,
         "windows_per_stream": windows,
         "streams": num_streams,
         "model": shape.name + "; y_decoder GPT-2 3 x 192, 16 tokens",
         "window_latency_s": window_s,
         "decode_s": decode_s,
-        "decoder_share_selective": selective * decode_s / (windows * window_s + selective * decode_s),
-        "decoder_share_every_window": every * decode_s / (windows * window_s + every * decode_s),
+        "decoder_share_selective": decodes * decode_s / (windows * window_s + decodes * decode_s),
+        "decoder_share_every_window": windows * decode_s / (windows * window_s + windows * decode_s),
     }
 
 
+def uniform_decodes_for(right: float, streams: Sequence[SimulatedStream], windows: int) -> int:
+    """The fewest uniform decodes a stream with at least this share right; `windows` if no number reaches it."""
+    for number in range(1, windows + 1):
+        shares = []
+        for stream in streams:
+            segments = segment_uniform(stream.embeddings, stream.times_s, num_segments=number)
+            shares.append(share_right(stream.stream, segments, stream.codes))
+        if statistics.mean(shares) >= right:
+            return number
+    return windows
+
+
+def latencies(shape: Shape) -> tuple[float, float]:
+    """(seconds to embed a window, seconds to decode a text of TARGET_TOKENS tokens), with random weights."""
+    torch.manual_seed(0)
+    model = shape.build().eval()
+    lm = GPT2Config(n_embd=192, n_layer=3, n_head=3, vocab_size=4096, bos_token_id=0, eos_token_id=0)
+    decoder = PrefixDecoder(PrefixDecoderConfig(lm_config=lm, embedding_dim=shape.shared_dim)).eval()
+    pixels = torch.randn(1, shape.num_frames, 3, shape.size, shape.size)
+    query = torch.randint(0, 1000, (1, QUERY_TOKENS))
+    with torch.no_grad():
+        window_s = seconds_of(lambda: model(pixel_values_videos=pixels, query_ids=query))
+        prefix = decoder.prefix_of(torch.randn(1, shape.shared_dim))
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long)
+        decode_s = seconds_of(
+            lambda: decoder.lm.generate(
+                inputs_embeds=prefix, attention_mask=mask, max_new_tokens=TARGET_TOKENS, min_new_tokens=TARGET_TOKENS,
+                do_sample=False, pad_token_id=0,
+            )
+        )  # fmt: skip
+    return window_s, decode_s
+
+
 def ideal_windows(stream: world.Stream, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Middles of the windows in seconds [T], their embeddings [T, D], and the vectors [N, D] of the N events: equal
-    ones of equal events, all rests among them."""
-    said = [(event.kind, event.actor, event.patient) for event in stream.events]
-    vectors = {meaning: v / np.linalg.norm(v) for meaning in dict.fromkeys(said) for v in [rng.normal(size=DIM)]}
-    codes = np.stack([vectors[meaning] for meaning in said])
+    """(middles of the windows in seconds [T], their embeddings [T, D], the vectors of the N events [N, D]).
+
+    Equal events have equal vectors; all rests are equal.
+    """
+    meanings = [(event.kind, event.actor, event.patient) for event in stream.events]
+    vectors = {}
+    for meaning in dict.fromkeys(meanings):
+        vector = rng.normal(size=DIM)
+        vectors[meaning] = vector / np.linalg.norm(vector)
+    codes = np.stack([vectors[meaning] for meaning in meanings])
     ends = [round(event.end_s * world.FPS) for event in stream.events]
     frames = codes[np.searchsorted(ends, np.arange(len(stream.frames)), side="right").clip(max=len(ends) - 1)]
     starts = np.arange(0, len(frames) - world.NUM_FRAMES + 1, 4)
@@ -222,19 +260,25 @@ def ideal_windows(stream: world.Stream, rng: np.random.Generator) -> tuple[np.nd
 
 
 def share_right(stream: world.Stream, segments: Sequence[Segment], codes: np.ndarray) -> float:
-    """Share of the events and rests to whose vector that of the segment nearest in time is nearest."""
+    """The share of events, rests included, that get the right vector.
+
+    An event gets the vector that is nearest to the embedding of the segment nearest in time.
+    """
     middles = np.array([(segment.start_s + segment.end_s) / 2 for segment in segments])
-    said = np.stack([segment.core_embedding for segment in segments]) @ codes.T
+    similarity = np.stack([segment.core_embedding for segment in segments]) @ codes.T  # [segments, N]
     hits = []
     for code, event in zip(codes, stream.events, strict=True):
         nearest = np.abs(middles - (event.start_s + event.end_s) / 2).argmin()
-        hits.append(np.array_equal(codes[said[nearest].argmax()], code))
+        hits.append(np.array_equal(codes[similarity[nearest].argmax()], code))
     return float(np.mean(hits))
 
 
+@one_line_errors("eval.vl_cost")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="the small shape and two streams alone")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.vl_cost", description=str(__doc__).splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="only the small shape and two streams")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)
     shapes = [small()] if options.quick else [small(), paper()]

@@ -1,1 +1,1 @@
-"""VL-JEPA measured."""
+"""Benchmarks of VL-JEPA: ShapeStream, selective decoding, photos and real clips."""

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 
-from eval.cost import step_cost
-from eval.cost.step_cost import Arm, Tokens
+from eval.cost.step_cost import arms, command, data, figures, measuring
+from eval.cost.step_cost.arms import Arm, Tokens
+from llm_jepa import LLMJEPAConfig, LLMJEPATrainer
 
 TOY = {
     "hidden_size": 32,
@@ -46,27 +48,29 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
     """All arms of a toy float64 model over three rows of different length."""
     folder = tmp_path_factory.mktemp("step_cost")
     patch = pytest.MonkeyPatch()
-    patch.setattr(step_cost, "GENERATED_ROWS", 60)
-    patch.setattr(step_cost, "TOKENIZER_SIZE", 640)
-    data = step_cost.load_data("nl_rx", None, seed=0)
-    model = step_cost.random_llama(TOY, data.tokenizer, seed=0).double()
-    kept = {}
-    make = step_cost.rows_arm
-    patch.setattr(step_cost, "rows_arm", lambda trainer, *a, **o: kept.update(it=trainer) or make(trainer, *a, **o))
+    patch.setattr(data, "GENERATED_ROWS", 60)
+    patch.setattr(data, "TOKENIZER_SIZE", 640)
+    rows = data.load_data("nl_rx", None, seed=0)
+    model = data.random_llama(TOY, rows.tokenizer, seed=0).double()
+    trainers = []
+    make = arms.rows_arm
+    patch.setattr(arms, "rows_arm", lambda trainer, *a, **o: trainers.append(trainer) or make(trainer, *a, **o))
     options = argparse.Namespace(device="cpu", dtype="float32", batch_size=3, quick=False)
-    arms = step_cost.make_arms(model, data, data.rows[:3], folder, options)
-    trainer = kept["it"]
-    message = step_cost.LLMJEPATrainer(
+    every_arm = arms.make_arms(model, rows, rows.rows[:3], folder, options)
+    trainer = trainers[-1]
+    message = LLMJEPATrainer(
         model=model,
-        args=step_cost.LLMJEPAConfig(
+        args=LLMJEPAConfig(
             str(folder), use_cpu=True, bf16=False, jepa_weight=1.0, objective="cosine", context_view="message"
         ),
-        train_dataset=step_cost.Dataset.from_list(data.rows[:3]),
+        train_dataset=Dataset.from_list(rows.rows[:3]),
         processing_class=trainer.processing_class,
     )
-    arms["three_rows_message"] = make(message, step_cost.three_rows)
-    arms["two_rows_message"] = make(message, step_cost.two_rows)
-    yield Bench(model, arms, trainer.train_dataset.to_list(), message.train_dataset.to_list(), trainer.predictor_ids[0])
+    every_arm["three_rows_message"] = make(message, arms.three_rows)
+    every_arm["two_rows_message"] = make(message, arms.two_rows)
+    yield Bench(
+        model, every_arm, trainer.train_dataset.to_list(), message.train_dataset.to_list(), trainer.predictor_ids[0]
+    )
     patch.undo()
 
 
@@ -177,7 +181,7 @@ def test_tokens_by_hand(bench):
 def test_two_rows_by_hand():
     """LM 5 6 7; context 5, predictor 9, target 8: the second row is [5 9][8], and the target sees itself alone."""
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "contexts": [[5]], "targets": [[8]]}
-    rows = step_cost.two_rows([row], [9], 0)
+    rows = arms.two_rows([row], [9], 0)
     assert rows.inputs["input_ids"].tolist() == [[5, 6, 7], [5, 9, 8]]
     assert rows.inputs["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
     sees = (rows.inputs["attention_mask"][:, 0] == 0).int().tolist()
@@ -188,23 +192,23 @@ def test_two_rows_by_hand():
 
 def test_dropout_is_the_mean_step():
     """Kept 3 s, dropped 1 s: half of each is 2 s, a quarter kept 1.5 s. The peak is that of a kept step."""
-    arm = lambda seconds, peak: {"cpu_s": [seconds], "padded_tokens": [10 * seconds], "peak_memory": [peak]}  # noqa: E731
-    arms = step_cost.add_dropout({"ours": arm(3.0, 7), "ours_dropped": arm(1.0, 5)})
-    assert arms["ours_dropout50"] == {"cpu_s": [2.0], "padded_tokens": [20.0], "peak_memory": [7]}
-    assert arms["ours_dropout75"] == {"cpu_s": [1.5], "padded_tokens": [15.0], "peak_memory": [7]}
+    of = lambda seconds, peak: {"cpu_s": [seconds], "padded_tokens": [10 * seconds], "peak_memory": [peak]}  # noqa: E731
+    mixed = measuring.add_dropout({"ours": of(3.0, 7), "ours_dropped": of(1.0, 5)})
+    assert mixed["ours_dropout50"] == {"cpu_s": [2.0], "padded_tokens": [20.0], "peak_memory": [7]}
+    assert mixed["ours_dropout75"] == {"cpu_s": [1.5], "padded_tokens": [15.0], "peak_memory": [7]}
 
 
 def test_ratios_are_paired_within_repetitions():
     """4/2, 9/3, 2/2: median 2. The ratio of sums, 15/7, would let the slow repetition decide."""
-    arms = {"a": {"cpu_s": [4.0, 9.0, 2.0]}, "b": {"cpu_s": [2.0, 3.0, 2.0, 8.0]}}
-    assert step_cost.paired(arms, "a", "b", "cpu_s") == (2.0, 1.0, 3.0)
+    times = {"a": {"cpu_s": [4.0, 9.0, 2.0]}, "b": {"cpu_s": [2.0, 3.0, 2.0, 8.0]}}
+    assert figures.paired(times, "a", "b", "cpu_s") == (2.0, 1.0, 3.0)
 
 
 def test_verdicts(capsys):
     """1.06 x 1.3 = 1.378; memory may be 1.1 x 1.3 = 1.43; packed goes by its own ratio, 1.06 x 1.2 = 1.272."""
-    figures = {"ours_over_sft": 1.37, "ours_packed_over_packed_sft": 1.28, "ours_over_three_rows": 0.5}
-    figures |= {"token_ratio": 1.3, "token_ratio_packed": 1.2, "ours_memory_over_sft": 1.44}
-    lines = [line.split()[1:] for line in step_cost.bounds_table(figures).splitlines()]
+    ratios = {"ours_over_sft": 1.37, "ours_packed_over_packed_sft": 1.28, "ours_over_three_rows": 0.5}
+    ratios |= {"token_ratio": 1.3, "token_ratio_packed": 1.2, "ours_memory_over_sft": 1.44}
+    lines = [line.split()[1:] for line in figures.bounds_table(ratios).splitlines()]
     assert lines == [
         ["1.370", "<=", "1.378", "ok"],
         ["1.280", "<=", "1.272", "MISSED"],
@@ -226,13 +230,13 @@ def test_peak_memory_by_hand():
     arm = Arm(step, lambda numbers: Tokens(0, 0))
     model = torch.nn.Linear(2, 2)
     model.device = torch.device("cpu")
-    peaks = {step_cost.peak_memory(arm, [0], model) for _ in range(3)}
+    peaks = {measuring.peak_memory(arm, [0], model) for _ in range(3)}
     assert len(peaks) == 1 and 0 <= peaks.pop() - 12288 <= 512  # and scalars, in blocks of 64 bytes
 
 
 def test_longer_rows_hold_every_request_and_answer(monkeypatch):
-    rows = step_cost.nl_rx.generate(12)
-    longer = step_cost._several_in_one_turn(rows)
+    rows = data.nl_rx.generate(12)
+    longer = data._several_in_one_turn(rows)
     assert len(longer) == 3 and [turn["role"] for turn in longer[0]["messages"]] == ["system", "user", "assistant"]
     answer = longer[1]["messages"][2]["content"].split("\n")
     assert answer == [f"{n}. {row['messages'][2]['content']}" for n, row in enumerate(rows[2:10], 1)]
@@ -240,12 +244,12 @@ def test_longer_rows_hold_every_request_and_answer(monkeypatch):
 
 def test_toy_run_writes_every_figure(tmp_path, monkeypatch, capsys):
     """Both models and data sets at toy size, as the command line runs them."""
-    monkeypatch.setattr(step_cost, "SHAPES", {"body": TOY, "vocabulary": {**TOY, "vocab_size": 1024}})
-    monkeypatch.setattr(step_cost, "GENERATED_ROWS", 60)
-    monkeypatch.setattr(step_cost, "TOKENIZER_SIZE", 640)
+    monkeypatch.setattr(data, "SHAPES", {"body": TOY, "vocabulary": {**TOY, "vocab_size": 1024}})
+    monkeypatch.setattr(data, "GENERATED_ROWS", 60)
+    monkeypatch.setattr(data, "TOKENIZER_SIZE", 640)
     out, picture = tmp_path / "new" / "result.json", tmp_path / "new" / "result.png"
     argv = ["--quick", "--batch-size", "2", "--repetitions", "2", "--out", str(out), "--plot", str(picture)]
-    assert step_cost.main([*argv, "--data", "nl_rx", "longer"]) == 0
+    assert command.main([*argv, "--data", "nl_rx", "longer"]) == 0
     said = capsys.readouterr().out
     assert "ours_over_sft" in said and ("ok" in said or "MISSED" in said) and "these are others" in said
     result = json.loads(out.read_text())
@@ -268,12 +272,12 @@ def test_toy_run_writes_every_figure(tmp_path, monkeypatch, capsys):
     [
         (["--nl-rx", "nowhere"], "no folder at nowhere"),
         (["--repetitions", "0"], "--repetitions 0 must be 1 or more"),
-        (["--repetitions", "2", "--memory-batches", "3"], "more than the 2 batches"),
+        (["--repetitions", "2", "--memory-batches", "3"], "more than the 2 batches; lower it"),
         (["--quick", "--repetitions", "5000"], "need 20000 rows"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(argv, said, capsys, monkeypatch):
-    monkeypatch.setattr(step_cost, "GENERATED_ROWS", 20)
-    assert step_cost.main(argv) == 2
+    monkeypatch.setattr(data, "GENERATED_ROWS", 20)
+    assert command.main(argv) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and error.startswith("eval.step_cost: error:") and len(error.splitlines()) == 1

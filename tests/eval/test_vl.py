@@ -13,18 +13,15 @@ from eval.cost.vl_cost import ideal_windows, share_right
 from eval.vl import shapestream
 from eval.vl.selective_decoding import Embedded, decodes_for, quality
 from eval.vl.shapestream import (
-    QUERY,
     FewActorsAtATime,
     RowsInRuns,
     Stage,
     build,
-    kind_prompts,
-    nearest,
-    predict,
     separate_events,
     still_images,
     training_clips,
 )
+from eval.vl.shapestream_figures import QUERY, kind_prompts, nearest, predict
 from llm_jepa.lm.from_scratch import train_tokenizer
 from llm_jepa.stream.segments import segment_at, segment_uniform
 from llm_jepa.synthetic import shapestream as world

@@ -8,7 +8,7 @@ needs no change of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,11 +93,13 @@ def embedded(
     model: PreTrainedModel, views: Sequence[dict[str, Any]] | Dataset, collator: JEPACollator
 ) -> tuple[Tensor, Tensor]:
     """(`predicted`, `target`), both [N, D], of rows of views."""
-    batches = (
-        collator([views[i] for i in range(start, min(start + 128, len(views)))]) for start in range(0, len(views), 128)
-    )
-    predicted, target, _ = embed_pairs(model, model, batches)
+    predicted, target, _ = embed_pairs(model, model, map(collator, _batches(views, 128)))
     return predicted, target
+
+
+def _batches(views: Sequence[dict[str, Any]] | Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(views), size):
+        yield [views[i] for i in range(start, min(start + size, len(views)))]
 
 
 def contrastive_head(

@@ -248,7 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "as predicted": decoder.decoder.decode(predicted, decoder.tokenizer),
         "nearest caption of the memory": decoder.memory.nearest(predicted),
     }
-    cider = {way: cider_d([caption.text for caption in texts], photos.captions)[0] for way, texts in written.items()}
+    cider = {}
+    for way, texts in written.items():
+        cider[way] = cider_d([caption.text for caption in texts], photos.captions)[0]
     captions = []
     for name, caption in zip(photos.names, written["projected on the memory"], strict=True):
         captions.append({"photo": name, "caption": caption.text, "score": caption.score})

@@ -73,6 +73,10 @@ def measure(model: VLJEPA, folder: Path) -> dict[str, dict[str, Any]]:
     return clips
 
 
+def mean_f1(clips: dict[str, dict[str, Any]], way: str) -> float:
+    return float(np.mean([clip[way]["f1"] for clip in clips.values()]))
+
+
 @one_line_errors("eval.vl.real_clips")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
@@ -89,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights, names = class_rows(options.data)
     train_predictor(model, features, photos.captions, weights, names, seed=options.seed, steps=options.steps)
     clips = measure(model, options.data / "clips")
-    summary = {way: float(np.mean([clip[way]["f1"] for clip in clips.values()])) for way in SUMMED_UP}
+    summary = {way: mean_f1(clips, way) for way in SUMMED_UP}
     result = {
         "summary": summary,
         "clips": clips,

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from eval import report
+from eval.pages import RESULTS, nl_rx
 from llm_jepa import UserError
 
 
@@ -46,7 +47,7 @@ def test_report_means_and_spreads(tmp_path):
             "environment": {"commit": "abcdef123", "torch": "1", "transformers": "2", "trl": "3"},
         }
         (tmp_path / f"completion-sft-seed{seed}.json").write_text(json.dumps(result))
-    text = report.table(report.load(tmp_path))
+    text = nl_rx.table(nl_rx.load(tmp_path))
     assert "| completion | plain SFT | 20.0 ± 14.1 | 50.0 ± 0.0 |" in text
     assert statistics.stdev([10, 30]) == pytest.approx(14.142, abs=1e-3)
     assert "seeds 0, 1 on 10 test lines (2 of 12" in text and "abcdef1" in text
@@ -60,7 +61,7 @@ def test_a_card_that_is_stale_or_missing_is_found_and_rendered(tmp_path, monkeyp
     assert report.main(["--check"]) == 1 and not (tmp_path / "cards").exists()
     assert report.main([]) == 0 and report.main(["--check"]) == 0
     path = tmp_path / "cards" / "tiny-llama-nl-rx-info-nce.md"
-    exact = [run["metrics"]["original"]["exact"] for run in report.load()["completion", "info_nce"]]
+    exact = [run["metrics"]["original"]["exact"] for run in nl_rx.load()["completion", "info_nce"]]
     found = ModelCard.load(path).data.eval_results
     assert found[0].metric_value == pytest.approx(statistics.mean(exact), abs=1e-4)
     path.write_text(path.read_text().replace("74.5", "75.5"))
@@ -70,14 +71,14 @@ def test_a_card_that_is_stale_or_missing_is_found_and_rendered(tmp_path, monkeyp
 
 def test_committed_results_are_complete_and_name_no_machine():
     """Every arm has the same seeds; every file was made from a clean commit."""
-    runs = report.load()
-    assert set(runs) == {(protocol, arm) for protocol in report.PROTOCOLS for arm, _ in report.ARMS}
+    runs = nl_rx.load()
+    assert set(runs) == {(protocol, arm) for protocol in nl_rx.PROTOCOLS for arm in nl_rx.ARMS}
     seeds = {key: [result["model"]["run"]["seed"] for result in results] for key, results in runs.items()}
     assert all(value == [0, 1, 2] for value in seeds.values()), seeds
     for results in runs.values():
         for result in results:
             assert result["items"] == 1771
-    files = list(report.RESULTS.parent.rglob("*.json"))
+    files = list(RESULTS.rglob("*.json"))
     assert len(files) > 150
     for path in files:
         text = path.read_text()

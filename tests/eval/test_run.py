@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import graders, provenance, report, run
+from eval import graders, provenance, run
+from eval.pages import nl_rx as nl_rx_page
 from eval.tasks import nl_rx
 from llm_jepa import UserError
 from llm_jepa.cli import main as cli
@@ -138,7 +139,7 @@ def test_run_scores_a_trained_model_and_records_where_the_numbers_come_from(tmp_
     assert exact == result["metrics"]["original"]["exact"] and "equivalent" in result["metrics"]["original"]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "completion-sft-seed7.json").write_text(out.read_text())
-    assert f"| completion | plain SFT | {100 * exact:.1f} |" in report.table(report.load(tmp_path / "results"))
+    assert f"| completion | plain SFT | {100 * exact:.1f} |" in nl_rx_page.table(nl_rx_page.load(tmp_path / "results"))
 
 
 def test_run_refuses_a_missing_model(tmp_path, capsys):

@@ -30,7 +30,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "vocabulary": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 128256},
 }
 NUM_HEADS = 8
-DATA_SETS = ("nl_rx", "longer")
+FILES = {"nl_rx": "synth_train.jsonl", "longer": "spider_train.jsonl"}  # data set -> its file
+DATA_SETS = tuple(FILES)
 GENERATED_ROWS = 2000
 REQUESTS_PER_TURN = 8  # of the generated `longer` rows: answers of about 100 tokens
 
@@ -47,11 +48,13 @@ class Data:
 def load_data(name: str, folder: Path | None, *, seed: int) -> Data:
     """Load one of DATA_SETS from `folder`, or generate its rows if there is no folder. Raises UserError."""
     if folder is not None:
-        path = folder / ("synth_train.jsonl" if name == "nl_rx" else "spider_train.jsonl")
+        path = folder / FILES[name]
         raw, source = read_rows(str(path)), path.name
     else:
         generated = nl_rx.generate(GENERATED_ROWS, seed=seed)
-        raw = Dataset.from_list(generated if name == "nl_rx" else _several_in_one_turn(generated))
+        if name == "longer":
+            generated = _several_in_one_turn(generated)
+        raw = Dataset.from_list(generated)
         source = f"llm_jepa.synthetic.nl_rx version {nl_rx.VERSION}, seed {seed}"
     rows = []
     for number, row in enumerate(raw):

@@ -67,8 +67,10 @@ def limit_of(name: str, figures: Mapping[str, float]) -> float | None:
     bound = {**BOUNDS, "ours_memory_over_sft": MEMORY_BOUND}.get(name)
     if bound is None:
         return None
-    tokens = figures["token_ratio_packed" if "packed" in bound.numerator else "token_ratio"]
-    return bound.limit * tokens if bound.times_tokens else bound.limit
+    if not bound.times_tokens:
+        return bound.limit
+    packed = "packed" in bound.numerator
+    return bound.limit * figures["token_ratio_packed" if packed else "token_ratio"]
 
 
 def table(cell: dict[str, Any], clock: str, batch_size: int) -> str:
@@ -83,13 +85,14 @@ def table(cell: dict[str, Any], clock: str, batch_size: int) -> str:
     arms = cell["arms"]
     for name, arm in arms.items():
         examples = batch_size * len(arm["real_tokens"])
-        memory, base = arm["peak_memory"], arms["sft"]["peak_memory"]
-        lines.append(
-            f"{name:18s}{paired(arms, name, 'sft', clock)!s:>20s}{paired(arms, name, 'sft', other).median:8.2f}"
-            f"{sum(arm['real_tokens']) / examples:16.1f}{sum(arm['padded_tokens']) / examples:8.1f}"
-            f"{token_ratio(arms, name, 'sft'):7.2f}"
-            + (f"{statistics.mean(memory) / 2**20:10.1f}{sum(memory) / sum(base):7.2f}" if memory else "")
-        )
+        line = f"{name:18s}{paired(arms, name, 'sft', clock)!s:>20s}{paired(arms, name, 'sft', other).median:8.2f}"
+        line += f"{sum(arm['real_tokens']) / examples:16.1f}{sum(arm['padded_tokens']) / examples:8.1f}"
+        line += f"{token_ratio(arms, name, 'sft'):7.2f}"
+        peaks = arm["peak_memory"]
+        if peaks:  # --quick counts only two arms
+            over_sft = sum(peaks) / sum(arms["sft"]["peak_memory"])
+            line += f"{statistics.mean(peaks) / 2**20:10.1f}{over_sft:7.2f}"
+        lines.append(line)
     step = statistics.median(arms["sft"][clock])
     lines.append(f"a step of sft: {step:.3f} s ({clock[:-2]}), {len(arms['sft'][clock])} repetitions of {batch_size}")
     return "\n".join(lines)
@@ -121,9 +124,10 @@ def plot(cells: list[dict[str, Any]], clock: str, path: Path) -> None:
         names = [name for name in cell["arms"] if name not in ("three_rows_512", "ours_dropped")]
         spreads = [paired(cell["arms"], name, "sft", clock) for name in names]
         medians = [spread.median for spread in spreads]
-        span = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        below = [spread.median - spread.low for spread in spreads]
+        above = [spread.high - spread.median for spread in spreads]
         colors = ["#2b6cb0" if name.startswith("ours") else "#718096" for name in names]
-        panel.barh(names, medians, xerr=span, color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
+        panel.barh(names, medians, xerr=[below, above], color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
         for row, median in enumerate(medians):
             panel.text(0.05, row, f"{median:.2f}", color="white", fontsize=9, verticalalignment="center")
         panel.axvline(1, color="black", linewidth=0.8)

@@ -29,7 +29,8 @@ def confirmed(plan: dict[str, Any], folder: Path = CONFIRMED) -> Runs:
     Raises UserError for fewer than two such seeds, and for runs that do not belong together.
     """
     paths = {(arm, seed): folder / f"{arm}-seed{seed}.json" for arm in plan["arms"] for seed in plan["seeds"]}
-    seeds = [seed for seed in plan["seeds"] if all(paths[arm, seed].is_file() for arm in plan["arms"])]
+    missing = {seed for (_, seed), path in paths.items() if not path.is_file()}
+    seeds = [seed for seed in plan["seeds"] if seed not in missing]
     if len(seeds) < 2:
         raise UserError(f"{folder} holds {len(seeds)} whole seed(s) of {plan['arms']}; run confirm first.")
     runs = {key: json.loads(path.read_text()) for key, path in paths.items() if key[1] in seeds}
@@ -49,7 +50,7 @@ def analyse(plan: dict[str, Any], folder: Path = CONFIRMED) -> dict[str, Any]:
     """
     runs = confirmed(plan, folder)
     seeds = sorted({seed for _, seed in runs}, key=plan["seeds"].index)
-    correct = {key: np.array([int(bit) for bit in run["correct"]["turk"]]) for key, run in runs.items()}
+    correct = {key: _bits(run) for key, run in runs.items()}
 
     def gains(one: str, other: str) -> np.ndarray:
         """[seeds, lines] in points."""
@@ -70,6 +71,11 @@ def analyse(plan: dict[str, Any], folder: Path = CONFIRMED) -> dict[str, Any]:
         "primary": {"arms": plan["primary"], **_comparison(gains(*plan["primary"]), margin, num_tests=1)},
         "secondary": secondary,
     }
+
+
+def _bits(run: dict[str, Any]) -> np.ndarray:
+    """[lines]: 1 for a turk request answered with the right language, else 0."""
+    return np.array([int(bit) for bit in run["correct"]["turk"]])
 
 
 def _figures_of_arm(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -172,8 +178,8 @@ def space_table(runs: Sequence[dict[str, Any]]) -> str:
     header += ["abstention, AURC: similarity", "log-probability a token", "vote"]
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        columns = list(zip(*(_space_figures(run["space"]) for run in runs if run["arm"] == arm), strict=True))
-        rows.append([arm, *map(mean_spread, columns)])
+        figures = [_space_figures(run["space"]) for run in runs if run["arm"] == arm]
+        rows.append([arm, *map(mean_spread, zip(*figures, strict=True))])
     return markdown_table(header, rows)
 
 

@@ -65,12 +65,14 @@ def analyse(plan: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _runs_by_arm(name: str, protocol: dict[str, Any], out: Path) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
     """(arm -> its result files by seed, the seeds that every arm has). Raises UserError."""
-    runs = {}
+    runs, missing = {}, set()
     for arm, seed in itertools.product(protocol["arms"], protocol["seeds"]):
         path = result_file(name, arm, seed, out)
         if path.is_file():
             runs[arm, seed] = json.loads(path.read_text())
-    seeds = [seed for seed in protocol["seeds"] if all((arm, seed) in runs for arm in protocol["arms"])]
+        else:
+            missing.add(seed)
+    seeds = [seed for seed in protocol["seeds"] if seed not in missing]
     if len(seeds) < 2:
         raise UserError(f"{out} holds {len(seeds)} whole seed(s) of protocol {name}; run compare first.")
     kinds = set()

@@ -1,4 +1,4 @@
-"""The experiment on unlabelled paraphrases: nobody sees a label or a pair that the arm is not given."""
+"""The experiment on unlabelled paraphrases: an arm sees only the labels and pairs that it is meant to see."""
 
 from __future__ import annotations
 

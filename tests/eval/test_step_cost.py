@@ -268,7 +268,7 @@ def test_toy_run_writes_every_figure(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--nl-rx", "nowhere"], "no folder at nowhere"),
         (["--repetitions", "0"], "--repetitions 0 must be 1 or more"),
@@ -276,8 +276,8 @@ def test_toy_run_writes_every_figure(tmp_path, monkeypatch, capsys):
         (["--quick", "--repetitions", "5000"], "need 20000 rows"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_one_line(argv, said, capsys, monkeypatch):
+def test_what_cannot_be_measured_is_said_in_one_line(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(data, "GENERATED_ROWS", 20)
     assert command.main(argv) == 2
     error = capsys.readouterr().err.strip()
-    assert said in error and error.startswith("eval.step_cost: error:") and len(error.splitlines()) == 1
+    assert message in error and error.startswith("eval.step_cost: error:") and len(error.splitlines()) == 1

@@ -23,11 +23,15 @@ import torch
 
 from llm_jepa import cli
 from llm_jepa.core.files import write_json
-from llm_jepa.lm.batching import JEPACollator
-from llm_jepa.lm.loading import model_from, read_rows, tokenizer_from
-from llm_jepa.lm.predictor_tokens import predictor_token_ids
-from llm_jepa.lm.reading import embed_pairs
-from llm_jepa.lm.views import add_view_columns
+from llm_jepa.lm import (
+    JEPACollator,
+    add_view_columns,
+    embed_pairs,
+    model_from,
+    predictor_token_ids,
+    read_rows,
+    tokenizer_from,
+)
 from llm_jepa.synthetic import nl_rx as generator
 
 from .command import one_line_errors

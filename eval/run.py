@@ -22,9 +22,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import UserError
-from llm_jepa.lm.inference import Generation, Prompt, choose_batches, encode, generate_batches
-from llm_jepa.lm.loading import model_from, tokenizer_from
-from llm_jepa.lm.views import end_of_turn_ids
+from llm_jepa.lm import (
+    Generation,
+    Prompt,
+    choose_batches,
+    encode,
+    end_of_turn_ids,
+    generate_batches,
+    model_from,
+    tokenizer_from,
+)
 
 from .command import one_line_errors
 from .provenance import environment, weights_sha256

@@ -38,8 +38,8 @@ OLD = {
 RENAMED = {
     ("llm_jepa.packing", "Example"): ("llm_jepa.lm.batching", "PackedExample"),
     ("llm_jepa.packing", "read"): ("llm_jepa.lm.reading", "gather_states"),
-    ("llm_jepa.views", "Example"): ("llm_jepa.lm.views", "ParsedRow"),
-    ("llm_jepa.views", "as_example"): ("llm_jepa.lm.views", "parse_row"),
+    ("llm_jepa.views", "Example"): ("llm_jepa.lm.rows", "ParsedRow"),
+    ("llm_jepa.views", "as_example"): ("llm_jepa.lm.rows", "parse_row"),
 }
 
 

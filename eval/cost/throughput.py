@@ -30,10 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import generate
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.lm.from_scratch import random_model, train_tokenizer
-from llm_jepa.lm.inference import Prompt
-from llm_jepa.lm.loading import read_rows
-from llm_jepa.lm.views import build_views
+from llm_jepa.lm import Prompt, build_views, random_model, read_rows, train_tokenizer
 from llm_jepa.synthetic import nl_rx as generator
 
 from ..command import one_line_errors

@@ -35,12 +35,10 @@ from transformers import (
     VJEPA2Config,
 )
 
+from llm_jepa import compare_pairs
 from llm_jepa.core.files import write_json
-from llm_jepa.core.pairs import compare_pairs
-from llm_jepa.stream.segments import Segment, segment_uniform
 from llm_jepa.synthetic import shapestream as world
-from llm_jepa.vl.modeling import VLJEPAModel
-from llm_jepa.vl.y_decoder import PrefixDecoder, PrefixDecoderConfig
+from llm_jepa.vl import PrefixDecoder, PrefixDecoderConfig, Segment, VLJEPAModel, segment_uniform
 
 from ..command import one_line_errors
 from ..provenance import environment

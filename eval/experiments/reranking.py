@@ -20,12 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import info_nce
 from llm_jepa.core.diagnostics import evaluating
-from llm_jepa.lm.attention import model_inputs
-from llm_jepa.lm.batching import JEPACollator
-from llm_jepa.lm.inference import PLAIN, decode_tokens, encode
-from llm_jepa.lm.predictor_tokens import known_predictor_ids
-from llm_jepa.lm.reading import embed_pairs
-from llm_jepa.lm.views import IGNORE, end_of_turn_ids
+from llm_jepa.lm import (
+    IGNORE,
+    PLAIN,
+    JEPACollator,
+    decode_tokens,
+    embed_pairs,
+    encode,
+    end_of_turn_ids,
+    known_predictor_ids,
+    model_inputs,
+)
 
 Similarity = Callable[[Tensor, Tensor], Tensor]  # predicted, target [N, D] -> [N]
 BATCH = 64

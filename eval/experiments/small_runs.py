@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError, generate
-from llm_jepa.lm.data import bank_collator, training_collator
+from llm_jepa.lm import bank_collator, training_collator
 
 from .. import graders
 

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm_jepa import UserError
-from llm_jepa.core.diagnostics import effective_rank
+from llm_jepa import UserError, effective_rank
 
 from .inference import (
     Array,

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
-from llm_jepa.lm.rows import parse_row
+from llm_jepa.lm import parse_row
 
 from .. import graders
 from ..graders import Grade

@@ -13,9 +13,7 @@ from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
-from llm_jepa.lm.inference import Prompt
-from llm_jepa.lm.loading import FILE_READERS, data_sha256, read_rows
-from llm_jepa.lm.rows import parse_row
+from llm_jepa.lm import FILE_READERS, Prompt, data_sha256, parse_row, read_rows
 
 from ..graders import Grade
 

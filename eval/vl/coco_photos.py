@@ -34,15 +34,19 @@ from transformers import AutoModelForImageClassification, LlamaConfig, set_seed
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.lm.from_scratch import train_tokenizer
-from llm_jepa.vl.arguments import VLJEPATrainingArguments
-from llm_jepa.vl.data import Clip, ClipDataset, Pair
-from llm_jepa.vl.decoder_stage import train_y_decoder
-from llm_jepa.vl.inference import VLJEPA
-from llm_jepa.vl.modeling import VLJEPAModel
-from llm_jepa.vl.processing import VLJEPAProcessor
-from llm_jepa.vl.trainer import VLJEPATrainer
-from llm_jepa.vl.y_decoder import YDecoder
+from llm_jepa.lm import train_tokenizer
+from llm_jepa.vl import (
+    VLJEPA,
+    Clip,
+    ClipDataset,
+    Pair,
+    VLJEPAModel,
+    VLJEPAProcessor,
+    VLJEPATrainer,
+    VLJEPATrainingArguments,
+    YDecoder,
+    train_y_decoder,
+)
 
 from ..command import one_line_errors
 from ..graders.cider import cider_d

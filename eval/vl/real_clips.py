@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.stream.opening import open_frames
-from llm_jepa.stream.segments import Segment, boundary_f1, segment_offline, segment_uniform
-from llm_jepa.vl.inference import VLJEPA
+from llm_jepa.stream.segments import boundary_f1
+from llm_jepa.vl import VLJEPA, Segment, open_frames, segment_offline, segment_uniform
 
 from ..command import one_line_errors
 from ..provenance import environment

@@ -28,12 +28,19 @@ import numpy as np
 import torch
 
 from llm_jepa.core.files import write_json
-from llm_jepa.stream.decoder import Caption, SelectiveDecoder
-from llm_jepa.stream.segments import Segment, WardSegmenter, boundary_f1, segment_at, segment_offline, segment_uniform
+from llm_jepa.stream.decoder import Caption
+from llm_jepa.stream.segments import boundary_f1, segment_at
 from llm_jepa.synthetic import shapestream as world
-from llm_jepa.vl.inference import VLJEPA
+from llm_jepa.vl import (
+    VLJEPA,
+    MemoryProjection,
+    Segment,
+    SelectiveDecoder,
+    WardSegmenter,
+    segment_offline,
+    segment_uniform,
+)
 from llm_jepa.vl.watch import MIN_DURATION
-from llm_jepa.vl.y_decoder import MemoryProjection
 
 from ..command import one_line_errors
 from ..provenance import environment, weights_sha256

@@ -29,17 +29,21 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, PreTrainedTokenizerBase, ResNetConfig, set_seed
 
+from llm_jepa import compare_pairs
 from llm_jepa.core.files import write_json
-from llm_jepa.core.pairs import compare_pairs
-from llm_jepa.lm.from_scratch import train_tokenizer
+from llm_jepa.lm import train_tokenizer
 from llm_jepa.synthetic import shapestream as world
-from llm_jepa.vl.arguments import VLJEPATrainingArguments
-from llm_jepa.vl.data import Clip, ClipDataset, Pair
-from llm_jepa.vl.inference import VLJEPA
-from llm_jepa.vl.loading import plain_frames
-from llm_jepa.vl.modeling import VLJEPAModel
-from llm_jepa.vl.processing import VLJEPAProcessor
-from llm_jepa.vl.trainer import VLJEPATrainer
+from llm_jepa.vl import (
+    VLJEPA,
+    Clip,
+    ClipDataset,
+    Pair,
+    VLJEPAModel,
+    VLJEPAProcessor,
+    VLJEPATrainer,
+    VLJEPATrainingArguments,
+    plain_frames,
+)
 
 from ..command import one_line_errors
 from ..provenance import environment, weights_sha256

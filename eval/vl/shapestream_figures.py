@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_jepa.synthetic import shapestream as world
-from llm_jepa.vl.inference import VLJEPA
+from llm_jepa.vl import VLJEPA
 
 SIZE = 40  # pixels
 QUERY = "what happens in the video?"

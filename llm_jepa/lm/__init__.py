@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from .loading import FILE_READERS, data_sha256, model_from, read_rows, tokenizer_from
     from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
     from .reading import embed_pairs
+    from .rows import parse_row
     from .trainer import LLMJEPATrainer
-    from .views import IGNORE, add_view_columns, build_views, end_of_turn_ids, parse_row
+    from .views import IGNORE, add_view_columns, build_views, end_of_turn_ids
 
 _HOMES = {
     "Choice": ".inference",
@@ -59,7 +60,7 @@ _HOMES = {
     "known_predictor_ids": ".predictor_tokens",
     "model_from": ".loading",
     "model_inputs": ".attention",
-    "parse_row": ".views",
+    "parse_row": ".rows",
     "predictor_token_ids": ".predictor_tokens",
     "random_model": ".from_scratch",
     "read_rows": ".loading",

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, jepa_distance
 from llm_jepa.core.distributed import shared_coin
-from llm_jepa.lm.views import IGNORE
+from llm_jepa.lm import IGNORE
 
 from .data import Data
 

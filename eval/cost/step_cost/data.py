@@ -11,9 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from llm_jepa.lm.from_scratch import train_tokenizer
-from llm_jepa.lm.loading import data_sha256, read_rows
-from llm_jepa.lm.rows import parse_row
+from llm_jepa.lm import data_sha256, parse_row, read_rows, train_tokenizer
 from llm_jepa.synthetic import nl_rx
 
 # Like Llama-3's: a header of four tokens for each turn, one bos, and a system turn only if the row has one.

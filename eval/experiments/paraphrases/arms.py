@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import LLMJEPATrainer, generate
-from llm_jepa.lm.loading import model_from, tokenizer_from
+from llm_jepa.lm import model_from, tokenizer_from
 from llm_jepa.synthetic import nl_rx as generator
 
 from .. import small_runs

@@ -17,9 +17,7 @@ from datasets import Dataset, load_from_disk
 
 from llm_jepa import UserError, cli
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.lm.from_scratch import train_tokenizer
-from llm_jepa.lm.loading import tokenizer_from
-from llm_jepa.lm.views import add_view_columns
+from llm_jepa.lm import add_view_columns, tokenizer_from, train_tokenizer
 from llm_jepa.synthetic import nl_rx as generator
 
 from ...graders.regexes import language

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import generate
-from llm_jepa.lm.batching import JEPACollator
-from llm_jepa.lm.predictor_tokens import known_predictor_ids
-from llm_jepa.lm.views import add_view_columns
+from llm_jepa.lm import JEPACollator, add_view_columns, known_predictor_ids
 from llm_jepa.synthetic import nl_rx as generator
 
 from ... import graders

@@ -23,9 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_jepa import LLMJEPATrainer, UserError
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.lm.from_scratch import random_model, train_tokenizer
-from llm_jepa.lm.loading import model_from, read_rows, tokenizer_from
-from llm_jepa.lm.views import add_view_columns
+from llm_jepa.lm import add_view_columns, model_from, random_model, read_rows, tokenizer_from, train_tokenizer
 
 from ...provenance import environment
 from ...tasks import nl_rx

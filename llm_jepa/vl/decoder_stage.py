@@ -1,4 +1,4 @@
-"""`llm-jepa train-decoder`: give a trained VL-JEPA its y_decoder, on text alone."""
+"""`llm-jepa train-decoder`: train the y_decoder of a trained VL-JEPA, on text alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from .y_decoder import MemoryProjection, YDecoder, fingerprint, train_prefix_dec
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of a trained VL-JEPA; the decoder is saved into its y_decoder/")
     parser.add_argument("--texts", required=True, help="one text a line (.txt), or .jsonl rows with 'target' or 'text'")
-    parser.add_argument("--memory_only", "--memory-only", action="store_true", help="no LM: captions are known texts")
+    parser.add_argument(
+        "--memory_only", "--memory-only", action="store_true", help="no LM: a caption is the nearest text"
+    )
     parser.add_argument("--no_memory", "--no-memory", action="store_true", help="decode predictions as they are")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", "--batch-size", type=int, default=64)
@@ -28,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden_size", "--hidden-size", type=int, default=192)
     parser.add_argument("--vocab_size", "--vocab-size", type=int, default=4096)
-    parser.add_argument("--num_prefix", "--num-prefix", type=int, default=4, help="vectors the embedding becomes")
+    parser.add_argument("--num_prefix", "--num-prefix", type=int, default=4, help="vectors per embedding")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(options: argparse.Namespace) -> int:
+    """The command. Raises UserError for options that cannot work."""
     if options.memory_only and options.no_memory:
-        raise UserError("--memory_only with --no_memory leaves no y_decoder.")
+        raise UserError("--memory_only with --no_memory leaves no y_decoder; remove one of them.")
     for name in ("steps", "batch_size", "layers", "hidden_size", "num_prefix"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be 1 or more.")
@@ -46,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
     if folder.exists():
         raise UserError(f"{folder} exists; move it away to train another decoder.")
     texts = read_texts(options.texts)
-    used = VLJEPA.from_pretrained(options.model)
+    vl_jepa = VLJEPA.from_pretrained(options.model)
     decoder = train_y_decoder(
-        used,
+        vl_jepa,
         texts,
         memory=not options.no_memory,
         prefix_decoder=not options.memory_only,
@@ -63,15 +66,15 @@ def run(options: argparse.Namespace) -> int:
     )
     decoder.save_pretrained(folder)
     sample = texts[:: max(1, len(texts) // 5)][:5]
-    print("Texts, and what the decoder makes of their embeddings:")
-    for text, decoded in zip(sample, decoder.decode(used.embed_texts(sample)), strict=True):
+    print("Texts, and the decoder's texts for their embeddings:")
+    for text, decoded in zip(sample, decoder.decode(vl_jepa.embed_texts(sample)), strict=True):
         print(f"  {text!r} -> {decoded.text!r}")
     print(f"Saved to {folder}")
     return 0
 
 
 def train_y_decoder(
-    used: VLJEPA,
+    vl_jepa: VLJEPA,
     texts: Sequence[str],
     *,
     memory: bool = True,
@@ -85,14 +88,14 @@ def train_y_decoder(
     num_prefix: int = 4,
     seed: int = 0,
 ) -> YDecoder:
-    """A y_decoder for this model's space: the texts as its memory, and a GPT-2 of random weights that writes them."""
+    """Build a y_decoder for this model: the texts are its memory, and a GPT-2 from random weights writes them."""
     if not texts:
         raise UserError("There are no texts to learn to write.")
-    embeddings = used.embed_texts(texts).cpu()
-    kept = MemoryProjection(embeddings, tuple(texts)) if memory else None
+    embeddings = vl_jepa.embed_texts(texts).cpu()
+    projection = MemoryProjection(embeddings, tuple(texts)) if memory else None
     if not prefix_decoder:
-        return YDecoder(fingerprint(used.model), kept)
-    tokenizer = train_bpe((text for text in texts for _ in range(2)), vocab_size)
+        return YDecoder(fingerprint(vl_jepa.model), projection)
+    tokenizer = train_bpe(texts, vocab_size)
     config = GPT2Config(
         n_embd=hidden_size, n_layer=layers, n_head=max(1, hidden_size // 64), n_positions=256,
         vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -103,21 +106,21 @@ def train_y_decoder(
         args = TrainingArguments(
             output_dir=scratch, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=learning_rate,
             lr_scheduler_type="cosine", warmup_steps=min(100, steps // 10), weight_decay=0.01, save_strategy="no",
-            logging_steps=max(1, steps // 20), report_to="none", seed=seed, use_cpu=used.model.device.type == "cpu",
+            logging_steps=max(1, steps // 20), report_to="none", seed=seed, use_cpu=vl_jepa.model.device.type == "cpu",
         )  # fmt: skip
         decoder = train_prefix_decoder(
-            lambda chosen: embeddings[[row[text] for text in chosen]], texts, tokenizer, config, args,
+            lambda some: embeddings[[row[text] for text in some]], texts, tokenizer, config, args,
             num_prefix=num_prefix,
         )  # fmt: skip
-    return YDecoder(fingerprint(used.model), kept, decoder, tokenizer)
+    return YDecoder(fingerprint(vl_jepa.model), projection, decoder, tokenizer)
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The distinct texts of a file, in order. Raises UserError."""
+    """The distinct texts of a file, in order. Raises UserError for a line without a text, and if there is no text."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No texts at {path}; give one text a line, or .jsonl rows with 'target' or 'text'.")
-    found: list[str] = []
+    texts: list[str] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -126,17 +129,22 @@ def read_texts(path: str | Path) -> list[str]:
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            found.append(line.strip())
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
-        texts = row.get("target", row.get("text")) if isinstance(row, dict) else None
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not all(is_text(text) for text in texts):
-            raise UserError(f"{path}, line {number} has no 'target' or 'text' that is a text.")
-        found += [text.strip() for text in texts]
-    if not found:
+            texts.append(line.strip())
+        else:
+            texts += _texts_of_row(line, f"{path}, line {number}")
+    if not texts:
         raise UserError(f"{path} holds no texts.")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(texts))
+
+
+def _texts_of_row(line: str, place: str) -> list[str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON: {error}.") from None
+    texts = row.get("target", row.get("text")) if isinstance(row, dict) else None
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, list) or not all(is_text(text) for text in texts):
+        raise UserError(f"{place} has no 'target' or 'text' that is a text.")
+    return [text.strip() for text in texts]

@@ -1,7 +1,7 @@
-"""Visual features of a frozen x_encoder, computed once: every later epoch costs no vision at all.
+"""Visual features of a frozen x_encoder, computed once: later epochs do not run the x_encoder at all.
 
 A cache is a folder of safetensors shards and a manifest. Its name is a hash of the data, the encoder's weights and the
-preprocessing, so that a change of any of them is another folder and an old feature is never taken for a new one.
+preprocessing. If one of them changes, so does the folder, and an old feature is never mistaken for a new one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ SHARD = 512  # clips in a file
 
 
 class Clips(Protocol):
+    """The part of a `ClipDataset` that a cache needs."""
+
     def __len__(self) -> int: ...
     def frames(self, index: int) -> Any: ...
     def identity(self) -> Iterator[bytes]: ...
 
 
 class FeatureCache:
-    """[count, N, D_x] on disk, memory mapped. `cache[[3, 7]]` -> [2, N, D_x] float32."""
+    """Features [count, N, D_x] on disk, memory mapped. `cache[[3, 7]]` -> [2, N, D_x] float32."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -53,7 +55,7 @@ class FeatureCache:
         return self._open[shard].get_slice("features")[row]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a data loader's worker opens the files itself
+        return {**self.__dict__, "_open": {}}  # each worker of a data loader opens the files again
 
 
 def cache_features(
@@ -67,14 +69,14 @@ def cache_features(
     dtype: torch.dtype = torch.float16,
     is_main: bool = True,
 ) -> FeatureCache:
-    """The cache of these clips under `folder`, computed where it is not there yet; shards already done are kept.
+    """Compute the features of these clips under `folder`, or open them if they are there; finished shards are kept.
 
     Args:
         encode: pixels [B, T, 3, H, W] -> features [B, N, D_x], without gradient.
         encoder_hash: of the encoder's weights, see `encoder_sha256`.
-        dtype: of the stored features; they come back as float32. float16 holds 3 decimal digits and magnitudes to
-            65,504: features beyond are refused.
-        is_main: False on ranks that only wait for the main one (call them afterwards).
+        dtype: of the stored features; they come back as float32. float16 holds 3 decimal digits and magnitudes up to
+            65,504; larger features are refused.
+        is_main: False on the other ranks: they only open the cache. Call them after the main rank.
 
     Raises UserError for clips whose features differ in shape, and for features that the dtype cannot hold.
     """
@@ -93,39 +95,31 @@ def cache_features(
     if (here / "manifest.json").is_file() or not is_main:
         return FeatureCache(here)
     here.mkdir(parents=True, exist_ok=True)
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None  # [N, D_x], the same for all clips
     with tqdm(total=len(clips), desc=f"visual features -> {here}", unit="clip") as progress:
         for start in range(0, len(clips), SHARD):
             rows = range(start, min(start + SHARD, len(clips)))
             path = here / _shard_name(start // SHARD)
-            if (found_shape := _shape_of(path)) is not None:
-                shape = found_shape
+            finished = _shape_of(path)
+            if finished is not None:
+                shape = finished
                 progress.update(len(rows))
                 continue
-            parts = []
+            batches = []
             for first in range(rows.start, rows.stop, batch_size):
-                chosen = range(first, min(first + batch_size, rows.stop))
-                pixels = processor(videos=[clips.frames(i) for i in chosen])["pixel_values_videos"]
-                with torch.no_grad():
-                    found = encode(pixels).cpu()
-                shape = shape or tuple(found.shape[1:])
-                if tuple(found.shape[1:]) != shape:
-                    raise UserError(
-                        f"Clips {chosen.start}-{chosen.stop - 1} give features {tuple(found.shape[1:])}, earlier ones "
-                        f"{shape}: clips of one cache have equally many frames; sample them alike."
-                    )
-                kept = found.to(dtype)
-                if not kept.isfinite().all():
-                    raise UserError(f"A feature of {found.abs().max():.3g} does not fit {key['dtype']}; use float32.")
-                parts.append(kept)
-                progress.update(len(chosen))
+                batch = range(first, min(first + batch_size, rows.stop))
+                features = _features_of(batch, encode, clips, processor, shape, dtype)
+                shape = tuple(features.shape[1:])
+                batches.append(features)
+                progress.update(len(batch))
             with written_whole(path) as temporary:  # another run may write to the same cache
-                save_file({"features": torch.cat(parts)}, temporary)
+                save_file({"features": torch.cat(batches)}, temporary)
     write_json(here / "manifest.json", {**key, "count": len(clips), "shape": list(shape or ())})
     return FeatureCache(here)
 
 
 def encoder_sha256(x_encoder: torch.nn.Module) -> str:
+    """Hash of an encoder's config and weights."""
     digest = hashlib.sha256(repr(sorted(x_encoder.config.to_dict().items(), key=str)).encode())  # type: ignore[union-attr,operator]
     for name, value in sorted(x_encoder.state_dict().items()):
         digest.update(name.encode())
@@ -133,7 +127,39 @@ def encoder_sha256(x_encoder: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _features_of(
+    batch: range,
+    encode: Callable[[Tensor], Tensor],
+    clips: Clips,
+    processor: Any,
+    shape: tuple[int, ...] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Features [B, N, D_x] of the clips `batch`, on the CPU in `dtype`. shape: [N, D_x] of earlier clips.
+
+    Raises UserError for another shape and for values that `dtype` cannot hold.
+    """
+    pixels = processor(videos=[clips.frames(index) for index in batch])["pixel_values_videos"]  # [B, T, 3, H, W]
+    with torch.no_grad():
+        features = encode(pixels).cpu()
+    if shape is not None and tuple(features.shape[1:]) != shape:
+        raise UserError(
+            f"Clips {batch.start}-{batch.stop - 1} give features {tuple(features.shape[1:])}, earlier ones {shape}. "
+            "The clips of a cache need equally many frames; sample them in the same way."
+        )
+    stored = features.to(dtype)
+    if not stored.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"A feature of {features.abs().max():.3g} does not fit {name}, in which features are stored. "
+            "Remove feature_cache from the recipe: then they are computed in every epoch, and not stored. (In Python, "
+            "cache_features(dtype=torch.float32) stores them.)"
+        )
+    return stored
+
+
 def _settings(processor: Any) -> str:
+    """The preprocessing as text."""
     return json.dumps(
         {"frames": processor.num_frames, "image_processor": processor.image_processor.to_dict()},
         sort_keys=True,
@@ -142,7 +168,7 @@ def _settings(processor: Any) -> str:
 
 
 def _shape_of(path: Path) -> tuple[int, ...] | None:
-    """[N, D_x] of a shard, or None where there is none, or one that a crash left torn."""
+    """[N, D_x] of a shard; None if there is none, or if a crash left half of it."""
     try:
         with safe_open(path, "pt") as file:
             return tuple(file.get_slice("features").get_shape()[1:])

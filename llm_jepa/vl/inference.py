@@ -1,7 +1,8 @@
-"""`VLJEPA`: a model and its processor in use: classify, retrieve, answer, caption, embed.
+"""Use a trained VL-JEPA: classify, retrieve, answer, caption, embed.
 
-All of them compare embeddings (arXiv:2512.10942v2, section 4: the protocols of its evaluation); only `caption` calls
-the y_decoder, which is not even loaded before. `VLJEPAPipeline` is the same behind `transformers.pipeline`.
+Everything but captions is a comparison of embeddings (arXiv:2512.10942v2, section 4: the protocols of its evaluation).
+Only `caption` and `decode` call the y_decoder, which is loaded when it is first needed. `VLJEPAPipeline` offers the
+same through `transformers.pipeline`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ from .y_decoder import DecodedText, YDecoder, fingerprint
 
 
 class Match(NamedTuple):
+    """A candidate text with its cosine to the prediction."""
+
     text: str
-    score: float  # cosine
+    score: float
 
 
 class Retrieved(NamedTuple):
-    clip: int  # index among the given clips
-    score: float  # cosine
+    """A clip, by its index, with its cosine to the text."""
+
+    clip: int
+    score: float
 
 
 class VLJEPA:
-    """Args: model and processor of a VL-JEPA; y_decoder: given, or looked for beside the model when text is asked for.
+    """A VL-JEPA model with its processor, in evaluation mode.
 
     A clip is frames [T, H, W, 3] uint8, a list of images, or the path of a video; `images=True` takes single images.
+
+    y_decoder: None takes the one in the model's folder, when text is first needed.
     """
 
     def __init__(self, model: VLJEPAModel, processor: VLJEPAProcessor, *, y_decoder: YDecoder | None = None) -> None:
@@ -53,18 +60,18 @@ class VLJEPA:
     def from_pretrained(
         cls, source: str | Path, *, revision: str | None = None, device: str | torch.device | None = None
     ) -> VLJEPA:
-        """From a folder or a Hub id. Raises UserError if there is no VL-JEPA there."""
+        """Load a folder or a Hub id. Raises UserError if it does not hold a VL-JEPA."""
         options: dict[str, Any] = {"trust_remote_code": False}
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-            raise UserError(f"The folder {source} has no config.json, so it is no saved model.")
+            raise UserError(f"The folder {source} has no config.json, so it is not a saved model.")
         try:
-            # All of one commit, the y_decoder too. And offline, transformers misses the second tokenizer of a Hub id
-            # and takes the first in its place.
+            # Take all files from one commit, those of the y_decoder too. Besides, offline transformers does not find
+            # the second tokenizer of a Hub id and takes the first one instead.
             local = str(source)
             if not Path(source).is_dir():
                 local = snapshot_download(local, revision=revision, ignore_patterns=["checkpoint-*", "*.bin", "*.pt"])
             if (kind := AutoConfig.from_pretrained(local, **options).model_type) != VLJEPAConfig.model_type:
-                raise UserError(f"it is a {kind}.")  # loaded as one, it would be 8 billion random weights
+                raise UserError(f"it is a {kind}.")  # as a VL-JEPA it would be loaded as 8 billion random weights
             model, report = VLJEPAModel.from_pretrained(
                 local, use_safetensors=True, output_loading_info=True, **options
             )
@@ -72,13 +79,16 @@ class VLJEPA:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, StrictDataclassError) as error:
             raise UserError(f"Cannot load a VL-JEPA from {str(source)!r}: {first_line(error)}") from None
         if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
-            raise UserError(f"The weights of {source} do not fit its config ({str(wrong[0])}, ...): partly random.")
+            raise UserError(
+                f"The weights of {source} do not fit its config ({str(wrong[0])}, ...): it would be partly random."
+            )
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """Save model, processor and y_decoder, if there is one."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        y_decoder = self._y_decoder or self._found_y_decoder()
+        y_decoder = self._y_decoder or self._load_y_decoder()
         if y_decoder is not None:
             y_decoder.save_pretrained(Path(folder) / "y_decoder")
 
@@ -93,69 +103,73 @@ class VLJEPA:
         images: bool = False,
         batch_size: int = 16,
     ) -> Tensor:
-        """Predicted embeddings [B, D] of unit norm: of each clip under the query (one for all, or one each).
+        """Predicted embeddings [B, D] of unit norm, of each clip with its query (one for all, or one each).
 
-        Without a query: `default_query` of the model. The query-free stage of training asks nothing; "" does so here.
+        None takes the model's `default_query`; "" gives no query, as in the query-free stage of training.
         """
         if isinstance(query, (list, tuple)) and len(query) != len(clips):
             raise UserError(f"{len(query)} queries for {len(clips)} clips; give one for all, or one for each.")
         query = self.model.config.default_query if query is None else query
         queries = [query] * len(clips) if isinstance(query, str) else list(query)
-        found = []
+        embeddings = [torch.empty(0, self.model.config.shared_dim, device=self.model.device)]
         for start in range(0, len(clips), batch_size):
-            chosen = [self._frames(clip, images) for clip in clips[start : start + batch_size]]
-            batch = self.processor(**{"images" if images else "videos": chosen})
-            asked = queries[start : start + batch_size]
-            if any(asked):
-                batch |= self.processor(query=asked)
+            frames = [self._frames(clip, images) for clip in clips[start : start + batch_size]]
+            batch = self.processor(images=frames) if images else self.processor(videos=frames)
+            batch_queries = queries[start : start + batch_size]
+            if any(batch_queries):
+                batch |= self.processor(query=batch_queries)
             batch = {key: value.to(self.model.device) for key, value in batch.items()}
             batch["pixel_values_videos"] = batch["pixel_values_videos"].to(self.model.dtype)
-            found.append(F.normalize(self.model(**batch).predicted.float(), dim=-1))
-        return torch.cat(found) if found else torch.empty(0, self.model.config.shared_dim)
+            embeddings.append(F.normalize(self.model(**batch).predicted.float(), dim=-1))
+        return torch.cat(embeddings)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """Target embeddings [N, D] of unit norm."""
         if isinstance(texts, str):
             raise UserError(f"Give a list of texts, not one text: {texts[:60]!r}.")
-        found = []
+        embeddings = [torch.empty(0, self.model.config.shared_dim, device=self.model.device)]
         for start in range(0, len(texts), batch_size):
             batch = self.processor(target=list(texts[start : start + batch_size])).to(self.model.device)
-            found.append(F.normalize(self.model(**batch).target.float(), dim=-1))
-        return torch.cat(found) if found else torch.empty(0, self.model.config.shared_dim)
+            embeddings.append(F.normalize(self.model(**batch).target.float(), dim=-1))
+        return torch.cat(embeddings)
 
-    # -- what it is for -----------------------------------------------------------------------------------------------
+    # -- tasks --------------------------------------------------------------------------------------------------------
 
     def classify(
         self, frames: Frames, labels: Sequence[str], *, query: str | None = None, images: bool = False
     ) -> list[Match]:
-        """All labels, the nearest to the prediction first (CLIP's protocol; the paper does not print its templates)."""
+        """Rank all labels, the nearest to the prediction first.
+
+        This is CLIP's protocol. The paper does not print its templates.
+        """
         return self._rank(self.embed([frames], query, images=images)[0], labels, "labels")
 
     def answer(self, frames: Frames, question: str, candidates: Sequence[str], *, images: bool = False) -> list[Match]:
-        """Discriminative question answering: all candidates, the nearest to what the question predicts first."""
+        """Rank candidate answers, the nearest to the prediction for the question first (discriminative VQA)."""
         if not question.strip():
-            raise UserError("The question is empty; classify() asks nothing.")
+            raise UserError("The question is empty; classify() needs none.")
         return self._rank(self.embed([frames], question, images=images)[0], candidates, "candidates")
 
     def retrieve(
         self, texts: Sequence[str], clips: Sequence[Frames], *, query: str | None = None, images: bool = False
     ) -> list[list[Retrieved]]:
-        """Text-to-video retrieval: for each text all clips, the nearest first. Clips go through the predictor with one
-        query, texts through the y_encoder."""
+        """Text-to-video retrieval: rank all clips for each text, the nearest first.
+
+        Clips go through the predictor with one query, texts through the y_encoder.
+        """
         if not len(texts) or not len(clips):
             raise UserError(f"{len(texts)} texts and {len(clips)} clips: retrieval needs at least one of each.")
         similarity = self.embed_texts(texts) @ self.embed(clips, query, images=images).T
-        order = similarity.argsort(dim=1, descending=True)
-        return [
-            [Retrieved(i, float(row[i])) for i in ranked.tolist()]
-            for row, ranked in zip(similarity, order, strict=True)
-        ]
+        rankings = []
+        for row, order in zip(similarity, similarity.argsort(dim=1, descending=True), strict=True):
+            rankings.append([Retrieved(clip, float(row[clip])) for clip in order.tolist()])
+        return rankings
 
     def caption(
         self, frames: Frames, query: str | None = None, *, images: bool = False, max_new_tokens: int = 40
     ) -> DecodedText:
-        """The predicted embedding as text: the one call that decodes. Raises UserError without a y_decoder."""
+        """Write the predicted embedding as text. Raises UserError without a y_decoder."""
         return self.decode(self.embed([frames], query, images=images), max_new_tokens=max_new_tokens)[0]
 
     def decode(self, embeddings: Tensor, *, max_new_tokens: int = 40) -> list[DecodedText]:
@@ -164,34 +178,34 @@ class VLJEPA:
 
     @property
     def y_decoder(self) -> YDecoder:
-        """Loaded when first asked for. Raises UserError if there is none, or one for another y_encoder."""
+        """Loaded at first use. Raises UserError if there is none, or one for another y_encoder."""
         if self._y_decoder is None:
-            found = self._found_y_decoder()
-            if found is None:
+            y_decoder = self._load_y_decoder()
+            if y_decoder is None:
                 raise UserError(
                     f"{self.model.config._name_or_path or 'This model'} has no y_decoder, so it cannot write text; "
                     "train one with llm-jepa train-decoder, or use classify, answer or retrieve."
                 )
-            self._check_made_for(found)
-            if found.decoder is not None:
-                found.decoder.to(self.model.device)
-            self._y_decoder = found
+            self._check_made_for(y_decoder)
+            if y_decoder.decoder is not None:
+                y_decoder.decoder.to(self.model.device)
+            self._y_decoder = y_decoder
         return self._y_decoder
 
-    def _found_y_decoder(self) -> YDecoder | None:
+    def _load_y_decoder(self) -> YDecoder | None:
         source = self.model.config._name_or_path
         return YDecoder.from_pretrained(source) if source else None
 
     def _check_made_for(self, y_decoder: YDecoder) -> None:
         if y_decoder.made_for != fingerprint(self.model):
             raise UserError(
-                "The y_decoder was trained for another y_encoder than this model's: it would write other texts than "
-                "those that are meant. Train it again with llm-jepa train-decoder."
+                "The y_decoder was trained for another y_encoder than this model's, so it would write wrong texts. "
+                "Train it again with llm-jepa train-decoder."
             )
 
-    def _rank(self, predicted: Tensor, texts: Sequence[str], what: str) -> list[Match]:
+    def _rank(self, predicted: Tensor, texts: Sequence[str], option: str) -> list[Match]:
         if isinstance(texts, str) or not len(texts):
-            raise UserError(f"No {what} to choose from: give a list of one text or more.")
+            raise UserError(f"No {option} to choose from: give a list of one text or more.")
         cosine = self.embed_texts(texts) @ predicted
         return [Match(texts[i], float(cosine[i])) for i in cosine.argsort(descending=True).tolist()]
 
@@ -204,9 +218,10 @@ class VLJEPA:
 
 
 class VLJEPAPipeline(Pipeline):
-    """`pipeline("vl-jepa", model=...)`: {"video": frames or path, "labels" | "question" and "candidates" | nothing}.
+    """`pipeline("vl-jepa", model=...)`, called with {"video": frames or path, ...}.
 
-    Gives the ranked labels or candidates as [{"text", "score"}, ...], or with neither a caption as one such row.
+    With "labels", or "question" and "candidates", it returns them ranked as [{"text", "score"}, ...]. With neither, it
+    returns a caption as one such row.
     """
 
     _load_processor = True
@@ -215,7 +230,9 @@ class VLJEPAPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         known = {"labels", "question", "candidates", "query", "images"}
         if unknown := sorted(set(kwargs) - known):
-            raise UserError(f"The vl-jepa pipeline knows no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+            raise UserError(
+                f"The vl-jepa pipeline does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}."
+            )
         return {}, kwargs, {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
@@ -240,7 +257,7 @@ class VLJEPAPipeline(Pipeline):
             ranked = self._use.classify(clip, options["labels"], query=options.get("query"), images=images)
         else:
             ranked = [self._use.caption(clip, options.get("query"), images=images)]
-        return [{"text": found.text, "score": found.score} for found in ranked]
+        return [{"text": match.text, "score": match.score} for match in ranked]
 
     def postprocess(self, model_outputs: list[dict[str, Any]], **parameters: Any) -> list[dict[str, Any]]:
         return model_outputs

@@ -1,4 +1,4 @@
-"""A VL-JEPA recipe -> its model, processor and clips."""
+"""Build the model, processor and clips of a VL-JEPA recipe."""
 
 from __future__ import annotations
 
@@ -19,41 +19,46 @@ from .processing import VLJEPAProcessor
 
 
 def load_clips(data: VLDataArguments, *, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """(train, validation). Clips held out for validation are drawn with `seed` and leave the training set."""
+    """Read (train, validation). Clips held out for validation are drawn with `seed` and leave the training set."""
     train = read_clips(data.train_data)
     if data.validation_data is not None:
         return train, read_clips(data.validation_data)
     if data.validation_rows >= len(train):
         raise UserError(
-            f"validation_rows={data.validation_rows} leaves nothing of the {len(train)} clips of {data.train_data}."
+            f"validation_rows={data.validation_rows} leaves nothing of the {len(train)} clips of {data.train_data}; "
+            "set a smaller number."
         )
     held = set(random.Random(seed).sample(range(len(train)), data.validation_rows))
     return [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)]
 
 
 def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """The model of a recipe and its processor. Parts of random weights get a tokenizer trained on the texts."""
+    """Load or build the model of a recipe and its processor.
+
+    Parts with random weights get a tokenizer that is trained on the texts of the clips.
+    """
     if args.vl_model is not None:
-        found = VLJEPA.from_pretrained(args.vl_model, device="cpu")
+        trained = VLJEPA.from_pretrained(args.vl_model, device="cpu")
         if args.num_frames is not None:  # the stages of the paper: 1, then 8, then 32
-            found.model.config.num_frames = found.processor.num_frames = args.num_frames
-        return found.model.float(), found.processor
+            trained.model.config.num_frames = trained.processor.num_frames = args.num_frames
+        return trained.model.float(), trained.processor
     set_seed(seed)
-    pieces: dict[str, Any] = {}
+    pieces: dict[str, Any] = {}  # of the processor, for parts with random weights
+    vocab_size = 0
     if isinstance(args.predictor, dict) or isinstance(args.y_encoder, dict):
-        texts = [text for clip in clips for query, target in clip.pairs for text in (query or target, target)]
-        scratch = train_bpe([*texts, args.default_query, args.default_query], args.tokenizer_vocab_size)
-        pieces = {
-            piece: scratch
-            for piece, part in (("tokenizer", args.predictor), ("target_tokenizer", args.y_encoder))
-            if isinstance(part, dict)
-        }
-    vocabulary = len(next(iter(pieces.values()))) if pieces else 0
-    options: dict[str, Any] = {"y_pooling": args.y_pooling} if args.y_pooling is not None else {}
+        tokenizer = train_bpe(_texts_of(clips, args.default_query), args.tokenizer_vocab_size)
+        vocab_size = len(tokenizer)
+        if isinstance(args.predictor, dict):
+            pieces["tokenizer"] = tokenizer
+        if isinstance(args.y_encoder, dict):
+            pieces["target_tokenizer"] = tokenizer
+    options: dict[str, Any] = {}
+    if args.y_pooling is not None:
+        options["y_pooling"] = args.y_pooling
     parts: dict[str, Any] = {
         "x_encoder": _part("x_encoder", args.x_encoder, _size_of_frames(args)),
-        "predictor": _part("predictor", args.predictor, {"vocab_size": vocabulary}),
-        "y_encoder": _part("y_encoder", args.y_encoder, {"vocab_size": vocabulary}),
+        "predictor": _part("predictor", args.predictor, {"vocab_size": vocab_size}),
+        "y_encoder": _part("y_encoder", args.y_encoder, {"vocab_size": vocab_size}),
     }
     revisions = {name: getattr(args, f"{name}_revision") for name in parts}
     model = VLJEPAModel.from_parts(
@@ -80,21 +85,33 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
 
 
 def plain_frames(size: int) -> Any:
-    """Resize to size x size, scale to -1..1: for an x_encoder of random weights, which has no habits."""
+    """An image processor that resizes to size x size and scales to -1..1, for an x_encoder with random weights."""
     from transformers import ViTImageProcessorPil
 
     return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
+def _texts_of(clips: Sequence[Clip], default_query: str) -> list[str]:
+    """The texts to train a tokenizer on, two for each pair. A pair without a query counts its target twice."""
+    texts: list[str] = []
+    for clip in clips:
+        for query, target in clip.pairs:
+            texts += [query or target, target]
+    return [*texts, default_query, default_query]
+
+
 def _size_of_frames(args: VLModelArguments) -> dict[str, Any]:
-    """What an x_encoder of random weights is told of frame_size: its positions and grid of tokens follow from it."""
+    """The option of an x_encoder's config that frame_size sets; positions and grid of tokens follow from it."""
     if not isinstance(args.x_encoder, dict):
         return {}
     return {"crop_size" if args.x_encoder["model_type"] == "vjepa2" else "image_size": args.frame_size}
 
 
 def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) -> str | PreTrainedConfig:
-    """A config of a recipe's keys, checked; a name as it is. Raises UserError for keys the config does not know."""
+    """A config from the keys of a recipe, or a name unchanged. Raises UserError for keys that the config lacks.
+
+    more: options that the recipe sets elsewhere.
+    """
     if not isinstance(part, dict):
         return str(part)
     options = dict(part)
@@ -102,7 +119,9 @@ def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) ->
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError:
-        raise UserError(f"{name}: transformers knows no model_type {model_type!r}; e.g. vjepa2, llama, bert.") from None
+        raise UserError(
+            f"{name}: transformers does not know model_type {model_type!r}; use one such as vjepa2, llama or bert."
+        ) from None
     if unknown := sorted(key for key in options if not hasattr(known, key)):
         raise UserError(f"{name}: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
     if clash := sorted(key for key in more if options.get(key, more[key]) != more[key]):

@@ -23,15 +23,15 @@ Frames = Any  # [T, H, W, 3] uint8 array or tensor, or a list of T PIL images or
 
 
 class VLJEPAProcessor(ProcessorMixin):
-    """An image processor for the frames, the predictor's tokenizer for the query and the y_encoder's for the target.
+    """Image processor for frames, the predictor's tokenizer for queries, and the y_encoder's tokenizer for targets.
 
     Args:
-        image_processor: resizes, crops and normalises one frame; a PIL one, see `frame_processor`.
+        image_processor: resizes, crops and normalises one frame with PIL, see `frame_processor`.
         tokenizer: of the predictor; queries.
         target_tokenizer: of the y_encoder; targets, labels, candidate answers.
-        num_frames: longer clips are sampled down to so many frames, uniformly.
-        frames_multiple: V-JEPA 2 drops what is left over of its tubelets; other numbers of frames are refused.
-        max_query_tokens, max_target_tokens: longer texts are refused, never cut.
+        num_frames: longer clips are sampled down to this many frames, uniformly.
+        frames_multiple: numbers of frames that are not a multiple are refused, because V-JEPA 2 would drop the rest.
+        max_query_tokens, max_target_tokens: longer texts are refused, never truncated.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class VLJEPAProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, target_tokenizer)
         self.num_frames, self.frames_multiple = num_frames, frames_multiple
         self.max_query_tokens, self.max_target_tokens = max_query_tokens, max_target_tokens
-        for one in (tokenizer, target_tokenizer):
-            one.padding_side = "right"
-            if one.pad_token is None:
-                one.pad_token = one.eos_token
+        for each in (tokenizer, target_tokenizer):
+            each.padding_side = "right"
+            if each.pad_token is None:
+                each.pad_token = each.eos_token
 
     def __call__(
         self,
@@ -60,13 +60,16 @@ class VLJEPAProcessor(ProcessorMixin):
         target: str | Sequence[str] | None = None,
         images: Sequence[Any] | None = None,
     ) -> BatchFeature:
-        """Any of pixel_values_videos [B, T, 3, H, W]; query_ids, query_mask [B, Q]; target_ids, target_mask [B, L].
+        """Turn clips and texts into tensors, those that are given.
+
+        videos or images -> pixel_values_videos [B, T, 3, H, W]; query -> query_ids, query_mask [B, Q];
+        target -> target_ids, target_mask [B, L].
 
         Args:
             videos: B clips of equally many frames after sampling.
             images: B single images instead; each is a clip of one frame (V-JEPA 2 repeats it, as the paper does).
 
-        Raises UserError for a clip that is none, clips of different lengths, and texts beyond their limit.
+        Raises UserError for a value that is not a clip, clips of different lengths, and texts beyond their limit.
         """
         batch: dict[str, Tensor] = {}
         if images is not None:
@@ -85,12 +88,12 @@ class VLJEPAProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def _clip(self, frames: Frames, index: int) -> Any:
-        """At most num_frames of them. `index` is for the message."""
+        """At most num_frames frames of a clip. Raises UserError for a value that is not a clip, and names `index`."""
         shape = getattr(frames, "shape", None)
         if shape is not None and (len(shape) != 4 or shape[-1] != 3):
-            what = "an image where a clip is needed" if len(shape) == 3 else "no clip"
+            kind = "an image" if len(shape) == 3 else "not a clip"
             raise UserError(
-                f"Clip {index} has the shape {tuple(shape)}, which is {what}: give [frames, height, width, 3], or "
+                f"Clip {index} has the shape {tuple(shape)}, which is {kind}: give [frames, height, width, 3], or "
                 "single images as images=."
             )
         if shape is None and not isinstance(frames, (list, tuple)):
@@ -117,46 +120,48 @@ class VLJEPAProcessor(ProcessorMixin):
         lengths = sorted({len(clip) for clip in clips})
         if len(lengths) != 1:
             raise UserError(
-                f"Clips of {lengths[0]} and of {lengths[-1]} frames cannot share a batch; sample them alike."
+                f"Clips of {lengths[0]} and of {lengths[-1]} frames cannot share a batch; sample equally many of each."
             )
         frames = [to_rgb(frame) for clip in clips for frame in clip]
         processor = self.image_processor
         if processor.do_resize or getattr(processor, "do_center_crop", False):
             pixels = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        else:  # nothing to do frame by frame: 20 times faster as one array
-            wide = np.stack(frames).astype(np.float32)
-            wide *= processor.rescale_factor if processor.do_rescale else 1
+        else:  # no frame needs a size of its own, and as one array this is 20 times faster
+            values = np.stack(frames).astype(np.float32)  # [B T, H, W, 3]
+            if processor.do_rescale:
+                values *= processor.rescale_factor
             if processor.do_normalize:
-                wide = (wide - np.float32(processor.image_mean)) / np.float32(processor.image_std)
-            pixels = torch.from_numpy(wide).permute(0, 3, 1, 2).contiguous()
+                values = (values - np.float32(processor.image_mean)) / np.float32(processor.image_std)
+            pixels = torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()  # [B T, 3, H, W]
         return pixels.reshape(len(clips), lengths[0], *pixels.shape[-3:])
 
     @classmethod
     def from_parts(
         cls, config: VLJEPAConfig, *, image_processor: Any = None, tokenizer: Any = None, target_tokenizer: Any = None
     ) -> VLJEPAProcessor:
-        """The processor of a model: each piece as given, or from the Hub id or folder its part came from.
+        """The processor of a model. Each piece is used as given, or loaded from the Hub id or folder of its part.
 
-        Raises UserError for a piece that neither was given nor can be found.
+        Raises UserError for a piece that was not given and cannot be found.
         """
 
-        def found(piece: str, part: str, given: Any, load: Any) -> Any:
+        def piece(name: str, part: str, given: Any, load: Any) -> Any:
             if given is not None and not isinstance(given, str):
                 return given
-            source = given or config.revisions.get(part, {}).get("name")
-            if source is None:
-                raise UserError(f"The {part} has random weights and no name: give the processor its {piece}.")
-            revision = None if given else config.revisions[part].get("revision")
-            return load(source, revision)
+            if given:
+                return load(given, None)
+            source = config.revisions.get(part, {})
+            if source.get("name") is None:
+                raise UserError(f"The {part} has random weights and no name: give the processor its {name}.")
+            return load(source["name"], source.get("revision"))
 
-        def tokens(source: str, revision: str | None) -> Any:
+        def load_tokenizer(source: str, revision: str | None) -> Any:
             return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
 
         x = config.x_encoder_config
         return cls(
-            found("image_processor", "x_encoder", image_processor, frame_processor),
-            found("tokenizer", "predictor", tokenizer, tokens),
-            found("target_tokenizer", "y_encoder", target_tokenizer, tokens),
+            piece("image_processor", "x_encoder", image_processor, frame_processor),
+            piece("tokenizer", "predictor", tokenizer, load_tokenizer),
+            piece("target_tokenizer", "y_encoder", target_tokenizer, load_tokenizer),
             num_frames=config.num_frames,
             frames_multiple=x.tubelet_size if x.model_type == "vjepa2" else 1,
             max_query_tokens=config.max_query_tokens,
@@ -167,8 +172,8 @@ class VLJEPAProcessor(ProcessorMixin):
 def frame_processor(source: str, revision: str | None = None) -> Any:
     """The PIL image processor of an x_encoder, from its preprocessor_config.json (or video_preprocessor_config.json).
 
-    V-JEPA 2 ships a video processor that needs torchvision; what it does to a frame, resize the shorter side to
-    crop_size * 256 / 224, crop the centre, normalise, is done here by a PIL processor.
+    V-JEPA 2 ships a video processor that needs torchvision. Here a PIL processor does the same to each frame: resize
+    the shorter side to crop_size * 256 / 224, crop the centre, normalise. Raises UserError if there is none.
     """
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
@@ -176,15 +181,16 @@ def frame_processor(source: str, revision: str | None = None) -> Any:
         if path is None:
             continue
         with open(path, encoding="utf-8") as file:
-            written = json.load(file)
-        if "VideoProcessor" not in str(written.get("video_processor_type", written.get("image_processor_type", ""))):
+            settings = json.load(file)
+        if "VideoProcessor" not in str(settings.get("video_processor_type", settings.get("image_processor_type", ""))):
             continue
-        crop = written.get("crop_size", 256)
-        crop = crop["height"] if isinstance(crop, dict) else crop
+        crop = settings.get("crop_size", 256)
+        if isinstance(crop, dict):
+            crop = crop["height"]
         return vjepa2_frames(
             crop,
-            image_mean=written.get("image_mean", IMAGENET_DEFAULT_MEAN),
-            image_std=written.get("image_std", IMAGENET_DEFAULT_STD),
+            image_mean=settings.get("image_mean", IMAGENET_DEFAULT_MEAN),
+            image_std=settings.get("image_std", IMAGENET_DEFAULT_STD),
         )
     try:
         return AutoImageProcessor.from_pretrained(
@@ -195,7 +201,7 @@ def frame_processor(source: str, revision: str | None = None) -> Any:
 
 
 def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:
-    """What V-JEPA 2's video processor does to a frame, by PIL."""
+    """A PIL image processor that treats a frame as V-JEPA 2's video processor does."""
     from transformers import VideoMAEImageProcessorPil
 
     return VideoMAEImageProcessorPil(
@@ -207,6 +213,7 @@ def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:
 
 
 def _tokens(name: str, texts: list[str], tokenizer: Any, limit: int) -> tuple[Tensor, Tensor]:
+    """ids and mask [B, L] of texts, padded on the right. Raises UserError for a text that is too long or not a text."""
     if not texts:
         raise UserError(f"There is no {name} in this batch; give one or more texts.")
     for index, text in enumerate(texts):
@@ -214,19 +221,20 @@ def _tokens(name: str, texts: list[str], tokenizer: Any, limit: int) -> tuple[Te
             raise UserError(f"{name} {index} is {type(text).__name__}, not text.")
         if name == "target" and not text.strip():
             raise UserError(f"{name} {index} is empty, and has no embedding; remove it.")
-    found = tokenizer(texts)["input_ids"]
-    # No query is no token, not even the tokenizer's first one: or "" would depend on the rest of its batch.
-    found = [ids if text else [] for ids, text in zip(found, texts, strict=True)]
-    longest = max(map(len, found))
+    # An empty query has no token, not even the tokenizer's first one. Otherwise an embedding of "" would depend on the
+    # rest of its batch.
+    rows = [ids if text else [] for ids, text in zip(tokenizer(texts)["input_ids"], texts, strict=True)]
+    longest = max(len(row) for row in rows)
     if longest > limit:
-        index = next(i for i, ids in enumerate(found) if len(ids) == longest)
+        index = next(i for i, row in enumerate(rows) if len(row) == longest)
         raise UserError(
             f"{name} {index} has {longest} tokens, the limit is {limit}; shorten it: {texts[index][:60]!r}..."
         )
-    ids = torch.full((len(texts), longest), tokenizer.pad_token_id or 0)
+    ids = torch.full((len(texts), longest), tokenizer.pad_token_id or 0)  # [B, L]
     mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(found):
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long), 1
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
     return ids, mask
 
 

@@ -1,18 +1,19 @@
-"""From a predicted embedding back to text: the y_decoder of VL-JEPA, called only when text is asked for.
+"""The y_decoder of VL-JEPA: write a predicted embedding as text. It runs only when text is needed.
 
-The paper says that it is light, takes no part in the main training and turns an embedding into text; not what it is
-(arXiv:2512.10942v2, section 3.1). Here, two steps, each of which may be left out:
+The paper says that it is light, takes no part in the main training and turns an embedding into text; it does not
+describe it (arXiv:2512.10942v2, section 3.1). Here it has two steps, each of which may be left out:
 
-    MemoryProjection   pulls an embedding onto those of known texts: contrastive training leaves predictions near their
-                       targets in angle, and still off the manifold of texts
+    MemoryProjection   moves an embedding onto those of known texts. After contrastive training, predictions are near
+                       their targets in angle, but still off the manifold of texts
     PrefixDecoder      a small causal LM that reads the embedding as a few prefix vectors (as ClipCap, arXiv:2111.09734)
 
-Without a PrefixDecoder, the text is the nearest one of the memory. Both live in a folder `y_decoder/` beside the model,
-and are read when the first text is asked for.
+Without a PrefixDecoder, the text is the nearest one of the memory. Both are saved in the folder `y_decoder/` of the
+model, and loaded at the first text.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -47,17 +48,22 @@ INFO_FILE, MEMORY_FILE, TEXTS_FILE = "y_decoder.json", "memory.safetensors", "me
 
 
 class DecodedText(NamedTuple):
+    """A text with its score: the geometric mean probability of its tokens, the end included (PrefixDecoder), or the
+    cosine of the nearest text (memory alone)."""
+
     text: str
-    score: float  # PrefixDecoder: the geometric mean probability of its tokens, the end included; memory alone: the
-    # cosine of the nearest text
+    score: float
 
 
 @dataclass(frozen=True)
 class MemoryProjection:
     """Known texts as a softmax-weighted dictionary: z -> normalised sum over i of softmax_i(z . m_i / temperature) m_i.
 
-    embeddings: [M, D] of unit norm.  texts: the M texts.  temperature: small = the nearest text, large = their mean;
-    0.05 was the best of what was tried on photos (captions decoded from unseen folds).
+    Args:
+        embeddings: [M, D] of unit norm.
+        texts: the M texts.
+        temperature: small gives the nearest text, large the mean of all. 0.05 was the best value tried on photos
+            (captions decoded from unseen folds).
     """
 
     embeddings: Tensor
@@ -75,19 +81,26 @@ class MemoryProjection:
     def project(self, embeddings: Tensor) -> Tensor:
         """[B, D] -> [B, D] of unit norm, in the convex cone of the memory."""
         memory = self.embeddings.to(embeddings)
-        weights = (F.normalize(embeddings, dim=-1) @ memory.T / self.temperature).softmax(dim=-1)
+        weights = (F.normalize(embeddings, dim=-1) @ memory.T / self.temperature).softmax(dim=-1)  # [B, M]
         return F.normalize(weights @ memory, dim=-1)
 
     def nearest(self, embeddings: Tensor) -> list[DecodedText]:
+        """The nearest text to each row of [B, D]."""
         cosine, index = (F.normalize(embeddings, dim=-1) @ self.embeddings.to(embeddings).T).max(dim=-1)
         return [DecodedText(self.texts[i], c) for i, c in zip(index.tolist(), cosine.tolist(), strict=True)]
 
 
 @strict
 class PrefixDecoderConfig(PreTrainedConfig):
-    """lm_config: the causal LM. embedding_dim: D. num_prefix: vectors it reads. noise: standard deviation per embedding
-    of the Gaussian added in training (on unit embeddings, spread over D), so that predictions, which are never exactly
-    an embedding of a text, decode too."""
+    """Configuration of `PrefixDecoder`.
+
+    Args:
+        lm_config: of the causal LM.
+        embedding_dim: D.
+        num_prefix: number of vectors that the LM reads instead of tokens.
+        noise: standard deviation per embedding of Gaussian noise added in training (on unit embeddings, spread over D).
+            A prediction is never exactly the embedding of a text; the noise makes the decoder tolerate that.
+    """
 
     model_type = "vl_jepa_prefix_decoder"
     sub_configs_defaults = {"lm_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}
@@ -113,7 +126,7 @@ class PrefixDecoder(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: PrefixDecoderConfig, lm: PreTrainedModel | None = None) -> None:
-        # A composite config wipes the attention of its parts, and a GPT-2 without one is not causal, in silence.
+        # A composite config overwrites the attention of its parts, and a GPT-2 without one is silently not causal.
         attention = lm.config._attn_implementation if lm is not None else None
         super().__init__(config)
         self.lm = lm or AutoModelForCausalLM.from_config(config.lm_config)
@@ -141,20 +154,23 @@ class PrefixDecoder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput:
-        prefix = self.prefix_of(embeddings)
+        prefix = self.prefix_of(embeddings)  # [B, P, hidden]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        words = self.lm.get_input_embeddings()(input_ids)
-        seen = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
-        logits = self.lm(inputs_embeds=torch.cat([prefix, words], dim=1), attention_mask=seen, use_cache=False).logits
-        logits = logits[:, self.config.num_prefix - 1 : -1]  # the last prefix vector predicts the first token
+        words = self.lm.get_input_embeddings()(input_ids)  # [B, L, hidden]
+        inputs = torch.cat([prefix, words], dim=1)  # [B, P + L, hidden]
+        inputs_mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
+        logits = self.lm(inputs_embeds=inputs, attention_mask=inputs_mask, use_cache=False).logits
+        logits = logits[
+            :, self.config.num_prefix - 1 : -1
+        ]  # [B, L, V]: the last prefix vector predicts the first token
         loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids.masked_fill(mask == 0, IGNORE).flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
     def decode(self, embeddings: Tensor, tokenizer: Any, *, max_new_tokens: int = 40) -> list[DecodedText]:
-        """Greedy text for each row of [B, D]."""
+        """Write a text for each row of [B, D], greedily."""
         prefix = self.eval().prefix_of(embeddings)
-        found = self.lm.generate(
+        generated = self.lm.generate(
             inputs_embeds=prefix,
             attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
             max_new_tokens=max_new_tokens,
@@ -165,19 +181,21 @@ class PrefixDecoder(PreTrainedModel):
             return_dict_in_generate=True,
             output_logits=True,
         )
-        chosen = torch.stack(found.logits, dim=1).float().log_softmax(-1).gather(-1, found.sequences[..., None])[..., 0]
-        ended = (found.sequences == tokenizer.eos_token_id).long().cumsum(1)
-        written = ended - (found.sequences == tokenizer.eos_token_id).long() == 0  # up to the first end, included
-        probability = ((chosen * written).sum(1) / written.sum(1)).exp()
-        texts = tokenizer.batch_decode(found.sequences, skip_special_tokens=True)
-        return [DecodedText(text.strip(), p) for text, p in zip(texts, probability.tolist(), strict=True)]
+        tokens = generated.sequences  # [B, L]
+        log_probability = torch.stack(generated.logits, dim=1).float().log_softmax(-1)  # [B, L, V]
+        log_probability = log_probability.gather(-1, tokens[..., None])[..., 0]  # [B, L]
+        is_end = (tokens == tokenizer.eos_token_id).long()
+        is_written = is_end.cumsum(1) - is_end == 0  # [B, L]: up to the first end, which is included
+        score = ((log_probability * is_written).sum(1) / is_written.sum(1)).exp()  # [B]
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [DecodedText(text.strip(), value) for text, value in zip(texts, score.tolist(), strict=True)]
 
 
 @dataclass
 class YDecoder:
     """A memory, a prefix decoder, or both: project onto the memory, then write.
 
-    made_for: `fingerprint` of the y_encoder whose space it reads.
+    made_for: `fingerprint` of the model whose embeddings it reads.
     """
 
     made_for: str
@@ -202,6 +220,7 @@ class YDecoder:
         return self.decoder.decode(embeddings.to(self.decoder.device), self.tokenizer, max_new_tokens=max_new_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """Save memory, decoder and tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         info: dict[str, Any] = {"made_for": self.made_for, "prefix_decoder": self.decoder is not None}
@@ -216,7 +235,7 @@ class YDecoder:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> YDecoder | None:
-        """The y_decoder/ of a model folder or Hub id, or None if it has none."""
+        """Load the y_decoder/ of a folder or Hub id; None if there is none. Raises UserError if weights are missing."""
         from transformers.utils import cached_file
 
         def path(name: str) -> str | None:
@@ -235,24 +254,27 @@ class YDecoder:
                 load_file(str(path(MEMORY_FILE)))["embeddings"], tuple(texts), info["memory_temperature"]
             )
         if info["prefix_decoder"]:
-            where: dict[str, Any] = {
+            place: dict[str, Any] = {
                 "subfolder": "y_decoder",
                 "revision": revision or "main",
                 "trust_remote_code": False,
             }
             decoder, report = PrefixDecoder.from_pretrained(
-                str(source), use_safetensors=True, output_loading_info=True, **where
+                str(source), use_safetensors=True, output_loading_info=True, **place
             )
             if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
-                raise UserError(f"The y_decoder of {source} lacks weights ({str(wrong[0])}, ...): partly random.")
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **where)
+                raise UserError(
+                    f"The y_decoder of {source} lacks weights ({str(wrong[0])}, ...): it would be partly random."
+                )
+            tokenizer = AutoTokenizer.from_pretrained(str(source), **place)
         return cls(info["made_for"], memory, decoder, tokenizer)
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of what places a text in the shared space: weights of the y_encoder and its projection, and the pooling.
+    """SHA-256 of everything that maps a text to the shared space: y_encoder, its pooling and its projection.
 
-    Of the weights rounded to bfloat16: a model cast to it is still the same."""
+    The weights are rounded to bfloat16 first, so that a model cast to bfloat16 keeps its fingerprint.
+    """
     digest = hashlib.sha256(model.config.y_pooling.encode())
     for part in (model.y_encoder, model.target_projection):
         for name, value in sorted(part.state_dict().items()):
@@ -274,15 +296,15 @@ def train_prefix_decoder(
     eval_texts: Sequence[str] | None = None,
     resume_from_checkpoint: str | bool | None = None,
 ) -> PrefixDecoder:
-    """The stage of its own, on text alone: learn to write each text from its embedding.
+    """Train a prefix decoder on text alone: it learns to write each text from its embedding.
 
     Args:
-        embed: texts -> unit embeddings [N, D], the y_encoder's; computed once, the encoder is not trained.
-        texts: what to learn to write; texts beyond max_tokens are left out, with a warning that counts them.
+        embed: texts -> unit embeddings [N, D] of the y_encoder. Computed once; the encoder is not trained.
+        texts: to learn to write; texts beyond max_tokens are left out, with a warning that counts them.
         tokenizer: of the LM, with an eos_token.
-        lm: a causal LM, or a config for random weights. A small one: 2 to 10M weights for captions.
+        lm: a causal LM, or a config for random weights. A small one is enough: 2 to 10M weights for captions.
 
-    Raises UserError for a tokenizer without end and for no text left.
+    Raises UserError for a tokenizer without an eos_token, and if no text is left.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("The y_decoder's tokenizer has no eos_token, so a text would have no end; set one.")
@@ -290,34 +312,7 @@ def train_prefix_decoder(
         tokenizer.pad_token = tokenizer.eos_token
     if isinstance(lm, PreTrainedConfig):
         lm = AutoModelForCausalLM.from_config(lm)
-
-    def rows(given: Sequence[str]) -> list[dict[str, Any]]:
-        ids = [
-            [*found, tokenizer.eos_token_id] for found in tokenizer(list(given), add_special_tokens=False)["input_ids"]
-        ]
-        kept = [i for i, tokens in enumerate(ids) if 1 < len(tokens) <= max_tokens]
-        if len(kept) < len(ids):
-            logger.warning(
-                "%d of %d texts are empty or beyond %d tokens: left out.", len(ids) - len(kept), len(ids), max_tokens
-            )
-        if not kept:
-            raise UserError(f"None of {len(ids)} texts has 1 to {max_tokens} tokens; raise max_tokens.")
-        embeddings = embed([given[i] for i in kept]).cpu()
-        return [{"embeddings": embeddings[row], "input_ids": ids[i]} for row, i in enumerate(kept)]
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = max(len(row["input_ids"]) for row in batch)
-        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(batch):
-            ids[i, : len(row["input_ids"])], mask[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"]), 1
-        return {
-            "embeddings": torch.stack([row["embeddings"] for row in batch]),
-            "input_ids": ids,
-            "attention_mask": mask,
-        }
-
-    train = rows(texts)
+    train = _rows(texts, embed, tokenizer, max_tokens)
     config = PrefixDecoderConfig(
         lm_config=lm.config,
         embedding_dim=train[0]["embeddings"].shape[-1],
@@ -332,12 +327,43 @@ def train_prefix_decoder(
         model=decoder,
         args=args,
         train_dataset=train,
-        eval_dataset=rows(eval_texts) if eval_texts else None,
-        data_collator=collate,
+        eval_dataset=_rows(eval_texts, embed, tokenizer, max_tokens) if eval_texts else None,
+        data_collator=functools.partial(_collate, pad_token_id=tokenizer.pad_token_id),
     )
-    trainer.label_names = ["input_ids"]  # or an evaluation reports no loss
+    trainer.label_names = ["input_ids"]  # without labels an evaluation reports no loss
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def _rows(
+    texts: Sequence[str], embed: Callable[[Sequence[str]], Tensor], tokenizer: Any, max_tokens: int
+) -> list[dict[str, Any]]:
+    """embeddings [D] and input_ids, with the end, of the texts that are not too long. Raises UserError for none."""
+    lists = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    rows = []
+    for text, tokens in zip(texts, lists, strict=True):
+        if 1 <= len(tokens) < max_tokens:  # with its end, max_tokens at most
+            rows.append((text, [*tokens, tokenizer.eos_token_id]))
+    if len(rows) < len(texts):
+        logger.warning(
+            "%d of %d texts are empty or beyond %d tokens: left out.", len(texts) - len(rows), len(texts), max_tokens
+        )
+    if not rows:
+        raise UserError(f"None of {len(texts)} texts has 1 to {max_tokens} tokens; raise max_tokens.")
+    embeddings = embed([text for text, _ in rows]).cpu()  # [N, D]
+    return [{"embeddings": z, "input_ids": ids} for z, (_, ids) in zip(embeddings, rows, strict=True)]
+
+
+def _collate(rows: list[dict[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
+    """embeddings [B, D], input_ids and attention_mask [B, L], padded on the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[index, :length] = torch.tensor(row["input_ids"])
+        mask[index, :length] = 1
+    return {"embeddings": torch.stack([row["embeddings"] for row in rows]), "input_ids": ids, "attention_mask": mask}
 
 
 AutoConfig.register(PrefixDecoderConfig.model_type, PrefixDecoderConfig)

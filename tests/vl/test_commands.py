@@ -431,7 +431,7 @@ def expect_refusal(capsys, argv, *said):
         ({"frame_size": None}, "frame_size goes with an x_encoder of random weights"),
         ({"x_encoder": "facebook/x"}, "frame_size goes with an x_encoder of random weights"),
         ({"x_encoder": {**VIT, "image_size": 32}}, "image_size=32 must be 16"),
-        ({"x_encoder": {"model_type": "vitt"}}, "no model_type 'vitt'"),
+        ({"x_encoder": {"model_type": "vitt"}}, "not know model_type 'vitt'"),
         ({"x_encoder": {**VIT, "hidden_sise": 3}}, "vit has no hidden_sise"),
         ({"x_encoder": {**VIT, "hidden_size": "16"}}, "x_encoder"),
         ({"predictor": {**RECIPE["predictor"], "vocab_size": 999}}, "predictor: vocab_size=999 must be"),

@@ -521,7 +521,7 @@ def test_half_precision_ranks_too() -> None:
         (lambda used, clip: used.embed_texts("a dog"), "list of texts"),
         (lambda used, clip: used.embed([clip], ["a", "b"]), "2 queries for 1 clips"),
         (lambda used, clip: used.embed([clip, clip[:2]]), "2 and of 4 frames"),
-        (lambda used, clip: used.embed(clip), "an image where a clip is needed"),
+        (lambda used, clip: used.embed(clip), "which is an image"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(used: VLJEPA, call: Any, message: str) -> None:
@@ -734,10 +734,10 @@ def test_a_pipeline_that_only_compares_needs_no_y_decoder(folder: Path) -> None:
     ("row", "options", "message"),
     [
         ({"labels": ["a"]}, {}, "'video'"),
-        ({"video": 0, "label": ["a"]}, {}, "knows no label"),
+        ({"video": 0, "label": ["a"]}, {}, "does not know label"),
         ({"video": 0, "labels": []}, {}, "No labels"),
         ({"video": 0, "question": "Why?"}, {}, "No candidates"),
-        ({"video": 0}, {"top_k": 3}, "knows no top_k"),
+        ({"video": 0}, {"top_k": 3}, "does not know top_k"),
     ],
 )
 def test_a_pipeline_input_that_cannot_work_is_refused(saved: Path, row: Any, options: Any, message: str) -> None:

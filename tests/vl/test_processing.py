@@ -198,9 +198,9 @@ def test_longer_clips_are_sampled_at_the_middle_of_equal_parts(
 @pytest.mark.parametrize(
     ("videos", "message"),
     [
-        ([clip(1)[0]], "Clip 0 has the shape .*an image where a clip is needed"),
+        ([clip(1)[0]], "Clip 0 has the shape .*which is an image"),
         ([clip(), clip(1)[0]], "Clip 1"),
-        ([clip().transpose(0, 3, 1, 2)], "no clip"),
+        ([clip().transpose(0, 3, 1, 2)], "not a clip"),
         ([clip(0)], "no frames"),
         ([[]], "no frames"),
         ([Image.fromarray(clip(1)[0])], "Clip 0 is a Image"),

@@ -1,7 +1,7 @@
-"""NL-RX-like pairs made from scratch: a sentence about lines of text, and the regex that it asks for.
+"""Generate NL-RX-like pairs: a sentence about lines of text, and the regex that it asks for.
 
-The shape is that of NL-RX (Locascio et al., 2016): a small grammar draws a regex, a template writes it down as
-stilted English ("synth"), and paraphrases say the same in other words ("turk"). No row of that dataset is used.
+The form is that of NL-RX (Locascio et al., 2016): a small grammar draws a regex, a template writes it as stilted
+English ("synth"), and paraphrases say the same in other words ("turk"). No row of that dataset is used.
 
     line   := clause | clause and clause | clause or clause
     clause := starts with part | ends with part | contains part | words with part | only part   (or its denial)
@@ -10,12 +10,16 @@ stilted English ("synth"), and paraphrases say the same in other words ("turk").
     group  := atom | not atom | atom and atom | atom or atom
     atom   := a character class such as [0-9] | a literal such as dog
 
-Every level may only hold the levels below it, so a sentence never leaves open what "or" or "3 times" applies to.
-Every operator below is one regex and six wordings of it. Wording 0 is the stilted original, 1 to 3 are paraphrases to
-train on, 4 and 5 are paraphrases to test on: they use no word that 0 to 3 do not use, only in new combinations.
-As in NL-RX, a regex must match the whole line, and `&` (both) and `~` (not) are not part of Python's `re`.
-To add an operator, write it beside its kin and add it to the tuple that the drawing functions choose from; then raise
-`VERSION`.
+Every level holds only levels below it, so it is always clear to what "or" or "3 times" applies. Every operator below
+is one regex and six wordings of it:
+
+    0        the stilted original
+    1 to 3   paraphrases to train on
+    4 and 5  paraphrases to test on: all their words occur in 0 to 3, but in other combinations
+
+As in NL-RX, a regex must match the whole line, and `&` (both) and `~` (not) are not part of Python's `re`. To add an
+operator, write it next to the operators of its level, add it to the tuple from which the drawing functions choose, and
+raise `VERSION`.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from pathlib import Path
 from ..core.errors import ArgumentParser
 from ..core.files import written_whole
 
-# Part of every seed: a change of the grammar is a change of the data, and the number says so.
+# Part of every seed: a change of the grammar is a change of the data, and needs another number.
 VERSION = 1
 NUM_WORDINGS = 6
 TRAIN_WORDINGS = (0, 1, 2, 3)
@@ -41,13 +45,13 @@ SYSTEM_PROMPT = "Convert natural language to regular expression."
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 MIN_REGEX_CHARS, MAX_REGEX_CHARS = 5, 45
 MIN_WORDS, MAX_WORDS = 5, 25
-# About a minute of drawing: after that the caller is told, instead of waiting for rows that do not come.
+# About a minute of drawing. After that an error is raised, because more rows may never come.
 MAX_DRAWS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Atom:
-    """A leaf of the tree: its regex, and its noun phrase in each of the six wordings."""
+    """A leaf of the tree: a regex, and its noun phrase in each of the six wordings."""
 
     regex: str
     nouns: tuple[str, ...]
@@ -77,14 +81,14 @@ Node = Atom | Tree
 
 
 def operator(regex: str, *wordings: str) -> Operator:
-    """The operator written as `regex` and, in wordings 0 to 5, as `wordings`."""
+    """An operator from its regex and its wordings 0 to 5."""
     return Operator(regex, wordings)
 
 
 def clause(regex: str, *wordings: tuple[str, str]) -> tuple[Operator, Operator]:
-    """The operator that says `regex` of a line and the one that denies it, from six (said, denied) wordings."""
-    said, denied = zip(*wordings, strict=True)
-    return Operator(regex, said), Operator(f"~({regex})", denied)
+    """The operator that states `regex` of a line and its denial, from six (stated, denied) wordings."""
+    stated, denied = zip(*wordings, strict=True)
+    return Operator(regex, stated), Operator(f"~({regex})", denied)
 
 
 def _literal(text: str) -> Atom:
@@ -167,7 +171,7 @@ def at_least(count: int, count_word: str) -> Operator:
 COUNT_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}
 REPEATS = (ZERO_OR_MORE, ONCE_OR_MORE, *(at_least(count, word) for count, word in COUNT_WORDS.items()))
 
-# --- part: one unit ahead of another; wordings 2 and 5 name the later one first -------------------------------------
+# --- part: one unit before another; wordings 2 and 5 name the later one first -------------------------------------
 BEFORE = operator(
     "({0}).*({1})",
     "{0} before {1}",
@@ -178,7 +182,7 @@ BEFORE = operator(
     "{1} that comes after {0}",
 )
 
-# --- clause: what is said of a line, and its denial -----------------------------------------------------------------
+# --- clause: a statement about a line, and its denial ---------------------------------------------------------------
 STARTS, NOT_STARTS = clause(
     "({0})(.*)",
     ("starting with {0}", "not starting with {0}"),
@@ -289,9 +293,9 @@ def generate(
 ) -> list[dict[str, list[dict[str, str]]]]:
     """`num_rows` chat rows (system, user, assistant) that ask for distinct regexes.
 
-    Row i asks for a regex that depends on `seed`, `split` and i alone, so other wordings ask for the same regexes and
-    more rows begin with the same rows. Its wording is drawn evenly from `wordings`. A regex belongs to one split
-    whatever the seed: 80 % of them to 'train', 10 % each to 'validation' and 'test'.
+    Row i asks for a regex that depends on `seed`, `split` and i alone. So other wordings ask for the same regexes, and
+    more rows begin with the same rows. The wording is drawn evenly from `wordings`. A regex belongs to one split for
+    every seed: 80 % of them to 'train', 10 % each to 'validation' and 'test'.
 
     Raises:
         ValueError: `num_rows` is not positive or is more than the grammar yields, `split` is unknown, or `wordings`
@@ -305,7 +309,7 @@ def generate(
         raise ValueError(f"wordings={wordings!r}: a row needs a wording; name some of 0 to {NUM_WORDINGS - 1}")
     for wording in wordings:
         _check_wording(wording)
-    # The wordings have their own stream: were they drawn from that of the trees, they would change the regexes.
+    # The wordings have a separate generator: drawn from that of the trees, they would change the regexes.
     choose = random.Random(f"nl_rx wordings, version {VERSION}, seed {seed}, {split}")
     return [_row(line, choose.choice(wordings)) for line in _distinct_lines(num_rows, seed, split)]
 
@@ -313,11 +317,11 @@ def generate(
 def write(
     out_dir: str | os.PathLike[str], *, train: int = 6000, validation: int = 512, test: int = 500, seed: int = 0
 ) -> dict[str, Path]:
-    """Write the four JSON Lines files of a quickstart to `out_dir`; returns their paths by name.
+    """Write the four JSON Lines files of a quickstart to `out_dir`; return their paths by name.
 
     'train' and 'validation' mix wordings 0 to 3; 'original_test' is wording 0 and 'paraphrase_test' mixes 4 and 5, and
     line i of both asks for the same regex. `train`, `validation` and `test` count rows. The same arguments give
-    the same bytes, and a file is complete from the moment it is there.
+    the same bytes, and a file is complete as soon as it exists.
 
     Raises:
         ValueError: as `generate`; nothing is written then.
@@ -335,7 +339,7 @@ def write(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: write the files, print each with its number of rows; exit 2 for a value that cannot work."""
+    """The command: write the files, print each with its number of rows. Exit code 2 for a value that cannot work."""
     parser = ArgumentParser(
         prog="python -m llm_jepa.synthetic.nl_rx", description="Write NL-RX-like training and test files."
     )
@@ -378,23 +382,25 @@ def _draw_part(rng: random.Random) -> Node:
     kind = rng.random()
     if kind < 0.5:
         return _draw_unit(rng)
-    # One side stays an atom: two units would be a sentence that nobody reads to its end.
-    operands = [_draw_unit(rng), rng.choice(ATOMS)]
-    return BEFORE(*operands) if kind < 0.75 else BEFORE(*reversed(operands))
+    # One side stays an atom: two units would make a sentence too long to read.
+    unit, atom = _draw_unit(rng), rng.choice(ATOMS)
+    if kind < 0.75:
+        return BEFORE(unit, atom)
+    return BEFORE(atom, unit)
 
 
 def _draw_line(rng: random.Random) -> Tree:
     clauses = [pair[rng.random() < 0.2] for pair in rng.sample(CLAUSES, 2)]
     if rng.random() < 0.6:
         return LINE(clauses[0](_draw_part(rng)))
-    # Joined clauses hold atoms, or sentences become too long; at times one of them holds more.
+    # Joined clauses hold atoms, because sentences would become too long otherwise; sometimes one of them holds a unit.
     parts = [rng.choice(ATOMS), _draw_unit(rng) if rng.random() < 0.3 else rng.choice(ATOMS)]
     rng.shuffle(parts)
     return LINE(rng.choice((ALL_OF, ANY_OF))(clauses[0](parts[0]), clauses[1](parts[1])))
 
 
 def _split_of(regex: str) -> str:
-    # Not hash(): that one differs from process to process.
+    # Not hash(), which differs between processes.
     tenth = int.from_bytes(hashlib.sha256(regex.encode()).digest()[:8], "big") % 10
     return next(split for split, tenths in SPLITS.items() if tenth in tenths)
 
@@ -402,7 +408,7 @@ def _split_of(regex: str) -> str:
 def _has_readable_size(line: Tree, regex: str) -> bool:
     if not MIN_REGEX_CHARS <= len(regex) <= MAX_REGEX_CHARS:
         return False
-    # Of all wordings, not of the wanted one: which regexes there are must not depend on how they are worded.
+    # Check all wordings, not only the one that is used: the choice of regexes must not depend on their wording.
     words = [len(phrase(line, wording).split()) for wording in range(NUM_WORDINGS)]
     return min(words) >= MIN_WORDS and max(words) <= MAX_WORDS
 

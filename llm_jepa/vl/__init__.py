@@ -3,7 +3,7 @@
     from llm_jepa.vl import VLJEPA
     model = VLJEPA.from_pretrained("runs/my-vl-jepa")
 
-Names are imported when first used; VLJEPAModel registers itself with the Auto classes of transformers.
+Names are imported at first use. Importing `VLJEPAModel` registers it with the Auto classes of transformers.
 """
 
 from __future__ import annotations

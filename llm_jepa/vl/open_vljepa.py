@@ -1,16 +1,17 @@
-"""Import of the public VL-JEPA re-implementation open-vljepa (github.com/dion-jy/open-vljepa, cun-bjy/open-vljepa).
+"""Import checkpoints of open-vljepa, a public VL-JEPA (github.com/dion-jy/open-vljepa, cun-bjy/open-vljepa).
 
-Its checkpoints are one torch.save dict {epoch, model_state_dict, loss, config}: eight layers of Llama-3.2-1B,
-EmbeddingGemma-300M and three linear maps, 394 tensors, backbones in bfloat16; the frozen V-JEPA 2 is left out. Every
-tensor has its place in a `VLJEPAModel`:
+A checkpoint is one torch.save dict {epoch, model_state_dict, loss, config}: eight layers of Llama-3.2-1B,
+EmbeddingGemma-300M and three linear maps, 394 tensors, backbones in bfloat16, without the frozen V-JEPA 2. Every tensor
+has a counterpart in a `VLJEPAModel`:
 
     predictor.vis_proj.*                           vision_projection.*
     predictor.out_proj.*                           output_projection.*
-    predictor.{embed_tokens, layers.i, norm}.*     the same
+    predictor.{embed_tokens, layers.i, norm}.*     unchanged
     y_encoder.model.*                              y_encoder.*
     y_encoder.projector.*                          target_projection.*
 
-Layout rebuilt from its save code, the published file not opened. Nor have its retrieval numbers been measured here.
+The layout was reconstructed from its save code. The published file was not opened, and its retrieval numbers have not
+been measured here.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from ..core.errors import UserError
 from .modeling import VLJEPAModel
 from .parts import Part
 
-PAD_TOKEN_ID = 128004  # Llama-3.2's <|finetune_right_pad_id|>, what it fills short queries with
-TEMPERATURE = 0.07  # of its loss; fixed, and so not among its tensors
+PAD_TOKEN_ID = 128004  # Llama-3.2's <|finetune_right_pad_id|>, with which it pads queries
+TEMPERATURE = 0.07  # of its loss; it is fixed, so the checkpoint does not hold it
 NUM_FRAMES = 8  # of its video stage (configs/base.yaml)
 FRAME_SIZE = 256
 
-# meta-llama/Llama-3.2-1B, config.json: what no tensor shape tells. Read in public copies, the gated file not opened.
+# meta-llama/Llama-3.2-1B, config.json: values that tensor shapes do not reveal. From public copies, not the gated file.
 LLAMA_3_2_1B: dict[str, Any] = {
-    "head_dim": 64,  # 32 heads and 8 of keys and values, by the shapes
+    "head_dim": 64,  # the shapes then give 32 heads, and 8 of keys and values
     "hidden_act": "silu",
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
@@ -54,15 +55,15 @@ LLAMA_3_2_1B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-# google/embeddinggemma-300m, config.json: what no tensor shape tells. Read as constants of converters that check the
-# gated file against them, the file itself not opened.
+# google/embeddinggemma-300m, config.json: values that tensor shapes do not reveal. From converters that check the gated
+# file against these constants, not from the file.
 EMBEDDING_GEMMA_300M: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "query_pre_attn_scalar": 256,
-    "sliding_window": 512,  # both sides together: transformers makes it 257, the first distance not seen
-    "sliding_window_pattern": 6,  # five windowed layers, then one that sees everything
+    "sliding_window": 512,  # both sides together: transformers makes it 257, the first distance that is masked
+    "sliding_window_pattern": 6,  # five windowed layers, then one with full attention
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
@@ -80,7 +81,7 @@ _RENAMED = (
     ("y_encoder.projector.", "target_projection."),
     ("y_encoder.model.", "y_encoder."),
 )
-# The tensors that sizes are read off, with their number of dimensions.
+# The tensors whose shapes give the sizes, with their number of dimensions.
 _LAYER = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj")
 _SIZED_BY = {
     "predictor.vis_proj.weight": 2,
@@ -98,25 +99,30 @@ def from_open_vljepa(
     predictor_config: PreTrainedConfig | None = None,
     y_encoder_config: PreTrainedConfig | None = None,
 ) -> VLJEPAModel:
-    """A checkpoint of open-vljepa as a `VLJEPAModel` in float32, in evaluation mode.
+    """Load a checkpoint of open-vljepa as a `VLJEPAModel` in float32, in evaluation mode.
 
-    Layout rebuilt from its save code, the published file not opened. The model computes what its code does: visual
-    tokens first, then the query, positions 0, 1, ...; no causal mask; mean over visual and real query tokens; masked
-    mean of the y_encoder's states, without the Dense layers and prompts that come with EmbeddingGemma; temperature
-    0.07. One thing differs: it was trained in bfloat16, where Gemma's embedding scale, sqrt(768) = 27.71, is 27.75.
+    The layout was reconstructed from its save code; the published file was not opened. The model computes the same as
+    its code:
+
+    - visual tokens first, then the query, positions 0, 1, ...; no causal mask
+    - mean over visual and real query tokens
+    - masked mean of the y_encoder's states, without the Dense layers and prompts that come with EmbeddingGemma
+    - temperature 0.07
+
+    There is one difference: it was trained in bfloat16, in which Gemma's embedding scale, sqrt(768) = 27.71, is 27.75.
 
     Its processor: `VLJEPAProcessor.from_parts(model.config, image_processor=open_vljepa_frames(), tokenizer=
-    "meta-llama/Llama-3.2-1B", target_tokenizer="google/embeddinggemma-300m")`. What it pads with makes no difference.
+    "meta-llama/Llama-3.2-1B", target_tokenizer="google/embeddinggemma-300m")`. The padding token makes no difference.
 
     Args:
-        path: the file. Read as tensors and plain values only: a pickle that would run code is refused.
+        path: the file. It is read as tensors and plain values only: a pickle that would run code is refused.
         x_encoder: not in the file. A Hub id or folder, a config (random weights) or a model; it was trained with
             facebook/vjepa2-vitl-fpc64-256.
-        predictor_config, y_encoder_config: used as they are. None: sizes are read off the tensors, the rest is
-            `LLAMA_3_2_1B` and `EMBEDDING_GEMMA_300M`.
+        predictor_config, y_encoder_config: used as they are. If None, tensor shapes give the sizes, `LLAMA_3_2_1B` and
+            `EMBEDDING_GEMMA_300M` the rest.
 
-    Raises UserError for a file that cannot be read so, for keys that are missing, unexpected or of another shape, and
-    for an x_encoder whose features the projection cannot take.
+    Raises UserError for a file that cannot be read in this way, for keys that are missing, unexpected or of another
+    shape, and for an x_encoder whose features do not fit the projection.
     """
     state = _read(path)
     _check_parts(path, state)
@@ -136,7 +142,7 @@ def from_open_vljepa(
     )
     if model.config.visual_dim != visual_dim:
         raise UserError(
-            f"The x_encoder gives features of {model.config.visual_dim}, predictor.vis_proj of {path} takes "
+            f"The x_encoder gives features of {model.config.visual_dim}, but predictor.vis_proj of {path} takes "
             f"{visual_dim}; give the x_encoder it was trained with, facebook/vjepa2-vitl-fpc64-256 (1024)."
         )
     for name in ("vision_projection", "output_projection", "target_projection"):
@@ -145,10 +151,10 @@ def from_open_vljepa(
 
 
 def open_vljepa_frames() -> Any:
-    """What open-vljepa does to a frame, by PIL: shorter side to 256, the middle 256 x 256, ImageNet normalisation.
+    """open-vljepa's processing of a frame, by PIL: shorter side to 256, centre crop of 256, ImageNet mean and std.
 
-    V-JEPA 2's own processor resizes to 292 before the same crop (`processing.vjepa2_frames`). Bilinear as there; which
-    filter open-vljepa takes is not confirmed.
+    V-JEPA 2's own processor resizes to 292 before the same crop (`processing.vjepa2_frames`). The filter is bilinear as
+    in V-JEPA 2; the filter of open-vljepa is not confirmed.
     """
     from transformers import VideoMAEImageProcessorPil
 
@@ -162,7 +168,7 @@ def open_vljepa_frames() -> Any:
 
 
 def our_key(key: str) -> str:
-    """open-vljepa's name of a tensor -> `VLJEPAModel`'s."""
+    """The name in `VLJEPAModel` of a tensor of open-vljepa."""
     for theirs, ours in _RENAMED:
         if key.startswith(theirs):
             return ours + key.removeprefix(theirs)
@@ -170,54 +176,58 @@ def our_key(key: str) -> str:
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
-    """model_state_dict of the file; `epoch`, `loss`, `config` and an optimizer's state are left alone."""
+    """Read model_state_dict; `epoch`, `loss`, `config` and an optimizer's state are ignored. Raises UserError."""
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or type(error).__name__}.") from None
-    except Exception as error:  # damaged bytes end in any of a dozen kinds, struct.error and AssertionError among them
-        if type(error).__name__ == "UnpicklingError":  # its text advises weights_only=False
+    except Exception as error:  # damaged bytes raise any of a dozen kinds, struct.error and AssertionError among them
+        if type(error).__name__ == "UnpicklingError":  # do not show its text, which advises weights_only=False
             raise UserError(
-                f"{path} holds more than tensors and plain values, or is no torch checkpoint. It is refused, because "
-                "unpickling it could run code; save it again as {'model_state_dict': ...} of tensors."
+                f"{path} holds more than tensors and plain values, or is not a torch checkpoint. It is refused, "
+                "because unpickling it could run code; save it again as {'model_state_dict': ...} of tensors."
             ) from None
         raise UserError(
-            f"{path} is no torch checkpoint, or a broken one ({type(error).__name__}); fetch it again."
+            f"{path} is not a torch checkpoint, or a broken one ({type(error).__name__}); download it again."
         ) from None
-    state = checkpoint.get("model_state_dict") if isinstance(checkpoint, dict) else None
+    if isinstance(checkpoint, dict):
+        state, contents = checkpoint.get("model_state_dict"), ", ".join(str(key) for key in list(checkpoint)[:3])
+    else:
+        state, contents = None, type(checkpoint).__name__
     if not isinstance(state, dict) or not state:
-        found = ", ".join(map(str, list(checkpoint)[:3])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(
-            f"{path} has no model_state_dict, but {found[:200] or 'nothing'}: it is no open-vljepa checkpoint."
+            f"{path} has no model_state_dict, but {contents[:200] or 'nothing'}, so it is not a checkpoint of "
+            "open-vljepa; give one that is."
         )
-    odd = [
-        str(key)
-        for key, value in state.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point())
-        or value.layout is not torch.strided
-        or value.device.type != "cpu"
-    ]
-    if odd:
-        raise UserError(f"{path}: {_some(odd)} in its model_state_dict: not a dense tensor of floats under a name.")
+    wrong = [str(key) for key, value in state.items() if not (isinstance(key, str) and _is_weight(value))]
+    if wrong:
+        raise UserError(f"{path}: {_some(wrong)} in its model_state_dict: not a dense tensor of floats under a name.")
     return state
 
 
+def _is_weight(value: object) -> bool:
+    """Whether this is a dense tensor of floats on the CPU."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.layout is torch.strided and value.device.type == "cpu"
+
+
 def _check_parts(path: str | Path, state: dict[str, Tensor]) -> None:
-    """What must hold before sizes can be read off. Raises UserError."""
+    """Check the tensors whose shapes give the sizes, and that no key is foreign. Raises UserError."""
     foreign = [key for key in state if not key.startswith(("predictor.", "y_encoder.model.", "y_encoder.projector."))]
-    missing = [key for key in _SIZED_BY if key not in state]
-    misshaped = [
-        f"{key} {list(state[key].shape)}"
-        for key, dims in _SIZED_BY.items()
-        if key in state and (state[key].dim() != dims or 0 in state[key].shape)
-    ]
+    missing, misshaped = [], []
+    for key, dims in _SIZED_BY.items():
+        if key not in state:
+            missing.append(key)
+        elif state[key].dim() != dims or 0 in state[key].shape:
+            misshaped.append(f"{key} {list(state[key].shape)}")
     _refuse(path, missing, foreign, misshaped)
 
 
 def _check_layout(
     path: str | Path, state: dict[str, Tensor], predictor_config: PreTrainedConfig, y_encoder_config: PreTrainedConfig
 ) -> None:
-    """Every tensor the two parts and the projections need, no other, each in its shape. Raises UserError."""
+    """Check that the tensors are exactly those of the two parts and the projections. Raises UserError."""
     expected: dict[str, list[int]] = {}
     for prefix, config in (("predictor", predictor_config), ("y_encoder.model", y_encoder_config)):
         with torch.device("meta"):  # names and shapes, no memory
@@ -231,22 +241,24 @@ def _check_layout(
         ("y_encoder.projector", shared_dim, y_dim),
     ):
         expected |= {f"{name}.weight": [rows, columns], f"{name}.bias": [rows]}
-    misshaped = [
-        f"{key} {list(state[key].shape)} instead of {shape}"
-        for key, shape in expected.items()
-        if key in state and list(state[key].shape) != shape
-    ]
-    missing, unexpected = [key for key in expected if key not in state], [key for key in state if key not in expected]
+    missing, misshaped = [], []
+    for key, shape in expected.items():
+        if key not in state:
+            missing.append(key)
+        elif list(state[key].shape) != shape:
+            misshaped.append(f"{key} {list(state[key].shape)} instead of {shape}")
+    unexpected = [key for key in state if key not in expected]
     _refuse(path, missing, unexpected, misshaped)
 
 
 def _refuse(path: str | Path, missing: Sequence[str], unexpected: Sequence[str], misshaped: Sequence[str]) -> None:
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    problems = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in found.items() if keys]
+    """Raise UserError if one of the lists of keys is not empty."""
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    problems = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
     if not problems:
         return
     if any(key.startswith("module.") for key in unexpected):
-        advice = "Take the prefix 'module.' of a DistributedDataParallel off its keys first."
+        advice = "Remove the prefix 'module.' of a DistributedDataParallel from its keys first."
     else:
         advice = "Give the predictor_config and y_encoder_config it was trained with, or a file of that layout."
     raise UserError(f"Keys of {path} that do not fit open-vljepa's layout, {'; '.join(problems)}. {advice}")
@@ -275,9 +287,9 @@ def _sizes(path: str | Path, state: dict[str, Tensor], prefix: str, head_dim: in
     if any(count % head_dim for count in rows.values()) or heads % key_heads or hidden % heads:
         raise UserError(
             f"{path}: {prefix}layers.0 has {rows['q_proj']} query and {rows['k_proj']} key rows for states of "
-            f"{hidden}, which are no heads of {head_dim}; give the {option} it was trained with."
+            f"{hidden}, which do not divide into heads of {head_dim}; give the {option} it was trained with."
         )
-    # Counted, not the highest number: a key like layers.999999999 must not build that many.
+    # Count the layers instead of taking the highest number: a key like layers.999999999 must not build that many.
     layers = {key.removeprefix(f"{prefix}layers.").split(".")[0] for key in state if key.startswith(f"{prefix}layers.")}
     return {
         "vocab_size": vocab_size,
@@ -291,7 +303,10 @@ def _sizes(path: str | Path, state: dict[str, Tensor], prefix: str, head_dim: in
 
 
 def _with_weights(config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
-    """Marked as loaded, which `load_state_dict` would not do: the model around it leaves such weights alone."""
+    """A model with these weights.
+
+    `from_pretrained` marks them as loaded, unlike `load_state_dict`. So the model around it does not initialise them.
+    """
     with torch.device("meta"):
         kind = type(AutoModel.from_config(config))
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)

@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "a key with and without the prefix": (
         lambda state: state | {"module.predictor.norm.weight": state["predictor.norm.weight"]},
-        r"layout, 1 unexpected: module\.predictor\.norm\.weight\. Take the prefix 'module\.'",
+        r"layout, 1 unexpected: module\.predictor\.norm\.weight\. Remove the prefix 'module\.'",
     ),
     "whole numbers": (
         change(**{"predictor.norm.weight": torch.zeros(HIDDEN, dtype=torch.int8)}), r"norm\.weight .*not a dense tensor"
@@ -309,7 +309,7 @@ def test_keys_that_do_not_fit_are_refused_by_name_and_count(
 
 def test_an_x_encoder_of_another_size_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     other = VJEPA2Config(**X_ENCODER.to_dict() | {"hidden_size": 32})
-    with pytest.raises(UserError, match=r"features of 32, predictor\.vis_proj of .* takes 24; .*vjepa2-vitl-fpc64-256"):
+    with pytest.raises(UserError, match=r"features of 32, but predictor\.vis_proj of .* takes 24; .*vjepa2-vitl"):
         from_open_vljepa(write(tmp_path / "best.pt", state), x_encoder=other)
 
 

@@ -35,7 +35,7 @@ FIXED = (
 
 @dataclass
 class VLModelArguments:
-    """> The parts of a new model, or a model to go on with."""
+    """> The parts of a new model, or a trained model to continue with."""
 
     vl_model: str | None = field(
         default=None, metadata={"help": "A trained VL-JEPA to continue with (folder or Hub id), instead of the parts."}
@@ -116,7 +116,9 @@ class VLDataArguments:
 
     train_data: str = field(metadata={"help": "Manifest (.jsonl) of clips, see llm_jepa/vl/data.py."})
     validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
-    validation_rows: int = field(default=0, metadata={"help": "Without validation_data: clips held out, by data_seed."})
+    validation_rows: int = field(
+        default=0, metadata={"help": "Without validation_data: clips held out of train_data, drawn with data_seed."}
+    )
 
     def __post_init__(self) -> None:
         check_validation(self)
@@ -134,7 +136,7 @@ class VLJEPATrainingArguments(TrainingArguments):
     )
     regularizer: Literal["vicreg", "sigreg"] | None = field(
         default=None,
-        metadata={"help": "Keeps the shared space from collapsing, each side by itself (named and not tried there)."},
+        metadata={"help": "Anti-collapse term on each side. The paper names it but reports no result."},
     )
     regularizer_weight: float = field(default=1.0, metadata={"help": "Its weight relative to the distance."})
     y_encoder_lr_factor: float = field(
@@ -142,21 +144,25 @@ class VLJEPATrainingArguments(TrainingArguments):
         metadata={"help": "Learning rate of the y_encoder relative to the others' (paper: 0.05); 0 freezes it."},
     )
     x_encoder_trainable_layers: int = field(
-        default=0, metadata={"help": "Train the last so many blocks of the x_encoder; 0 freezes it (paper), -1: all."}
+        default=0,
+        metadata={"help": "Train this many last blocks of the x_encoder. 0 freezes it (paper), -1 trains all."},
     )
     pairs_per_clip: int = field(
-        default=1, metadata={"help": "(query, target) pairs drawn of each clip in a batch; they share its vision."}
+        default=1,
+        metadata={"help": "(query, target) pairs drawn from each clip of a batch; they share its visual tokens."},
     )
     feature_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder for the visual features of a frozen x_encoder, computed once; null: every epoch."},
+        metadata={"help": "Folder for the visual features of a frozen x_encoder, computed once. null: every epoch."},
     )
     diagnostics_pairs: int = field(
         default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
     )
     # Other defaults than the parent's.
-    learning_rate: float = field(default=5e-5, metadata={"help": "Constant in the paper's pretraining."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The paper: constant; cosine in its SFT."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "The paper's pretraining: 5e-5, constant."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "The paper's pretraining: constant; its SFT: cosine."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads clips."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: it hides the NaN that should stop the run."}

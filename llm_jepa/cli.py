@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _ProcessFailed(Exception):
-    """One of several processes ended with an exit code of its own and has printed its message."""
+    """One of several processes failed. It has printed its message; its exit code becomes ours."""
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -99,7 +99,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.num_processes is not None and options.launch is None:
         raise UserError("--num_processes needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
     if options.launch == "cpu" and not _overrides_key("use_cpu", overrides):
-        # Without use_cpu, each gloo process would train a model of its own into the same folder.
+        # Without use_cpu, each gloo process would train a separate model into the same folder.
         overrides = [*overrides, "--use_cpu", "true"]
     recipe = parse_recipe(options.recipe, overrides)
     family = commands_of(recipe.family)
@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
             raise _ProcessFailed(code)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) != recipe.training.world_size:
-        # Otherwise each process would silently train a model of its own into the same folder.
+        # Otherwise each process would silently train a separate model into the same folder.
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes were started and cannot see each other: without a GPU each, add "
             "--use_cpu true."

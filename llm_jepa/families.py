@@ -1,4 +1,4 @@
-"""The families of models that a recipe can train: a table, and the way from a recipe to its family's dataclasses.
+"""The families of models that a recipe can train: a table, and the functions that look into it.
 
 Modules are named here and imported on use, so that `llm-jepa --help` loads no torch.
 """

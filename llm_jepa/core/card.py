@@ -1,4 +1,4 @@
-"""The model cards of all families: facts of a run, rendered by a family's `card.md.jinja`. No number typed by hand."""
+"""Model cards for all families: the facts of a run, rendered by the family's `card.md.jinja`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings_of(args: TrainingArguments, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_evaluation(log_history: list[dict[str, Any]]) -> Evaluation:
-    """The figures of the last evaluation in a trainer's log, beside those of step 0."""
+    """The figures of the last evaluation in a trainer's log, and those of step 0."""
     evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
     if not evaluations:
         return Evaluation(0, [])

@@ -183,7 +183,7 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
 
 
 def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A recipe and the files it extends, parents last, each with its own keys (`extends` aside). Raises UserError."""
+    """A recipe and the files it extends, parents last, each with its own keys except `extends`. Raises UserError."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     while True:
         own = read_yaml(path)
@@ -192,7 +192,9 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
             return chain
         parent = _parent(path, own.pop(EXTENDS))
         if any(os.path.samefile(parent, file) for file, _ in chain):
-            raise UserError(f"{path} extends {parent}, which is itself or extends it: a circle has no values.")
+            raise UserError(
+                f"{path} extends {parent}, which is itself or extends it: a circle has no values; remove one `extends`."
+            )
         if len(chain) == MAX_FILES:
             raise UserError(f"{path} extends {parent}, file {MAX_FILES + 1} of a recipe that may have {MAX_FILES}.")
         path = parent
@@ -200,13 +202,13 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _parent(path: Path, name: Any) -> Path:
     """The file that the recipe at `path` extends. Raises UserError."""
-    # Plain names only: no absolute path, drive, URL, `~`, `$`, backslash, nor `..` after a name. Nobody has to guess
-    # which file is meant, and it means the same on every machine.
+    # Plain names only: no absolute path, drive, URL, `~`, `$`, backslash, nor `..` after a name. So a name is easy to
+    # read and means the same file on every machine.
     if not isinstance(name, str) or not re.fullmatch(r"(\.\./)*([\w-][\w .-]*/)*[\w-][\w .-]*\.ya?ml", name):
         raise UserError(f"{path} extends {str(name)[:80]!r}: write one .yaml file relative to it, as ../_base.yaml.")
     parent = path.parent / name
     if not os.path.isfile(parent):
-        raise UserError(f"{path} extends {parent}, which is no file; the name is relative to {path.parent}.")
+        raise UserError(f"{path} extends {parent}, which is not a file; the name is relative to {path.parent}.")
     return parent
 
 
@@ -265,20 +267,20 @@ def _unknown(key: str, known: list[str], owner: str | None, family: str, dashes:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; the type itself if it is not one."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _wants_text(hint: Any) -> bool:
-    """A str field without a structured alternative: its override is taken to the letter, `123` included."""
-    options = [option for option in _options(hint) if option is not type(None)]
-    return options == [str]
+    """True for a field that takes only text: its override is literal, so `123` is a text."""
+    return [option for option in _options(hint) if option is not type(None)] == [str]
 
 
 def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
-    """(does it fit, the value to use). bool is no int; an int is a float; nothing else is converted."""
+    """(does it fit, the value to use). A bool is not an int; an int becomes a float; nothing else is converted."""
     options = _options(hint)
     if len(options) > 1:
-        for option in sorted(options, key=lambda option: option is float):  # keep an int where both are welcome
+        for option in sorted(options, key=lambda option: option is float):  # float last, so that an int stays one
             accepted, result = _accept(value, option)
             if accepted:
                 return True, result
@@ -293,19 +295,22 @@ def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return value in [member.value for member in hint], value
     if hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
-        return ok, float(value) if ok else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < sys.float_info.max:
+            return False, None
+        return True, float(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     if origin is list:
-        ok = isinstance(value, list) and all(_accept(item, arguments[0])[0] for item in value)
-        return ok, [_accept(item, arguments[0])[1] for item in value] if ok else None
+        items = [_accept(item, arguments[0]) for item in value] if isinstance(value, list) else [(False, None)]
+        return all(fits for fits, _ in items), [item for _, item in items]
     if origin is dict:
         return isinstance(value, dict), value
     return isinstance(hint, type) and isinstance(value, hint), value
 
 
 def _describe(hint: Any) -> str:
+    """A type in words: "int or null", "one of a, b"."""
+
     def name(option: Any) -> str:
         if typing.get_origin(option) is Literal:
             return "one of " + ", ".join(map(str, typing.get_args(option)))

@@ -1,6 +1,6 @@
-"""One training run: which run a folder belongs to, where to continue, what is left in the folder at the end.
+"""One training run: its identity, where to continue it, and what it leaves in its folder.
 
-A run is what its recipe computes, on which rows, with how many processes; `run.json` in the output folder says so.
+The identity is what the recipe computes, the rows and the number of processes; it is kept in `run.json`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _restore_if_finished(trainer: SafeTrainer, resume: str) -> bool:
 
 
 def _print_evaluation(trainer: SafeTrainer) -> None:
-    """A table of the last evaluation of the saved weights, beside the figures before the first step."""
+    """Print the last evaluation of the saved weights and the figures before the first step."""
     evaluations = [entry for entry in trainer.history_of_saved_weights() if "eval_loss" in entry]
     if not evaluations:
         return

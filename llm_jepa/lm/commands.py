@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(recipe: Recipe) -> None:
-    """Train as the recipe says. Leaves a plain causal LM in output_dir: LoRA merged, the adapter saved beside it."""
+    """Train as the recipe says. Leaves a plain causal LM in output_dir; LoRA is merged into it."""
     from ..core import run
 
     trainer, resume = build_trainer(recipe)

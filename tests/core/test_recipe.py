@@ -635,7 +635,7 @@ def test_a_parent_that_is_no_file_is_refused_with_both_names(name, files, tmp_pa
     path = files(**{"a.yaml": f"extends: {name}\n"})
     (tmp_path / "folder.yaml").mkdir()
     message = refused(parse, path)
-    assert message.startswith(f"{path} extends {tmp_path / name}, which is no file")
+    assert message.startswith(f"{path} extends {tmp_path / name}, which is not a file")
 
 
 @pytest.mark.parametrize(

@@ -194,13 +194,12 @@ def test_a_reader_that_leaves_is_told_nothing():
     assert done.stdout.split() == ["141"] and done.stderr == ""
 
 
-def test_launch_with_a_file_that_asks_for_one_process_runs_once(recipe, tmp_path):
+def test_launch_with_a_file_that_asks_for_one_process_runs_once(recipe, tmp_path, capfd):
     """Such a file sets no LOCAL_RANK, so a child that saw --launch again would launch for ever."""
     config = tmp_path / "one.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
-    command = [sys.executable, "-m", "llm_jepa.cli", "train", recipe(max_steps=1), "--launch", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("Saved to") == 1, done.stderr[-1500:]
+    assert main(["train", recipe(max_steps=1), "--launch", str(config)]) == 0
+    assert capfd.readouterr().out.count("Saved to") == 1
 
 
 def test_saved_table_and_card_are_of_the_best_step(recipe, tmp_path, capsys):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,10 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from llm_jepa.cli import main
 from llm_jepa.core.checkpoint import MANIFEST, RUN_FILE, checkpoints, fault, find_resume, newest_complete, seal
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.files import write_json
 from tests.lm.test_ranks import RECIPE
+from tests.ranks import start
 
 
 @pytest.fixture
@@ -86,31 +86,30 @@ def test_killed_run_resumes_bit_for_bit(rows, tmp_path):
     values = {**RECIPE, "train_data": str(data), "max_steps": 40, "save_strategy": "steps", "save_steps": 5}
     values |= {"optim": "adamw_torch", "learning_rate": 0.01, "eval_strategy": "no"}
 
-    def command(name, *extra):
-        recipe = tmp_path / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / name)}))
-        return [sys.executable, "-m", "llm_jepa.cli", "train", str(recipe), *extra]
+    def recipe(name):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / name)}))
+        return str(path)
 
     def outcome(name):
         log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         return load_file(tmp_path / name / "model.safetensors"), [e["loss"] for e in log if "loss" in e]
 
-    whole = subprocess.run(command("whole"), capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr[-1500:]
+    assert main(["train", recipe("whole")]) == 0
     weights, losses = outcome("whole")
     assert len(losses) == 40
 
     for name, last_file in (("between", MANIFEST), ("inside", "model.safetensors")):
-        process = subprocess.Popen(command(name), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(main, ["train", recipe(name)])
         wanted = tmp_path / name / "checkpoint-15" / last_file
         deadline = time.monotonic() + 120
-        while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not wanted.exists() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
         assert not (tmp_path / name / "model.safetensors").exists()
-        resumed = subprocess.run(command(name, "--resume_from_checkpoint", "true"), capture_output=True, text=True)
-        assert resumed.returncode == 0, resumed.stderr[-1500:]
+        assert main(["train", recipe(name), "--resume_from_checkpoint", "true"]) == 0
         resumed_weights, resumed_losses = outcome(name)
         assert all(torch.equal(weights[key], resumed_weights[key]) for key in weights), name
         assert resumed_losses == losses, name

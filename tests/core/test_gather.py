@@ -1,23 +1,20 @@
 """Claim: InfoNCE over ranks of any size is InfoNCE in one process, in value and in gradient; and one coin for all.
 
-Each number of ranks is spawned once. The ranks save what they found and the tests below read it: a test inside a rank
-could end it and leave the others waiting.
+Each number of ranks is started once, and the tests below look at what the ranks found.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import spawn
 
 from llm_jepa.core.distributed import gather_with_grad, shared_coin
 from llm_jepa.core.losses import info_nce
+from tests.ranks import on_ranks
 
 PAIRS, FEATURES, DIM = 6, 7, 5
 # rows of each rank; the 6 pairs in the order of ranks
@@ -44,16 +41,6 @@ def rows_of(split: tuple[int, ...], rank: int) -> slice:
 def weight_of(rank: int, rows: int) -> Tensor:
     """[rows, 3], exact in bfloat16; but 256 + 1 is 256 there."""
     return 256 + 2.0 * torch.arange(rows * 3).view(rows, 3) if rank == 0 else torch.ones(rows, 3)
-
-
-def one_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meet, patience = f"file://{folder}/meet", timedelta(seconds=120)  # the default waits for half an hour
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=patience)
-    torch.save(found_by(rank, world), f"{folder}/{rank}.pt")
-    # No DistributedDataParallel may outlive its group: the last to go would wait for the group's threads, which wait
-    # for Python's lock.
-    dist.destroy_process_group()
 
 
 def found_by(rank: int, world: int) -> dict[str, object]:
@@ -105,10 +92,8 @@ def found_by(rank: int, world: int) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module", params=sorted(SPLITS))
-def ranks(request, tmp_path_factory) -> list[dict]:
-    world, folder = request.param, str(tmp_path_factory.mktemp("ranks"))
-    spawn(one_rank, (world, folder), nprocs=world)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]
+def ranks(request) -> list[dict]:
+    return on_ranks(request.param, found_by, request.param)
 
 
 def test_info_nce_over_ranks_is_info_nce_in_one_process(ranks):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import start_processes
 
 from llm_jepa.core.losses import info_nce, jepa_distance, random_slices, sigreg, vicreg
 from llm_jepa.core.pairs import SLICES, compare_pairs
+from tests.ranks import on_ranks
 
 
 def two_sides(rows: int = 6, dim: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,13 +96,6 @@ def sides_and_loss(module, rows: slice, case: tuple[str, str | None]) -> Tensor:
     )
 
 
-def one_rank(rank: int, folder: str) -> None:
-    meet, patience = f"file://{folder}/meet", timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=patience)
-    torch.save(found_by(rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()  # last: a DistributedDataParallel that outlives its group may never end (test_gather)
-
-
 def found_by(rank: int) -> dict[str, dict[str, Tensor | None]]:
     found = {}
     for split in SPLITS:
@@ -118,10 +109,9 @@ def found_by(rank: int) -> dict[str, dict[str, Tensor | None]]:
     return found
 
 
-def test_two_ranks_of_uneven_pairs_are_one_process(tmp_path):
+def test_two_ranks_of_uneven_pairs_are_one_process():
     """Loss and gradients, that of the temperature among them; equal targets on different ranks are positives."""
-    start_processes(one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    ranks = on_ranks(2, found_by)
     for case in CASES:
         whole = Sides()
         value = sides_and_loss(whole, slice(0, 6), case)

@@ -6,8 +6,6 @@ DDP without GPUs: a test of it here would pass and show nothing.
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -32,9 +29,9 @@ from llm_jepa.lm.trainer import LLMJEPATrainer
 from llm_jepa.lm.views import IGNORE, add_view_columns
 from llm_jepa.synthetic import nl_rx
 from tests.conftest import EXACT, LAYER_NORM, LOGGED, assert_same_weights, config
+from tests.ranks import on_ranks
 
 WORLD = 2
-DEADLINE = 240  # seconds; ranks that wait for each other would do so for hours
 PARTS = [slice(0, 5), slice(5, 8)]  # rows of each rank
 # Predictor tokens, tied embeddings. The tokenizer has 320 tokens: one more, and no shard is as large as the other.
 MODELS = {"untied": (1, False), "tied": (2, True), "tied, uneven": (1, True)}
@@ -120,32 +117,11 @@ TRAINED = {
         "eval_strategy": "steps", "eval_steps": 1,
     },
 }  # fmt: skip
-WORK = {
-    "three_steps": lambda folder, rank: {name: three_steps(folder, name, rank) for name in MODELS},
-    "train": lambda folder, rank: {name: train(folder, name, options, rank) for name, options in TRAINED.items()},
-}
 
 
-def one_rank(rank: int, folder: str, work: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks for them, and uses the group below
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet {work}", rank=rank, world_size=WORLD)
-    torch.save(WORK[work](folder, rank), f"{folder}/{work} {rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_two_ranks(folder: str, work: str) -> list[dict]:
-    ranks = start_processes(one_rank, (folder, work), nprocs=WORLD, join=False, start_method="spawn")
-    end = time.monotonic() + DEADLINE
-    try:
-        while not ranks.join(timeout=1):
-            assert time.monotonic() < end, "the ranks wait for each other"
-    finally:
-        for process in ranks.processes:
-            process.kill()
-    return [torch.load(f"{folder}/{work} {rank}.pt", weights_only=True) for rank in range(WORLD)]
+def one_rank(rank: int, folder: str) -> dict[str, dict]:
+    steps = {name: three_steps(folder, name, rank) for name in MODELS}
+    return {"steps": steps, "trained": {name: train(folder, name, options, rank) for name, options in TRAINED.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +139,15 @@ def folder(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def sharded(folder) -> list[dict]:
-    return on_two_ranks(folder, "three_steps")
+def ranks(folder) -> list[dict]:
+    return on_ranks(WORLD, one_rank, folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_sharded_parameters_are_those_of_one_process(folder, sharded, name):
+def test_gradients_of_sharded_parameters_are_those_of_one_process(folder, ranks, name):
     one = three_steps(folder, name, None)
     assert not any(one["sharded"])
-    for found in sharded:
+    for found in (rank["steps"] for rank in ranks):
         assert found[name]["sharded"] and all(found[name]["sharded"]), "FSDP2 fell back to whole parameters"
         assert_same_weights(found[name]["gradients"], one["gradients"])
         for key, gradient in one["gradients"].items():
@@ -186,19 +162,19 @@ STALE_HEAD = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize("name", ["untied", "tied", pytest.param("tied, uneven", marks=STALE_HEAD)])
-def test_so_are_the_losses_after_steps(folder, sharded, name):
+def test_so_are_the_losses_after_steps(folder, ranks, name):
     losses = three_steps(folder, name, None)["losses"]
     assert losses[0] - losses[-1] > 0.1
-    for found in sharded:
+    for found in (rank["steps"] for rank in ranks):
         assert found[name]["losses"] == pytest.approx(losses, rel=EXACT)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_trainer_trains_a_sharded_model_as_one_process_would(folder, trained, name):
+def test_the_trainer_trains_a_sharded_model_as_one_process_would(folder, ranks, name):
     """Its probe of the model, its diagnostics, InfoNCE over ranks, accumulation, evaluation and saving included."""
     one = train(folder, name, TRAINED[name], None)
     start = load(folder, TRAINED[name].get("model", name), torch.float64, sharded=False)[0].state_dict()
-    for found in trained:
+    for found in (rank["trained"] for rank in ranks):
         assert all(found[name]["sharded"])
         assert_same_weights(found[name]["weights"], one["weights"])
         for key, weight in one["weights"].items():
@@ -207,10 +183,5 @@ def test_the_trainer_trains_a_sharded_model_as_one_process_would(folder, trained
         for ours, theirs in zip(one["log"], found[name]["log"], strict=True):
             assert theirs == pytest.approx(ours, rel=LOGGED)
     saved = load_file(Path(folder) / f"{name} of {WORLD}" / "model.safetensors")
-    for key, weight in trained[0][name]["weights"].items():
+    for key, weight in ranks[0]["trained"][name]["weights"].items():
         assert saved[key].equal(weight)
-
-
-@pytest.fixture(scope="module")
-def trained(folder) -> list[dict]:
-    return on_two_ranks(folder, "train")

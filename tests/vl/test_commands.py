@@ -4,12 +4,8 @@ mistake is one line and exit code 2."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -17,18 +13,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from torch.multiprocessing import start_processes
 from transformers import AutoModel
 
-import llm_jepa
 from llm_jepa.cli import main
 from llm_jepa.vl.arguments import VLJEPATrainingArguments, VLModelArguments
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.y_decoder import YDecoder
+from tests.conftest import FLOAT32, assert_same_weights
+from tests.ranks import on_ranks
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.2}
 VIT = {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8, "num_hidden_layers": 2}
@@ -328,49 +323,26 @@ def test_frame_size_is_what_an_x_encoder_of_random_weights_sees(size, recipe, ca
 
 
 def compare(one: Path, two: Path) -> None:
-    a, b = weights(one), weights(two)
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(b[key], a[key], rtol=0, atol=5e-6, msg=lambda m, k=key: f"{two.name}, {k}: {m}")
-    assert history(two, "loss") == pytest.approx(history(one, "loss"), rel=1e-5)
+    assert_same_weights(weights(two), weights(one), bound=FLOAT32)
+    assert history(two, "loss") == pytest.approx(history(one, "loss"), rel=FLOAT32)
 
 
-def test_launched_on_two_ranks_it_is_the_run_of_one_process(recipe, tmp_path, capsys):
-    """The real command. Frozen x_encoder, slow y_encoder, a temperature that is learnt; texts recur across ranks."""
+def test_on_two_ranks_it_is_the_run_of_one_process(recipe, tmp_path, capsys):
+    """Frozen x_encoder, slow y_encoder, a temperature that is learnt; texts recur across ranks."""
     assert main(["train", recipe("one", **SGD, per_device_train_batch_size=8)]) == 0
-    command = [sys.executable, "-m", "llm_jepa.cli", "train", recipe("two", **SGD), "--launch", "cpu"]
-    done = subprocess.run(
-        [*command, "--num_processes", "2"], capture_output=True, text=True, timeout=300, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(llm_jepa.__file__).parent.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.count("Saved to") == 1, done.stderr[-2000:]
+    assert on_ranks(2, train, recipe("two", **SGD)) == [0, 0]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["num_processes"] == 2
     compare(tmp_path / "one", tmp_path / "two")
     assert main(["train", recipe("zero", **{**SGD, "learning_rate": 0.0})]) == 0
     start, end = weights(tmp_path / "zero"), weights(tmp_path / "two")
     assert {"log_temperature", "vision_projection.weight"} <= {key for key in start if not start[key].equal(end[key])}
-    assert history(tmp_path / "two", "temperature") == pytest.approx(history(tmp_path / "one", "temperature"), rel=1e-6)
+    assert history(tmp_path / "two", "temperature") == pytest.approx(
+        history(tmp_path / "one", "temperature"), rel=FLOAT32
+    )
 
 
-def one_rank(rank: int, recipes: list[tuple[int, str]]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    for port, path in recipes:
-        os.environ["MASTER_PORT"] = str(port)
-        AcceleratorState._reset_state(True)
-        if main(["train", path]) != 0:
-            sys.exit(1)
-
-
-def free_ports(count: int) -> list[int]:
-    """One for each run: a rank that is early must not meet the store of the run before."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+def train(rank: int, recipe: str) -> int:
+    return main(["train", recipe])
 
 
 def test_other_trainings_on_two_ranks_are_those_of_one_process(recipe, data, tmp_path):
@@ -394,11 +366,11 @@ def test_other_trainings_on_two_ranks_are_those_of_one_process(recipe, data, tmp
         options["per_device_train_batch_size"] *= 2
         assert main(["train", recipe(f"{name}-1", **options, **accumulation)]) == 0
     shutil.rmtree(tmp_path / "cache")
-    start_processes(one_rank, (list(zip(free_ports(len(twos)), twos, strict=True)),), nprocs=2, start_method="fork")
-    for name in cases:
+    for name, two in zip(cases, twos, strict=True):
+        assert on_ranks(2, train, two) == [0, 0], name
         compare(tmp_path / f"{name}-1", tmp_path / f"{name}-2")
     one, two = (tmp_path / f"frozen-{count}" for count in (1, 2))
-    assert history(two, "eval_loss") == pytest.approx(history(one, "eval_loss"), rel=1e-5)
+    assert history(two, "eval_loss") == pytest.approx(history(one, "eval_loss"), rel=FLOAT32)
     assert history(two, "eval_recall_at_1") == history(one, "eval_recall_at_1")
 
 

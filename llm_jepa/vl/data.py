@@ -254,7 +254,7 @@ def _read_row(line: bytes, folder: Path, place: str) -> Clip:
 
 def _check_clips(clips: Sequence[Clip], num_frames: int) -> None:
     if not len(clips):
-        raise UserError("There are no clips.")
+        raise UserError("There are no clips; give one or more.")
     for index, clip in enumerate(clips):
         if not clip.pairs:
             raise UserError(f"Clip {index} has no target: give it a pair of a query (or none) and a target text.")

@@ -90,7 +90,7 @@ def train_y_decoder(
 ) -> YDecoder:
     """Build a y_decoder for this model: the texts are its memory, and a GPT-2 from random weights writes them."""
     if not texts:
-        raise UserError("There are no texts to learn to write.")
+        raise UserError("There are no texts to learn to write; give one or more.")
     embeddings = vl_jepa.embed_texts(texts).cpu()
     projection = MemoryProjection(embeddings, tuple(texts)) if memory else None
     if not prefix_decoder:

@@ -126,7 +126,7 @@ class VLJEPAProcessor(ProcessorMixin):
         processor = self.image_processor
         if processor.do_resize or getattr(processor, "do_center_crop", False):
             pixels = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        else:  # no frame needs a size of its own, and as one array this is 20 times faster
+        else:  # no frame is resized or cropped: as one array this is 20 times faster
             values = np.stack(frames).astype(np.float32)  # [B T, H, W, 3]
             if processor.do_rescale:
                 values *= processor.rescale_factor

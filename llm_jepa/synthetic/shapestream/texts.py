@@ -15,7 +15,7 @@ VERSION = 1
 Thing = tuple[str, str]  # (colour, shape)
 Meaning = tuple[str, Thing | None, Thing | None]  # (kind, actor, patient)
 
-# All channels lie in 9..246, as do the ground and the outline: adding noise of at most 9 levels cannot wrap around.
+# All channels are in 9..246, and so are those of the ground and the outline: noise of at most 9 levels cannot wrap.
 COLOURS = {
     "red": (214, 40, 40),
     "green": (46, 150, 70),

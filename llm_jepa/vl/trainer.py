@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
+from ..core.losses import at_least_float32
 from ..core.trainer import JEPATrainer, StepPlan
 from .arguments import VLJEPATrainingArguments
 from .card import write_vl_model_card
@@ -129,7 +130,7 @@ class VLJEPATrainer(JEPATrainer):
                 chosen = by_length[start : start + 256]
                 batch = self.data_collator.processor(target=chosen).to(self.args.device)
                 with self.compute_loss_context_manager():
-                    states = self.base_model.pool_text(**batch).float().cpu()
+                    states = at_least_float32(self.base_model.pool_text(**batch)).cpu()
                 pooled.update(zip(chosen, states, strict=True))
                 bar.update(len(chosen))
         return pooled
@@ -183,11 +184,11 @@ class VLJEPATrainer(JEPATrainer):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def example_sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """[clips, 2]: the loss and the number of the pairs of each clip, float32."""
-        losses = self._pair_loss(model, inputs)  # [B]
+        """[clips, 2]: the loss and the number of the pairs of each clip, in float32 at least."""
+        losses = at_least_float32(self._pair_loss(model, inputs))  # [B]
         clips = int(inputs["clip_of_pair"].max()) + 1
-        sums = losses.new_zeros(2, clips, dtype=torch.float32)
-        sums[0].index_add_(0, inputs["clip_of_pair"], losses.float())
+        sums = losses.new_zeros(2, clips)
+        sums[0].index_add_(0, inputs["clip_of_pair"], losses)
         sums[1] += torch.bincount(inputs["clip_of_pair"], minlength=clips)
         return sums.T
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from llm_jepa.vl.loading import plain_frames
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.processing import VLJEPAProcessor
 from llm_jepa.vl.trainer import VLJEPATrainer
+from tests.conftest import LAYER_NORM
 
 # A large spread of the weights, so that an error in what goes in is no small difference in what comes out.
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.2}
@@ -37,14 +39,18 @@ def tokenizer():
     return train_tokenizer(rows, 280)
 
 
-def parts(x: str = "vit", *, y_dropout: float = 0.0, **options):
-    """A tiny model, the same at every call, and its processor."""
+def parts(x: str = "vit", *, y_dropout: float = 0.0, exact: bool = False, **options):
+    """A tiny model, the same at every call, and its processor. `exact`: in float64 from end to end."""
     words = {"num_hidden_layers": 1, "vocab_size": len(tokenizer())}
     dropout = {"hidden_dropout_prob": y_dropout, "attention_probs_dropout_prob": y_dropout}
+    predictor = AutoConfig.for_model("llama", **SMALL, **words, num_key_value_heads=2)
+    if exact:  # layer norms: the RMS norms of transformers round to float32
+        options = {"dtype": torch.float64, **options}
+        predictor = AutoConfig.for_model(**{**LAYER_NORM, **SMALL, **words})
     set_seed(0)
     model = VLJEPAModel.from_parts(
         AutoConfig.for_model(x, **X_ENCODERS[x]),
-        AutoConfig.for_model("llama", **SMALL, **words, num_key_value_heads=2),
+        predictor,
         AutoConfig.for_model("bert", **SMALL, **words, **dropout),
         **{"shared_dim": 8, "num_frames": 2, **options},
     )
@@ -58,6 +64,12 @@ def processor_of(model, tokens=None, frames=None):
         target_tokenizer=tokens or tokenizer(),
         image_processor=frames or plain_frames(16),
     )
+
+
+def exact() -> dict[str, Any]:
+    """The model and the processor of a run that is compared with another by the bound `EXACT`."""
+    model, processor = parts(exact=True)
+    return {"model": model, "processor": processor}
 
 
 def make_clips(count: int = 10, seed: int = 0) -> list[Clip]:
@@ -119,15 +131,6 @@ def history(trainer, key: str) -> list[float]:
 
 def moved(start: dict[str, Tensor], now: dict[str, Tensor]) -> set[str]:
     return {name for name in start if not torch.equal(start[name], now[name])}
-
-
-def assert_close(a: dict, b: dict, *, start: dict | None = None, tolerance: float = 3e-6) -> None:
-    assert a.keys() == b.keys()
-    if start is not None:
-        most = max((a[name] - start[name]).abs().max().item() for name in a)
-        assert most > 100 * tolerance, "nothing was trained: equal weights would prove nothing"
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def count_calls(module) -> list:

@@ -19,6 +19,7 @@ from llm_jepa.core.files import text_key
 from llm_jepa.vl.arguments import VLDataArguments
 from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair, clips_sha256, read_clips
 from llm_jepa.vl.loading import load_clips
+from tests.conftest import EXACT
 from tests.vl.runs import TEXTS, make_clips, parts, processor_of, tokenizer
 
 
@@ -86,7 +87,7 @@ def test_a_clip_of_few_pairs_gives_all_of_them_in_order():
 @pytest.mark.parametrize("x", ["vit", "vjepa2"])
 def test_pairs_that_share_a_clip_or_a_text_are_what_they_are_alone(x):
     """And the clip and the text are there once."""
-    model, processor = parts(x)
+    model, processor = parts(x, exact=True)
     model.eval()
     dataset = ClipDataset(make_clips(6), num_frames=2, pairs_per_clip=3)
     items = [dataset[i] for i in (0, 1, 2, 4, 5)]
@@ -105,8 +106,8 @@ def test_pairs_that_share_a_clip_or_a_text_are_what_they_are_alone(x):
             if pair.query:
                 alone |= processor(query=pair.query)
             found = model(**alone)
-            torch.testing.assert_close(together.predicted[row], found.predicted[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(together.target[row], found.target[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together.predicted[row], found.predicted[0], rtol=0, atol=EXACT)
+            torch.testing.assert_close(together.target[row], found.target[0], rtol=0, atol=EXACT)
         assert not torch.allclose(together.predicted[1], together.predicted[2], atol=1e-3), "queries change nothing"
 
 

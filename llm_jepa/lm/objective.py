@@ -247,6 +247,20 @@ class LLMJEPALoss:
         return at_least_float32(gather_states(hidden, batch["context_at"])), at_least_float32(target)
 
 
+def sums_of_examples(losses: Losses, batch: dict[str, Tensor], part: MicroBatch) -> Tensor:
+    """[B, 4]: the LM loss, labels, pair loss and pairs of each example of a micro-batch."""
+    # A label belongs to the last LM row that starts before it.
+    starts, order = batch["lm_at"].sort()  # [B] each
+    example_of_label = order[torch.searchsorted(starts, losses.label_at, right=True) - 1]  # [labels]
+    sums = losses.token_nll.new_zeros(4, len(starts))  # [4, B]
+    sums[0].index_add_(0, example_of_label, losses.token_nll)
+    sums[1] += torch.bincount(example_of_label, minlength=len(starts))
+    if losses.pair_loss is not None and part.example_of_pair is not None:
+        sums[2].index_add_(0, part.example_of_pair, losses.pair_loss.to(sums))
+        sums[3] += torch.bincount(part.example_of_pair, minlength=len(starts))
+    return sums.T
+
+
 @contextlib.contextmanager
 def seeded_dropout(name: str | None, device: torch.device) -> Iterator[None]:
     """Seed dropout from `name` inside the block; restore the run's random state afterwards. None changes nothing."""

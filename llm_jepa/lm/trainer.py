@@ -40,7 +40,7 @@ from .batching import JEPACollator, Layout, lm_rows_only
 from .card import write_model_card
 from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, training_collator, view_columns
 from .loading import model_from, tokenizer_from
-from .objective import JEPATerm, LLMJEPALoss
+from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
 from .probe import agree_on_layout
@@ -123,7 +123,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self._check_support()
+        check_support(self)
         config = model.config.get_text_config()
         self.term = JEPATerm(args, config.hidden_size, args.device, model.dtype)
         self.losses = LLMJEPALoss(args, model, self.term, self.masked_ids, self.aux_loss_enabled)
@@ -138,28 +138,6 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         if isinstance(self.eval_dataset, dict):
             self.bank_prefix = f"eval_{next(iter(self.eval_dataset))}"
         self._bank = make_bank(self.eval_dataset, self._bank_collator, args)
-
-    def _check_support(self) -> None:
-        """Raises UserError for parallelism and losses that would be dropped silently; warns of narrow weights."""
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
-        if (self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and not self.is_fsdp_enabled:
-            raise UserError(
-                "FSDP was asked for, but without GPUs Accelerate silently uses DDP instead; use --launch cpu."
-            )
-        family = type(self.base_model)
-        if self.aux_loss_enabled and not hasattr(sys.modules[family.__module__], "load_balancing_loss_func"):
-            raise UserError(
-                f"{family.__name__} has a router_aux_loss_coef, but transformers has no router loss for it; set "
-                "router_aux_loss_coef: 0."
-            )
-        narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-        if narrow:
-            logger.warning(
-                f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
-                "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
-            )
 
     def _set_layout(self) -> None:
         """Probe the model and make the collators of its layout."""
@@ -325,16 +303,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         plan = plan_alone(inputs, self.args, self.layout, step=EVALUATION)
         (part,) = plan.micro_batches
         out = self.losses(model, inputs, plan, part)
-        # A label belongs to the last LM row that starts before it.
-        starts, order = inputs["lm_at"].sort()  # [B] each
-        example_of_label = order[torch.searchsorted(starts, out.label_at, right=True) - 1]  # [labels]
-        sums = out.token_nll.new_zeros(4, len(starts))  # [4, B]
-        sums[0].index_add_(0, example_of_label, out.token_nll)
-        sums[1] += torch.bincount(example_of_label, minlength=len(starts))
-        if out.pair_loss is not None and part.example_of_pair is not None:
-            sums[2].index_add_(0, part.example_of_pair, out.pair_loss.to(sums))
-            sums[3] += torch.bincount(part.example_of_pair, minlength=len(starts))
-        return sums.T
+        return sums_of_examples(out, inputs, part)
 
     def figures(self, totals: list[float]) -> dict[str, float]:
         lm_sum, labels, pair_sum, pairs = totals
@@ -446,3 +415,25 @@ def prepare_model(
         "num_predictor_tokens": len(predictor_ids),
     }
     return predictor_ids
+
+
+def check_support(trainer: LLMJEPATrainer) -> None:
+    """Raises UserError for parallelism and losses that would be dropped silently; warns of narrow weights."""
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
+    wants_fsdp = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if wants_fsdp and not trainer.is_fsdp_enabled:
+        raise UserError("FSDP was asked for, but without GPUs Accelerate silently uses DDP instead; use --launch cpu.")
+    model_class = type(trainer.base_model)
+    if trainer.aux_loss_enabled and not hasattr(sys.modules[model_class.__module__], "load_balancing_loss_func"):
+        raise UserError(
+            f"{model_class.__name__} has a router_aux_loss_coef, but transformers has no router loss for it; set "
+            "router_aux_loss_coef: 0."
+        )
+    narrow = {p.dtype for p in trainer.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+    if narrow:
+        logger.warning(
+            f"Trainable weights are {narrow.pop()}: few move in a step of a small learning rate (30 % at "
+            "2e-5 in bfloat16). Keep dtype: float32 and set bf16: true for autocast."
+        )

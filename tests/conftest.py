@@ -238,3 +238,16 @@ def config(output_dir: object, **options: object) -> LLMJEPAConfig:
         "diagnostics_pairs": 0,
     }
     return LLMJEPAConfig(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def expect_refusal(capsys, argv, *said):
+    """A command that ends with exit code 2 and one line on stderr that says all of `said`, without a traceback."""
+    from llm_jepa.cli import main
+
+    capsys.readouterr()
+    code = main(argv)
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("llm-jepa:")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    for text in said:
+        assert text in lines[0], lines[0]

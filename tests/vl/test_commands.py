@@ -22,7 +22,7 @@ from llm_jepa.vl.arguments import VLJEPATrainingArguments, VLModelArguments
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.y_decoder import YDecoder
-from tests.conftest import FLOAT32, assert_same_weights
+from tests.conftest import FLOAT32, assert_same_weights, expect_refusal
 from tests.ranks import on_ranks
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.2}
@@ -375,17 +375,6 @@ def test_other_trainings_on_two_ranks_are_those_of_one_process(recipe, data, tmp
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
-
-
-def expect_refusal(capsys, argv, *said):
-    """Exit code 2, one line on stderr that says all of `said`, no traceback."""
-    capsys.readouterr()
-    code = main(argv)
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line.startswith("llm-jepa:")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    for text in said:
-        assert text in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,415 @@
+"""Claims about the commands of language models: the main job works; a mistake is one line, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from llm_jepa.cli import main
+from tests.conftest import LLAMA, expect_refusal
+
+RECIPE = {
+    "family": "lm",
+    "model_config": LLAMA,
+    "tokenizer_vocab_size": 320,
+    "num_predictor_tokens": 1,
+    "use_cpu": True,
+    "activation_checkpointing": False,
+    "learning_rate": 0.01,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "per_device_train_batch_size": 4,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "diagnostics_pairs": 8,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, rows):
+    """A function that writes a recipe (RECIPE with changes; None removes a key) and returns its path."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**changes):
+        values = {**RECIPE, "train_data": str(data), "output_dir": str(tmp_path / "run"), **changes}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, rows) -> Path:
+    """One model trained by the command line, for the tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {**RECIPE, "train_data": str(data), "output_dir": str(folder / "run"), "validation_rows": 12}
+    values |= {"eval_strategy": "steps", "eval_steps": 2, "num_predictor_tokens": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder / "run"
+
+
+# -- the main job ---------------------------------------------------------------------------------------------------
+
+
+def test_trained_model_loads_in_a_fresh_process_with_plain_transformers(trained):
+    """No import of llm_jepa; logits of a known input equal those of the weights on disk."""
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+assert "llm_jepa" not in sys.modules and model.config.use_cache
+turns = [{"role": "user", "content": "lines with a vowel"}]
+text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+print("TEXT", repr(tokenizer.decode(out[0, ids.shape[1]:])))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(trained)], capture_output=True, text=True)
+    assert done.returncode == 0 and "TEXT" in done.stdout, done.stderr[-1500:]
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    assert "is_local" not in config and "local_files_only" not in config
+    assert not list(trained.rglob("*.bin")), "a pickle was left behind"
+    card = (trained / "README.md").read_text()
+    assert "| num_predictor_tokens | 2 |" in card and "effective_rank_target" in card
+
+
+def test_generate_prints_and_writes(trained, tmp_path, rows, capsys):
+    assert main(["generate", str(trained), "--prompt", "lines with a vowel", "--max_new_tokens", "4"]) == 0
+    assert "'lines with a vowel' -> " in capsys.readouterr().out
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    assert main(["generate", str(trained), "--input", str(data), "--output", str(out), "--max_new_tokens", "4"]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [row["messages"][:-1] for row in rows[:5]]
+    assert all(set(line) == {"prompt", "text", "stopped"} for line in lines)
+
+
+def test_embed_writes_what_the_model_computes(trained, tmp_path, rows):
+    """Against separate forward passes: the context at its last predictor token, the target at its last token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llm_jepa.lm.views import build_views
+
+    data, out = tmp_path / "rows.jsonl", tmp_path / "pairs.safetensors"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert main(["embed", str(trained), "--input", str(data), "--output", str(out), "--batch_size", "2"]) == 0
+    saved = load_file(out)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    predictors = tokenizer.convert_tokens_to_ids(["<|predictor_1|>", "<|predictor_2|>"])
+    for i, row in enumerate(rows[:3]):
+        views = build_views(row, tokenizer)
+        for name, ids in (("context", views.contexts[0] + predictors), ("target", views.targets[0])):
+            hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            torch.testing.assert_close(saved[name][i], hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_dry_run_shows_recipe_row_and_cost_and_trains_nothing(recipe, tmp_path, capsys):
+    assert main(["train", recipe(), "--dry-run", "--jepa_weight", "0.25"]) == 0
+    out = capsys.readouterr().out
+    assert "jepa_weight: 0.25" in out and "<|predictor_1|>" in out and "x (context_view prefix" in out
+    assert re.search(
+        r"context +1 tokens, positions (\d+)\.\.\1, sees itself and the first \1 tokens of the LM row", out
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_the_baseline_adds_nothing(recipe, capsys):
+    assert main(["train", recipe(), "--dry-run", "--jepa_weight", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "1.00 x" in out and "plain SFT" in out and "predictor" not in out.split("# The first row")[1]
+
+
+def test_resume_continues_and_equals_the_uninterrupted_run(recipe, tmp_path):
+    assert main(["train", recipe(output_dir=str(tmp_path / "whole"))]) == 0
+    path = recipe(output_dir=str(tmp_path / "cut"))
+    assert main(["train", path]) == 0
+    # As a kill during the second save would leave it: the newest checkpoint is torn, the one before is whole.
+    weights = tmp_path / "cut" / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_resuming_a_finished_run_takes_no_step(best, recipe, tmp_path, capsys):
+    """transformers would train one step more. If the final save is missing, it is made from the checkpoint to keep."""
+    options = {"lr_scheduler_type": "constant", "validation_rows": 12, "eval_strategy": "steps", "eval_steps": 2}
+    path = recipe(**options, load_best_model_at_end=best, metric_for_best_model="eval_lm_loss", greater_is_better=False)
+    weights = tmp_path / "run" / "model.safetensors"
+    assert main(["train", path]) == 0
+    before = weights.read_bytes()
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    assert "already finished (4 steps)" in capsys.readouterr().out and weights.read_bytes() == before
+    weights.unlink()
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    a, b = load_file(weights), load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert weights.read_bytes() == before and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_lora_run_leaves_a_plain_merged_model_and_the_adapter(recipe, trained, tmp_path):
+    path = recipe(
+        model_config=None, model_name_or_path=str(trained), use_peft=True, lora_r=4, lora_target_modules="all-linear"
+    )
+    assert main(["train", path]) == 0
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    before, after = load_file(trained / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name]), "the adapter was not merged"
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_launch_with_a_file_that_asks_for_one_process_runs_once(recipe, tmp_path, capfd):
+    """Such a file sets no LOCAL_RANK, so a child that saw --launch again would launch for ever."""
+    config = tmp_path / "one.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
+    assert main(["train", recipe(max_steps=1), "--launch", str(config)]) == 0
+    assert capfd.readouterr().out.count("Saved to") == 1
+
+
+def test_saved_table_and_card_are_of_the_best_step(recipe, tmp_path, capsys):
+    """A learning rate that helps first and harms then: the last evaluation is not that of the saved weights."""
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_lm_loss", "greater_is_better": False}
+    path = recipe(
+        validation_rows=12, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=6, optim="sgd",
+        learning_rate=3.0, lr_scheduler_type="constant", max_grad_norm=0.0, per_device_train_batch_size=8,
+        objective="cosine", **options,
+    )  # fmt: skip
+    assert main(["train", path]) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 6, "the last step is the best: this would prove nothing"
+    assert f"saved weights (step {state['best_global_step']})" in capsys.readouterr().out
+    assert f"(step {state['best_global_step']})" in (tmp_path / "run" / "README.md").read_text()
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------
+
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}
+BAD_ROWS = {
+    "no completion": ([{"prompt": "a", "completion": ""}], "row 0 has no completion"),
+    "no known columns": ([{"text": "a"}], "row 0: found the columns ['text']"),
+    "ends with the user": ([{"messages": MESSAGES["messages"][:1]}], "ends with role 'user'"),
+    "content is no text": (
+        [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}],
+        "has no text content",
+    ),
+    "second row is bad": ([MESSAGES, {"messages": []}], "row 1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"jepa_wieght": 1.0}, "did you mean 'jepa_weight'"),
+        ({"warmup_ratio": 0.1}, "warmup_steps"),
+        ({"num_predictor_tokens": 2.7}, "num_predictor_tokens: expected int, got 2.7"),
+        ({"learning_rate": [1e-5]}, "learning_rate: expected float"),
+        ({"objective": "cosin"}, "one of info_nce, cosine"),
+        ({"use_peft": "yes"}, "use_peft: expected true or false"),
+        ({"train_data": None}, "no train_data"),
+        ({"output_dir": None}, "no output_dir"),
+        ({"train_data": "nowhere.jsonl"}, "No data file at nowhere.jsonl"),
+        ({"model_config": None}, "exactly one of model_name_or_path"),
+        ({"model_config": {"model_type": "lama"}}, "no model_type 'lama'"),
+        ({"model_config": {**LLAMA, "hidden_sise": 3}}, "llama has no hidden_sise"),
+        ({"model_config": {"model_type": "t5"}}, "model_type 't5'"),
+        (
+            {"attn_implementation": "sdpa", "model_config": {"model_type": "bloom", "n_layer": 1, "hidden_size": 32}},
+            "'bloom'",
+        ),
+        ({"train_sampling_strategy": "by_length"}, "one of random, sequential, group_by_length"),
+        ({"lora_r": 8}, "use_peft: true"),
+        ({"report_to": "wandb"}, "wandb"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be 1 or more"),
+        ({"num_predictor_tokens": 0, "attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+        ({"model_config": None, "model_name_or_path": "./no/such/folder"}, "No model folder"),
+        ({"tokenizer_vocab_size": 100}, "tokenizer_vocab_size=100"),
+        ({"packing": True}, "packing=True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"loss_type": "dft"}, "loss_type"),
+        ({"jepa_weight": -1}, "jepa_weight"),
+        ({"num_predictor_tokens": 11}, "0..10"),
+        ({"max_length": 5}, "no completion token is left after truncation to max_length=5"),
+        ({"eval_strategy": "steps", "eval_steps": 2}, "nothing to evaluate on"),
+        ({"validation_rows": 48}, "leaves nothing"),
+        ({"chat_template_path": "none.jinja"}, "No chat template"),
+        ({"chat_template_path": "some/model"}, ".jinja"),
+        ({"eval_strategy": "sometimes"}, "sometimes"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"bf16": True, "fp16": True}, "fp16"),
+        ({"report_to": "nothing_known"}, "nothing_known"),
+    ],
+)
+def test_recipe_mistakes(changes, said, recipe, tmp_path, capsys):
+    expect_refusal(capsys, ["train", recipe(**changes)], said)
+    assert not list((tmp_path / "run").rglob("*")), "a run that cannot start must leave the folder free"
+
+
+@pytest.mark.parametrize("case", list(BAD_ROWS))
+def test_bad_rows_name_the_row_and_the_field(case, recipe, tmp_path, capsys):
+    rows, said = BAD_ROWS[case]
+    data = tmp_path / "bad.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expect_refusal(capsys, ["train", recipe(train_data=str(data))], said)
+    assert not list((tmp_path / "run").rglob("*")), "a run that cannot start must leave the folder free"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "holds no rows"),
+        (b'{"prompt": "a"', "line 1 is not JSON"),
+        (b"[1]\n", "JSON object"),
+    ],
+)
+def test_unreadable_data_files(content, said, recipe, tmp_path, capsys):
+    data = tmp_path / "bad.jsonl"
+    data.write_bytes(content)
+    expect_refusal(capsys, ["train", recipe(train_data=str(data))], "bad.jsonl", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--learning_rate"], "--learning_rate has no value"),
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["extra"], "Unexpected argument 'extra'"),
+        (["--max_steps", "many"], "max_steps: expected int"),
+        (["--num_processes", "2"], "--num_processes needs --launch"),
+        (["--launch", "tpu"], "'tpu' is not one of cpu, ddp, fsdp2, zero3"),
+        (["--launch", "cpu", "--num_processes", "none"], "must be a whole number"),
+        (["--launch", "fsdp2"], "needs GPUs"),
+        (["--launch", "ddp"], "needs GPUs"),
+    ],
+)
+def test_command_line_mistakes(arguments, said, recipe, capsys):
+    expect_refusal(capsys, ["train", recipe(), *arguments], said)
+
+
+def test_output_dir_of_another_run_is_left_alone(recipe, trained, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    expect_refusal(
+        capsys, ["train", recipe(output_dir=str(trained))], "holds a run already", "--resume_from_checkpoint true"
+    )
+    expect_refusal(
+        capsys, ["train", recipe(output_dir=str(trained)), "--resume_from_checkpoint", "true"], "the run has changed"
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    expect_refusal(capsys, ["train", recipe(output_dir=str(tmp_path / "mine"))], "is not empty")
+    expect_refusal(capsys, ["train", recipe(output_dir=str(tmp_path / "mine" / "thesis.txt"))], "is a file")
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_resume_mistakes(recipe, tmp_path, capsys):
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "no run to resume")
+    assert main(["train", recipe()]) == 0
+    expect_refusal(
+        capsys, ["train", recipe(learning_rate=0.5), "--resume_from_checkpoint", "true"], "learning_rate: 0.01 -> 0.5"
+    )
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", str(tmp_path / "x")], "no such folder")
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "optimizer.pt is missing")
+
+
+def test_resume_on_another_number_of_processes_is_refused(recipe, tmp_path, capsys):
+    assert main(["train", recipe()]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "num_processes": 2}))
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "num_processes: 2 -> 1")
+
+
+def test_resume_without_optimizer_state_is_refused(recipe, capsys):
+    assert main(["train", recipe(save_only_model=True)]) == 0
+    expect_refusal(
+        capsys, ["train", recipe(save_only_model=True), "--resume_from_checkpoint", "true"], "no optimizer state"
+    )
+
+
+def test_processes_that_cannot_see_each_other_are_refused(recipe, monkeypatch, capsys):
+    """torchrun on a machine without GPUs and without use_cpu: each rank would train into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expect_refusal(capsys, ["train", recipe(use_cpu=None)], "2 processes were started and cannot see each other")
+
+
+def test_existing_output_is_not_overwritten(trained, tmp_path, rows, capsys):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps(rows[0]) + "\n")
+    out.write_text("kept")
+    for command in (["generate", str(trained), "--prompt", "x"], ["embed", str(trained), "--input", str(data)]):
+        expect_refusal(capsys, [*command, "--output", str(out)], "exists; name a new file")
+        expect_refusal(capsys, [*command, "--output", str(tmp_path / "no" / "o")], "No folder")
+    assert out.read_text() == "kept"
+
+
+def test_a_best_metric_nobody_computes(recipe, capsys):
+    path = recipe(
+        validation_rows=12, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True,
+        metric_for_best_model="bleu",
+    )  # fmt: skip
+    expect_refusal(capsys, ["train", path], "metric_for_best_model", "bleu")
+
+
+def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "no config.json")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((trained / name).read_bytes())
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "Cannot load a model")
+    save_file({"nothing": torch.zeros(1)}, broken / "model.safetensors", metadata={"format": "pt"})
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "partly random")
+    (broken / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "not a causal LM")
+
+
+def test_predictor_tokens_missing_from_the_tokenizer(trained, tmp_path, rows, capsys):
+    from llm_jepa.lm.from_scratch import train_tokenizer
+
+    for path in trained.iterdir():
+        if path.is_file() and "token" not in path.name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    train_tokenizer(rows, 320).save_pretrained(tmp_path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(rows[0]) + "\n")
+    expect_refusal(
+        capsys, ["embed", str(tmp_path), "--input", str(data), "--output", str(tmp_path / "o")], "lacks <|predictor_1|>"
+    )
+
+
+def test_pickled_weights_are_not_loaded(trained, tmp_path, capsys):
+    """A .bin checkpoint could run code; only safetensors are read."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    torch.save(load_file(trained / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    expect_refusal(capsys, ["generate", str(tmp_path), "--prompt", "x"], "Cannot load a model")
+
+
+def test_non_finite_loss_exits_with_3(recipe, capsys):
+    """A learning rate that overflows float32 within a few steps."""
+    assert main(["train", recipe(), "--learning_rate", "1e30", "--max_grad_norm", "0", "--optim", "sgd"]) == 3
+    assert "not finite at step" in capsys.readouterr().err

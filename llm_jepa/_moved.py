@@ -1,4 +1,4 @@
-"""Old import paths and names, for one version: those that users could have typed still work, with a warning.
+"""Old import paths and names, until version 0.3: those that users could have typed still work, with a warning.
 
 Other modules have moved too. Importing one of them by its old path fails with a line that says where it is.
 """

@@ -135,6 +135,13 @@ def test_the_family_is_no_part_of_the_identity_of_a_run(name, file):
             [],
             "unknown key 'jepa_weight' of family: vl: it belongs to family: lm",
         ),
+        (
+            "family: lm\nx_encoder: some/vit\nlearnin_rate: 1\npairs_per_clip: 3\n",
+            [],
+            "unknown key 'learnin_rate'; did you mean 'learning_rate'?; unknown keys 'x_encoder', 'pairs_per_clip' of "
+            "family: lm: they belong to family: vl; write `family: vl` into the recipe to train one, or remove the "
+            "keys",
+        ),
         ("family: vl\nvl_model: x\nlearnin_rate: 1\n", [], "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
     ],
 )

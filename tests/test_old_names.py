@@ -89,3 +89,5 @@ def test_old_commands_still_run(module):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "usage: python -m llm_jepa.synthetic" in done.stdout, done.stderr
+    name = module.rpartition(".")[2]
+    assert f"{module} has moved; run python -m llm_jepa.synthetic.{name}." in done.stderr

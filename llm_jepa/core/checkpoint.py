@@ -110,7 +110,10 @@ def _check_is_same_run(folder: Path, run: dict[str, Any]) -> None:
     try:
         before = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError):
-        raise UserError(f"output_dir {folder} has no {RUN_FILE}, so no run to resume; start a new one.") from None
+        raise UserError(
+            f"output_dir {folder} has no {RUN_FILE}, so there is no run to resume; "
+            "leave out --resume_from_checkpoint to start one."
+        ) from None
     changed = sorted(key for key in {*before, *run} if before.get(key) != run.get(key))
     if changed:
         examples = "; ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed[:3])

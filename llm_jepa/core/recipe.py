@@ -115,7 +115,7 @@ def parse(
     path, fields = source.path, recipe_fields(groups)
 
     def unknown(keys: Iterable[str], dashes: str = "") -> str:
-        return "; ".join(_unknown(key, list(fields), owner(key), family, dashes) for key in keys if key not in fields)
+        return "; ".join(_unknown([key for key in keys if key not in fields], list(fields), owner, family, dashes))
 
     values: dict[str, Any] = {}
     for file, keys in reversed(source.files):  # the child's keys win
@@ -252,18 +252,32 @@ def _build(group: type, resolved: Mapping[str, Any]) -> Any:
     return group(**{key: value for key, value in resolved.items() if key in names})
 
 
-def _unknown(key: str, known: list[str], owner: str | None, family: str, dashes: str) -> str:
-    """Why a key cannot be used, and what to write instead."""
-    name = f"unknown key {dashes + key!r}"
-    if key in RENAMED:
-        return f"{name}: use {RENAMED[key]}"
-    if owner is not None:
-        return (
-            f"{name} of family: {family}: it belongs to family: {owner}; write `family: {owner}` into the recipe to "
-            f"train one, or remove the key"
+def _unknown(
+    keys: Iterable[str], known: list[str], owner: Callable[[str], str | None], family: str, dashes: str
+) -> list[str]:
+    """Why these keys cannot be used, and what to write instead. Keys of one other family share one message."""
+    messages: list[str] = []
+    foreign: dict[str, list[str]] = {}  # other family -> its keys
+    for key in keys:
+        name = repr(dashes + key)
+        other = owner(key)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if key in RENAMED:
+            messages.append(f"unknown key {name}: use {RENAMED[key]}")
+        elif other is not None:
+            foreign.setdefault(other, []).append(name)
+        elif near:
+            messages.append(f"unknown key {name}; did you mean {near[0]!r}?")
+        else:
+            messages.append(f"unknown key {name}; see llm-jepa train --help")
+    for other, names in foreign.items():
+        is_one = len(names) == 1
+        messages.append(
+            f"unknown {'key' if is_one else 'keys'} {', '.join(names)} of family: {family}: "
+            f"{'it belongs' if is_one else 'they belong'} to family: {other}; write `family: {other}` into the recipe "
+            f"to train one, or remove the {'key' if is_one else 'keys'}"
         )
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"{name}; did you mean {near[0]!r}?" if near else f"{name}; see llm-jepa train --help"
+    return messages
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

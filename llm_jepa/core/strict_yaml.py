@@ -41,13 +41,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError for anything else."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No recipe at {path}; write llm-jepa train RECIPE.yaml --field value, the recipe first.")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a recipe (.yaml) in it.")
+        raise UserError(
+            f"No recipe at {path}; check the path (it is relative to the current folder). The recipe comes first: "
+            "llm-jepa train RECIPE.yaml --field value."
+        )
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes; a recipe is a page of YAML (limit {MAX_BYTES}).")
     try:
         value = load_yaml(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {one_line(error, 300)}") from None
+    if value is None:
+        raise UserError(f"{path} is empty; a recipe holds `key: value` lines.")
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold `key: value` lines, found {type(value).__name__}.")
     return value

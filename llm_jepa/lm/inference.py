@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
@@ -23,6 +24,8 @@ from ..core.losses import at_least_float32
 from .views import end_of_turn_ids
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages
+# transformers 5.24 renamed it and warns about the old name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Plain argmax decoding, whatever a checkpoint's generation_config asks for (Qwen2.5: repetition_penalty).
 PLAIN = {
     "repetition_penalty": 1.0,
@@ -144,7 +147,6 @@ def _continue(
         output = model.generate(
             input_ids=torch.tensor(ids).to(model.device),  # [B, L]
             attention_mask=torch.tensor(mask).to(model.device),
-            past_key_values=cache,
             max_new_tokens=max(room),
             do_sample=False,
             num_beams=1,
@@ -153,6 +155,7 @@ def _continue(
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([few_left] if may_end_early else []),
             **PLAIN,
+            **({} if cache is None else {CACHE: cache}),
         )
     return [new[:limit] for new, limit in zip(output[:, length:].tolist(), room, strict=True)]
 
@@ -172,7 +175,7 @@ def _shared_prefix(model: PreTrainedModel, encoded: Sequence[list[int]]) -> tupl
     if shared < 8 or not rotary:
         return 0, None
     ids = torch.tensor([encoded[0][:shared]], device=model.device)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).get("past_key_values")
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).get(CACHE)
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return 0, None
     return shared, cache

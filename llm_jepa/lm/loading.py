@@ -118,7 +118,7 @@ def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot load a tokenizer from {source!r}: {first_line(error)}") from None
+        raise UserError(f"Cannot load a tokenizer from {source!r}{_no_folder(source)}: {first_line(error)}") from None
 
 
 def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTrainedModel:
@@ -127,7 +127,7 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot load a model from {source!r}: {first_line(error)}") from None
+        raise UserError(f"Cannot load a model from {source!r}{_no_folder(source)}: {first_line(error)}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source!r} is a {config.model_type} model, not a causal LM; choose one that generates.")
     logging.disable_progress_bar()  # hides the bar of every weight file; training has its own
@@ -188,6 +188,11 @@ def _read_jsonl(path: Path) -> Dataset:
         return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
     except Exception as error:  # pyarrow raises many types if a column changes its type
         raise UserError(f"{path}: rows differ in the type of a column: {first_line(error)}") from None
+
+
+def _no_folder(source: str) -> str:
+    """A hint for who mistyped a folder: it was taken for a Hub id."""
+    return "" if Path(source).is_dir() else " (a Hub id, because the current folder has no such folder)"
 
 
 def _check_folder(source: str) -> None:

@@ -89,7 +89,7 @@ print("TEXT", repr(tokenizer.decode(out[0, ids.shape[1]:])))
     assert "| num_predictor_tokens | 2 |" in card and "effective_rank_target" in card
 
 
-def test_generate_prints_and_writes(trained, tmp_path, rows, capsys):
+def test_generate_prints_and_writes(trained, tmp_path, rows, capsys, recwarn):
     assert main(["generate", str(trained), "--prompt", "lines with a vowel", "--max_new_tokens", "4"]) == 0
     assert "'lines with a vowel' -> " in capsys.readouterr().out
     data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
@@ -98,6 +98,7 @@ def test_generate_prints_and_writes(trained, tmp_path, rows, capsys):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [row["messages"][:-1] for row in rows[:5]]
     assert all(set(line) == {"prompt", "text", "stopped"} for line in lines)
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)], "noise for the user"
 
 
 def test_embed_writes_what_the_model_computes(trained, tmp_path, rows):
@@ -325,7 +326,7 @@ def test_output_dir_of_another_run_is_left_alone(recipe, trained, tmp_path, caps
 
 
 def test_resume_mistakes(recipe, tmp_path, capsys):
-    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "no run to resume")
+    expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "leave out --resume_from")
     assert main(["train", recipe()]) == 0
     expect_refusal(
         capsys, ["train", recipe(learning_rate=0.5), "--resume_from_checkpoint", "true"], "learning_rate: 0.01 -> 0.5"
@@ -378,6 +379,7 @@ def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_pa
     broken = tmp_path / "broken"
     broken.mkdir()
     expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "no config.json")
+    expect_refusal(capsys, ["generate", "mistyped", "--prompt", "x"], "the current folder has no such folder")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((trained / name).read_bytes())
     expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "Cannot load a model")

@@ -24,10 +24,16 @@ class NamedSums:
 
     def add(self, **amounts: Tensor | int) -> None:
         """Add a 0-d tensor or a count to each sum that is named. A KeyError says that a name does not exist."""
-        row = [amounts.pop(name, 0) for name in self.names]
+        row = []
+        for name in self.names:
+            amount = amounts.pop(name, 0)
+            if not isinstance(amount, Tensor):
+                # Filled in on the device. A copy from the CPU would wait until the device has caught up.
+                amount = torch.full((), amount, dtype=self.values.dtype, device=self.values.device)
+            row.append(amount.to(self.values))
         if amounts:
             raise KeyError(f"no sums are named {sorted(amounts)}; there are {self.names}")
-        self.values += torch.stack([torch.as_tensor(amount, device=self.values.device).float() for amount in row])
+        self.values += torch.stack(row)
 
     def over_ranks(self, accelerator: Any) -> dict[str, float]:
         """The sums of all ranks, by name. A collective call if there are several ranks."""

@@ -235,7 +235,9 @@ class JEPATrainer(SafeTrainer):
 
     def count_over_ranks(self, counts: Sequence[Tensor | int]) -> Tensor:
         """[n] counts of this rank -> [n] counts of all ranks, each at least 1. A collective call."""
-        counted = torch.stack([torch.as_tensor(count, device=self.args.device, dtype=torch.long) for count in counts])
+        counted = torch.zeros(len(counts), dtype=torch.long, device=self.args.device)
+        for i, count in enumerate(counts):
+            counted[i] += count  # no copy from the CPU, which would wait for the device
         if self.args.world_size > 1:
             counted = self.accelerator.reduce(counted, reduction="sum")
         return counted.clamp(min=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .batching import LM_ROW, PAD, Layout
+from .batching import PAD, Layout
 
 # segments: several sequences a row, kept apart by a mask. rows: one sequence a row. flat: all sequences in one row,
 # which flash attention keeps apart because positions restart.
@@ -21,11 +21,14 @@ def attention_of_views(layout: Layout) -> Attention:
     return by_layout[layout]
 
 
-def attention_of_lm_rows(layout: Layout, doc: Tensor, *, shares_rows: bool) -> Attention:
-    """How the model must attend to a batch of LM rows alone. `doc` [R, L] is read only if rows may be shared."""
+def attention_of_lm_rows(layout: Layout, batch: dict[str, Tensor]) -> Attention:
+    """How the model must attend to a batch of LM rows alone.
+
+    Shapes tell whether examples share rows: `lm_at` [B] is longer than `doc` [R, L]. Values would wait for the device.
+    """
     if layout != "packed":
         return attention_of_views(layout)
-    return "segments" if shares_rows and bool((doc > LM_ROW).any()) else "rows"
+    return "segments" if len(batch["lm_at"]) > len(batch["doc"]) else "rows"
 
 
 def model_inputs(batch: dict[str, Tensor], model: PreTrainedModel, attention: Attention) -> dict[str, Any]:

@@ -331,8 +331,11 @@ def lm_rows_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[rows, :length]
     padding = torch.arange(length, device=doc.device) >= count[rows, None]
     fill = {"input_ids": 0, **FILL}
-    return {
+    kept = {
         key: batch[key][rows].gather(1, order).masked_fill(padding, value)
         for key, value in fill.items()
         if key in batch
     }
+    row, column = batch["lm_at"] // doc.shape[1], batch["lm_at"] % doc.shape[1]  # [B] each
+    kept["lm_at"] = (rows.cumsum(0)[row] - 1) * length + keep.cumsum(1)[row, column] - 1
+    return kept

@@ -89,7 +89,7 @@ def plan_micro_batch(
     """The plan of one micro-batch; for `negatives: optimizer_step` its known loss comes later."""
     if compares in ("views", "known"):
         return MicroBatch(attention_of_views(layout), batch["example_of_pair"])
-    attention = attention_of_lm_rows(layout, batch["doc"], shares_rows=args.share_rows)
+    attention = attention_of_lm_rows(layout, batch)
     if compares == "tubes":
         tubes, owners = draw_tubes(batch, args, step=step)
         return MicroBatch(attention, owners, tubes)

@@ -69,8 +69,7 @@ def packed_pass(model, base, views, predictors, objective, weight, tmp_path, tok
     """The loss of the package on the collator's own batch."""
     batch = JEPACollator(tokenizer.pad_token_id, predictors, **collator)(views)
     layout = collator.get("layout", "packed")
-    share_rows = bool(collator.get("row_cost"))
-    return loss_of(batch, model, base, predictors, objective, weight, tmp_path, layout, share_rows=share_rows)
+    return loss_of(batch, model, base, predictors, objective, weight, tmp_path, layout)
 
 
 def loss_of(batch, model, base, predictors, objective, weight, tmp_path, layout="packed", **options):
@@ -206,7 +205,7 @@ def test_plain_collator_adds_no_token(rows, tokenizer):
     views = views_of(rows, tokenizer)
     batch = JEPACollator(tokenizer.pad_token_id, with_views=False)(views)
     assert not set(batch) & {"context_at", "target_at", "target_key", "example_of_pair"}
-    assert attention_of_lm_rows("packed", batch["doc"], shares_rows=True) == "rows", "no mask of its own is needed"
+    assert attention_of_lm_rows("packed", batch) == "rows", "no mask of its own is needed"
     mask = model_inputs(batch, tiny_model(tokenizer), "rows")["attention_mask"]
     assert set((batch["doc"] % KINDS)[mask.bool()].tolist()) == {LM_ROW}
     for row, real, view in zip(batch["input_ids"], mask, views, strict=True):
@@ -307,13 +306,15 @@ def test_lm_rows_only_is_the_batch_without_views(layout, label_protocol, rows, t
     dropped = lm_rows_only(batch)
     assert "context_at" in batch and "context_at" not in dropped and "target_at" not in dropped
     assert lm_rows(dropped) == lm_rows(plain) and len(lm_rows(plain)) == len(views)
-    assert set(dropped) == set(plain) - {"lm_at"}
+    assert set(dropped) == set(plain)
+    first = dropped["input_ids"].flatten()[dropped["lm_at"]]
+    assert torch.equal(first, plain["input_ids"].flatten()[plain["lm_at"]])
     if layout in ("packed", "separate"):
         there = plain["doc"] >= 0
-        for key in ("labels", "doc"):
+        for key in ("labels", "doc", "lm_at"):
             assert torch.equal(dropped[key], plain[key]), key
         assert torch.equal(dropped["input_ids"][there], plain["input_ids"][there])
-    options = {"layout": LAYOUTS[layout]["layout"], "share_rows": layout == "shared"}
+    options = {"layout": LAYOUTS[layout]["layout"]}
     losses = [loss_of(b, model, model, predictors, "cosine", 0.0, tmp_path, **options) for b in (plain, dropped)]
     reference = separate_passes(model, views, predictors, "cosine", 0.0)
     assert [loss.item() for loss in losses] == pytest.approx([reference.item()] * 2, rel=1e-9)

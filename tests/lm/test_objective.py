@@ -226,6 +226,18 @@ def test_shared_rows_are_rows_of_their_own(options, rows_with_views, tokenizer, 
     assert history(shared, "num_tokens") == history(apart, "num_tokens")
 
 
+@pytest.mark.parametrize("options", [
+    {"jepa_weight": 0.0}, {"jepa_weight": 1.0, "objective": "stp"}, {"jepa_weight": 1.0, "jepa_dropout": 0.5},
+])  # fmt: skip
+def test_a_users_collator_may_share_rows(options, dataset, tokenizer, tmp_path):
+    """`trainer.data_collator` may be replaced. The batch says whether its rows are shared, not `share_rows`."""
+    apart, start = run(dataset, tokenizer, tmp_path / "a", **options)
+    shared = make(dataset, tokenizer, config(tmp_path / "b", **options), model=exact_model(tokenizer))
+    shared.data_collator = replace(shared.data_collator, row_cost=10**9)
+    shared.train()
+    assert_same_weights(weights(shared), weights(apart), start=start)
+
+
 # -- jepa_dropout ----------------------------------------------------------------------------------------------------
 
 

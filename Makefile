@@ -12,7 +12,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow"

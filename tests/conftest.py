@@ -1,12 +1,16 @@
-"""Tiny offline models and rows. One thread: these matrices are too small to share, and waiting threads only cost."""
+"""Tiny models and rows that need no network, and how close two computations of the same number must be.
+
+One thread: these matrices are too small to share. LLM_JEPA_TEST_THREADS=2 asks for two.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 
+THREADS = os.environ.get("LLM_JEPA_TEST_THREADS", "1")
 for key, value in {
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": THREADS,
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -27,7 +31,7 @@ from llm_jepa.lm.arguments import LLMJEPAConfig
 from llm_jepa.lm.from_scratch import random_model, train_tokenizer
 from llm_jepa.synthetic import nl_rx
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 disable_progress_bar()
 settings.register_profile("any machine", deadline=None)  # no test is about time
 settings.load_profile("any machine")

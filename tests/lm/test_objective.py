@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -26,8 +27,9 @@ from llm_jepa.core.errors import UserError
 from llm_jepa.core.losses import jepa_loss, random_slices, sigreg, vicreg
 from llm_jepa.core.pairs import SLICES
 from llm_jepa.core.trainer import EVALUATION
+from llm_jepa.lm import objective as objective_module
 from llm_jepa.lm.from_scratch import random_model
-from llm_jepa.lm.objective import JEPATerm
+from llm_jepa.lm.objective import JEPATerm, seeded_dropout
 from llm_jepa.lm.plan import KnownLoss
 from llm_jepa.lm.tubes import draw_tube
 from tests.conftest import EXACT, LLAMA, LOGGED, assert_same_weights, config, exact_model, tiny_model
@@ -337,7 +339,7 @@ def test_dropout_is_drawn_again(options, dataset, tokenizer, tmp_path, monkeypat
         tmp_path, negatives="optimizer_step", gradient_accumulation_steps=2, per_device_train_batch_size=4, **options
     )
     trainer = make(dataset, tokenizer, args, model=tiny_model(tokenizer, attention_dropout=0.3))
-    seen, learnt = [], []
+    seen, learnt, seeds = [], [], []
     compare_step, at = trainer.term.compare_step, KnownLoss.at
 
     def first_pass(embeddings, target_keys, *, step):
@@ -348,10 +350,16 @@ def test_dropout_is_drawn_again(options, dataset, tokenizer, tmp_path, monkeypat
         learnt.append(predicted.detach())
         return at(known, predicted, target)
 
+    def recorded(name, device):
+        seeds.append(name)
+        return seeded_dropout(name, device)
+
     trainer.term.compare_step = first_pass
     monkeypatch.setattr(KnownLoss, "at", second_pass)
+    monkeypatch.setattr(objective_module, "seeded_dropout", recorded)
     trainer.train()
     assert len(seen) == len(learnt) == 6
+    assert len(set(seeds)) == 6 and set(Counter(seeds).values()) == {2}, "a seed for each micro-batch of each step"
     for a, b in zip(seen, learnt, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     trainer.model.eval()

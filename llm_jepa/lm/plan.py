@@ -104,7 +104,7 @@ def plan_alone(batch: dict[str, Tensor], args: LLMJEPAConfig, layout: Layout, *,
     part = plan_micro_batch(batch, args, layout, compares, step=step)
     labels = count_labels(batch)
     pairs = torch.as_tensor(max(part.num_pairs, 1), device=labels.device)
-    return LMStepPlan(step, pairs, compares, labels, (part,))
+    return LMStepPlan(step, pairs, compares, labels.clamp(min=1), (part,))
 
 
 def count_labels(batch: dict[str, Tensor]) -> Tensor:

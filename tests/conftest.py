@@ -132,11 +132,12 @@ MORE_FAMILIES = {
 }  # fmt: skip
 
 
-# How far two computations of the same number may be apart, relative to it. Measured: 1e-15 after a few steps of SGD in
-# float64, on the largest weight. A wrong factor or a missing pair changes 1e-3 and more.
-EXACT = 1e-12  # both in float64
+# How far two computations of the same number may be apart, relative to it. They add up in another order, by batches,
+# ranks, threads or the instructions of the processor. A wrong factor or a missing pair changes 1e-3 and more.
+EXACT = 1e-12  # both in float64; 3e-15 was measured after three steps of SGD
 LOGGED = 1e-6  # training losses in the log: sums of a few micro-batches in float32, each rounded by up to 6e-8
 FLOAT32 = 2e-5  # both in float32, after a few steps of SGD; 4e-6 was measured at a gradient norm of 124
+UNIT32 = 1e-5  # both in float32: values of unit vectors, cosines and probabilities after one forward pass
 FLOAT32_LOGITS = 1e-6  # against transformers' own loss, which rounds logits of any dtype to float32
 
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from llm_jepa.cli import main
-from tests.conftest import LLAMA, expect_refusal
+from tests.conftest import FLOAT32, LLAMA, expect_refusal
 
 RECIPE = {
     "family": "lm",
@@ -117,7 +117,7 @@ def test_embed_writes_what_the_model_computes(trained, tmp_path, rows):
         views = build_views(row, tokenizer)
         for name, ids in (("context", views.contexts[0] + predictors), ("target", views.targets[0])):
             hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
-            torch.testing.assert_close(saved[name][i], hidden, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(saved[name][i], hidden, rtol=FLOAT32, atol=FLOAT32)
 
 
 def test_dry_run_shows_recipe_row_and_cost_and_trains_nothing(recipe, tmp_path, capsys):

@@ -20,6 +20,7 @@ from llm_jepa.vl import features as features_module
 from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair
 from llm_jepa.vl.features import FeatureCache, cache_features, encoder_sha256
 from llm_jepa.vl.loading import plain_frames
+from tests.conftest import FLOAT32
 from tests.vl.runs import make_clips, parts, processor_of
 
 
@@ -47,7 +48,7 @@ def test_cached_features_are_the_features(x, tmp_path, monkeypatch):
     assert given == [3, 1, 3, 1, 2] and len(exact) == 10
     chosen = [9, 0, 3, 4, 7, 3]
     assert exact[chosen].dtype == torch.float32
-    torch.testing.assert_close(exact[chosen], fresh[chosen], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(exact[chosen], fresh[chosen], rtol=FLOAT32, atol=FLOAT32)
     half, _ = cache_of(tmp_path, model=model, processor=processor)
     assert torch.equal(half[chosen], exact[chosen].half().float())
     assert not torch.equal(half[chosen], exact[chosen])

@@ -45,6 +45,7 @@ from llm_jepa.vl.y_decoder import (
     fingerprint,
     train_prefix_decoder,
 )
+from tests.conftest import FLOAT32, UNIT32
 
 TEXTS = ("a red ball falls", "the dog sleeps", "rain", "two birds fly over a lake", "a door opens", "she laughs")
 SHARED, WORDS = 16, 300
@@ -67,7 +68,7 @@ def test_a_small_temperature_is_the_nearest_text_and_a_large_one_their_mean() ->
     cold = MemoryProjection(vectors, ("a", "b", "c"), temperature=1e-4).project(z)
     torch.testing.assert_close(cold, vectors[[0, 2]])
     hot = MemoryProjection(vectors, ("a", "b", "c"), temperature=1e6).project(z)
-    torch.testing.assert_close(hot, F.normalize(vectors.mean(dim=0), dim=0).expand(2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hot, F.normalize(vectors.mean(dim=0), dim=0).expand(2, 3), atol=UNIT32, rtol=0)
     between = MemoryProjection(vectors, ("a", "b", "c"), temperature=0.3).project(z)
     torch.testing.assert_close(between.norm(dim=1), torch.ones(2))
     assert (between - cold).abs().max() > 0.05 and (between - hot).abs().max() > 0.05
@@ -140,7 +141,7 @@ def test_the_loss_is_that_of_the_texts_after_the_prefix(num_prefix: int) -> None
             scores = decoder.lm(inputs_embeds=context).logits[0, -1]
             torch.testing.assert_close(found.logits[row, i], scores)
             total = total - scores.log_softmax(-1)[ids[row, i]]
-    assert found.loss.item() == pytest.approx(total.item() / 6, rel=1e-6)
+    assert found.loss.item() == pytest.approx(total.item() / 6, rel=FLOAT32)
     found.loss.backward()
     for gradient in (decoder.prefix.weight.grad, decoder.lm.transformer.h[0].attn.c_attn.weight.grad, z.grad):
         assert gradient.abs().sum() > 0
@@ -192,7 +193,7 @@ def test_decoding_is_greedy_and_the_score_the_geometric_mean_probability(pad: st
     assert {3, 8} <= lengths, "rows that all end alike would prove little"
     for (tokens, logs), found in zip(expected, decoder.decode(z, words, max_new_tokens=8), strict=True):
         assert found.text == words.decode(tokens, skip_special_tokens=True).strip()
-        assert found.score == pytest.approx(math.exp(sum(logs) / len(logs)), rel=1e-5)
+        assert found.score == pytest.approx(math.exp(sum(logs) / len(logs)), rel=FLOAT32)
 
 
 @pytest.mark.parametrize("given", ["a config", "a model", "a model in a training"])
@@ -333,7 +334,7 @@ def test_a_saved_y_decoder_decodes_the_same(tmp_path: Path, kind: str, trained: 
     assert theirs.memory is None or (theirs.memory.temperature, theirs.memory.texts) == (0.2, TEXTS)
     z = random(4, SHARED, seed=5).float()
     for found, expected in zip(theirs.decode(z, max_new_tokens=9), ours.decode(z, max_new_tokens=9), strict=True):
-        assert found.text == expected.text and found.score == pytest.approx(expected.score, rel=1e-4)
+        assert found.text == expected.text and found.score == pytest.approx(expected.score, rel=FLOAT32)
     assert not [path for path in (tmp_path / "y_decoder").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -431,12 +432,12 @@ def cosines(used: VLJEPA, clip: np.ndarray, query: str, texts: Any) -> dict[str,
 
 def assert_ranked(found: Any, expected: dict[str, float]) -> None:
     assert [text for text, _ in found] == sorted(expected, key=lambda text: -expected[text])
-    assert [score for _, score in found] == pytest.approx([expected[text] for text, _ in found], abs=1e-5)
+    assert [score for _, score in found] == pytest.approx([expected[text] for text, _ in found], abs=UNIT32)
     assert found[0].score - found[-1].score > 0.05, "scores that are all alike could be in any order"
 
 
 def same(found: Any, expected: Any) -> None:
-    assert found.text == expected.text and found.score == pytest.approx(expected.score, abs=1e-5)
+    assert found.text == expected.text and found.score == pytest.approx(expected.score, abs=UNIT32)
 
 
 def test_classify_and_answer_rank_by_cosine(used: VLJEPA) -> None:
@@ -456,7 +457,7 @@ def test_retrieve_ranks_all_clips_for_each_text(used: VLJEPA) -> None:
     for text, ranked in zip(TEXTS, found, strict=False):
         expected = {i: row[text] for i, row in enumerate(table)}
         assert [clip for clip, _ in ranked] == sorted(expected, key=lambda i: -expected[i])
-        assert [score for _, score in ranked] == pytest.approx([expected[i] for i, _ in ranked], abs=1e-5)
+        assert [score for _, score in ranked] == pytest.approx([expected[i] for i, _ in ranked], abs=UNIT32)
     assert len({ranked[0].clip for ranked in found} | {ranked[-1].clip for ranked in found}) > 1
 
 
@@ -465,9 +466,9 @@ def test_batches_equal_one_by_one(used: VLJEPA) -> None:
     videos, queries = clips(5), ["Where?", "", "What happens in the video and why?", "Who", "a"]
     alone = torch.cat([used.embed([clip], query) for clip, query in zip(videos, queries, strict=True)])
     for size in (2, 5):
-        torch.testing.assert_close(used.embed(videos, queries, batch_size=size), alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(used.embed(videos, queries, batch_size=size), alone, atol=UNIT32, rtol=0)
     texts = used.embed_texts(TEXTS, batch_size=4)
-    torch.testing.assert_close(texts, torch.cat([used.embed_texts([text]) for text in TEXTS]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(texts, torch.cat([used.embed_texts([text]) for text in TEXTS]), atol=UNIT32, rtol=0)
     for found in (alone, texts):
         torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
         assert (found @ found.T - torch.eye(len(found))).max() < 0.999, "all different"
@@ -478,7 +479,7 @@ def test_without_a_query_the_default_one_is_asked_and_the_empty_one_asks_nothing
     assert torch.equal(used.embed(videos), used.embed(videos, used.model.config.default_query))
     with torch.no_grad():
         nothing = F.normalize(used.model(**used.processor(videos=videos)).predicted, dim=-1)
-    torch.testing.assert_close(used.embed(videos, ""), nothing, atol=1e-6, rtol=0)
+    torch.testing.assert_close(used.embed(videos, ""), nothing, atol=UNIT32, rtol=0)
     assert (used.embed(videos) - nothing).abs().max() > 0.01
 
 
@@ -492,8 +493,8 @@ def test_images_are_clips_of_one_frame(used: VLJEPA, tmp_path: Path) -> None:
     expected = used.embed([frame[None] for frame in frames])
     Image.fromarray(frames[1]).save(tmp_path / "second.png")
     mixed = [frames[0], str(tmp_path / "second.png"), Image.fromarray(frames[2])]
-    torch.testing.assert_close(used.embed(mixed, images=True), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(used.embed([tmp_path / "second.png"]), expected[[1]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(used.embed(mixed, images=True), expected, atol=UNIT32, rtol=0)
+    torch.testing.assert_close(used.embed([tmp_path / "second.png"]), expected[[1]], atol=UNIT32, rtol=0)
     assert used.classify(frames[0], TEXTS, images=True) == used.classify(frames[:1], TEXTS)
     assert used.answer(frames[0], "Why?", TEXTS, images=True) == used.answer(frames[:1], "Why?", TEXTS)
     assert used.retrieve(TEXTS, frames, images=True) == used.retrieve(TEXTS, [frame[None] for frame in frames])
@@ -589,7 +590,7 @@ def test_captions_are_written_by_the_prefix_decoder(used: VLJEPA, tokenizer: Any
     assert [text for text, _ in loaded.decode(used.embed_texts(TEXTS))] == list(TEXTS)
     (clip,) = clips(1)
     found, expected = loaded.caption(clip, max_new_tokens=5), whole.caption(clip, max_new_tokens=5)
-    assert found.text == expected.text and found.score == pytest.approx(expected.score, rel=1e-4)
+    assert found.text == expected.text and found.score == pytest.approx(expected.score, rel=FLOAT32)
     assert isinstance(found, DecodedText)
 
 
@@ -626,8 +627,8 @@ def test_a_model_cast_to_bfloat16_keeps_its_y_decoder(saved: Path) -> None:
 def test_a_saved_model_answers_the_same(saved: Path, used: VLJEPA) -> None:
     loaded = VLJEPA.from_pretrained(saved, device="cpu")
     assert not loaded.model.training and loaded.model.device.type == "cpu"
-    torch.testing.assert_close(loaded.embed(clips(3)), used.embed(clips(3)), atol=1e-6, rtol=0)
-    torch.testing.assert_close(loaded.embed_texts(TEXTS), used.embed_texts(TEXTS), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loaded.embed(clips(3)), used.embed(clips(3)), atol=UNIT32, rtol=0)
+    torch.testing.assert_close(loaded.embed_texts(TEXTS), used.embed_texts(TEXTS), atol=UNIT32, rtol=0)
 
 
 def test_a_model_saved_again_keeps_its_y_decoder(saved: Path, tmp_path: Path) -> None:
@@ -703,7 +704,7 @@ def test_each_revision_has_its_own_y_decoder(saved: Path, tmp_path: Path, monkey
 
 
 def rows(found: Any) -> list[dict[str, Any]]:
-    return [{"text": text, "score": pytest.approx(score, abs=1e-5)} for text, score in found]
+    return [{"text": text, "score": pytest.approx(score, abs=UNIT32)} for text, score in found]
 
 
 def test_the_pipeline_classifies_answers_and_captions(saved: Path) -> None:

@@ -26,6 +26,7 @@ from llm_jepa.vl import open_vljepa
 from llm_jepa.vl.configuration import VLJEPAConfig
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.open_vljepa import from_open_vljepa, open_vljepa_frames, our_key
+from tests.conftest import UNIT32
 
 VISUAL, HIDDEN, Y_HIDDEN, SHARED = 24, 128, 48, 20
 # Heads of 64 as in Llama-3.2-1B, which no shape tells; all other sizes differ from one another.
@@ -130,7 +131,7 @@ def test_predictions_are_the_described_ones(
     features = torch.randn(3, 40, VISUAL)
     ours = model(visual_features=features, query_ids=query, query_mask=mask).predicted
     assert ours.shape == (3, SHARED) and ours.std() > 0.1, "flat predictions would agree with anything"
-    torch.testing.assert_close(ours, described_prediction(state, features, query, mask), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, described_prediction(state, features, query, mask), atol=UNIT32, rtol=0)
 
 
 @pytest.mark.parametrize("lengths", [(290, 290), (290, 7)], ids=["unpadded", "padded"])
@@ -140,7 +141,7 @@ def test_targets_are_the_described_ones(model: VLJEPAModel, state: dict[str, Ten
     ids, mask = texts(GEMMA["vocab_size"], lengths, seed=2)
     ours = model(target_ids=ids, target_mask=mask).target
     assert ours.shape == (2, SHARED) and (ours[0] - ours[1]).abs().max() > 0.1
-    torch.testing.assert_close(ours, described_target(state, ids, mask), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, described_target(state, ids, mask), atol=UNIT32, rtol=0)
 
 
 @torch.no_grad()
@@ -154,8 +155,8 @@ def test_padding_changes_nothing(model: VLJEPAModel) -> None:
         query_ids=F.pad(query, (0, 3), value=7), query_mask=F.pad(torch.ones_like(query), (0, 3)),
         target_ids=F.pad(target, (0, 5), value=7), target_mask=F.pad(torch.ones_like(target), (0, 5)),
     )  # fmt: skip
-    torch.testing.assert_close(padded.predicted, alone.predicted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(padded.target, alone.target, atol=1e-5, rtol=0)
+    torch.testing.assert_close(padded.predicted, alone.predicted, atol=UNIT32, rtol=0)
+    torch.testing.assert_close(padded.target, alone.target, atol=UNIT32, rtol=0)
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def test_a_clip_goes_through_the_given_x_encoder(model: VLJEPAModel, state: dict
     features = model.x_encoder(pixel_values_videos=clip, skip_predictor=True).last_hidden_state
     assert features.shape == (2, 8, VISUAL)
     ours = model(pixel_values_videos=clip, query_ids=query, query_mask=mask).predicted
-    torch.testing.assert_close(ours, described_prediction(state, features, query, mask), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, described_prediction(state, features, query, mask), atol=UNIT32, rtol=0)
 
 
 def test_every_tensor_of_the_file_is_in_the_model_as_float32(model: VLJEPAModel, state: dict[str, Tensor]) -> None:
@@ -433,4 +434,4 @@ def test_a_frame_is_resized_to_256_cropped_and_normalised() -> None:
     resized = np.asarray(Image.fromarray(image).resize((341, 256), Image.Resampling.BILINEAR))[:, 42:298]
     expected = (resized / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     first = pixels.reshape(-1, 3, 256, 256)[0].permute(1, 2, 0)
-    torch.testing.assert_close(first, torch.from_numpy(expected).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(first, torch.from_numpy(expected).float(), atol=UNIT32, rtol=0)

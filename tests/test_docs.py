@@ -6,6 +6,7 @@ import argparse
 import ast
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import runpy
@@ -261,14 +262,17 @@ def test_python_snippets_compile_and_name_what_exists(page, number):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ("llm_jepa", "eval"):
             module = importlib.import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{page_id(page)} imports {missing} from {node.module}, which has no such names"
             imported |= {alias.name: getattr(module, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                importlib.import_module(alias.name)
+            unknown = [alias.name for alias in node.names if importlib.util.find_spec(alias.name) is None]
+            assert not unknown, f"{page_id(page)} imports {unknown}, which are not installed"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
             keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
-            inspect.signature(imported[node.func.id]).bind_partial(*node.args, **keywords)
+            bound = inspect.signature(imported[node.func.id]).bind_partial(*node.args, **keywords)
+            assert keywords.keys() <= bound.arguments.keys() | bound.kwargs.keys()
 
 
 def marked_snippets() -> list[tuple[Path, str]]:
@@ -279,7 +283,9 @@ def marked_snippets() -> list[tuple[Path, str]]:
 
 @pytest.mark.parametrize(("page", "code"), marked_snippets(), ids=lambda x: page_id(x) if isinstance(x, Path) else "")
 def test_marked_snippets_run(page, code):
-    exec(compile(code, str(page), "exec"), {"__name__": "snippet"})
+    names = {"__name__": "snippet"}
+    exec(compile(code, str(page), "exec"), names)
+    assert len(names) > 2, "the snippet defined nothing: it did not run"
 
 
 def test_something_is_marked():
@@ -400,13 +406,15 @@ def test_yaml_blocks_are_recipes(page, number, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(blocks(page, "yaml")[number])
     keys = recipe.read_yaml(file)
+    assert keys, "an empty block is not a recipe"
     if {"family", "train_data", "output_dir"} <= keys.keys():
-        parse_recipe(file, ["--use_cpu", "true"])
+        assert parse_recipe(file, ["--use_cpu", "true"]).family == keys["family"]
         return
     known = {key: hint for name in FAMILIES for key, (_, hint) in recipe.recipe_fields(groups_of(name)).items()}
     for key, value in keys.items():
         if key not in (recipe.EXTENDS, recipe.FAMILY):
-            recipe.coerce(key, value, known[key])
+            assert key in known, f"{page_id(page)}: {key} is not a key of any family"
+            assert recipe.coerce(key, value, known[key]) == value
 
 
 @pytest.mark.parametrize(("family", "groups"), [("lm", slice(2, 3)), ("vl", slice(0, 1)), ("vl", slice(2, 3))])

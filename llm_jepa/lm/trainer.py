@@ -2,7 +2,7 @@
 
 One optimizer step:
 
-    plan_step      fetches its micro-batches and decides what it does (`plan.LMStepPlan`)
+    plan_step      decides what its micro-batches do (`plan.LMStepPlan`)
     compute_loss   runs one micro-batch (`objective.LLMJEPALoss`) and divides its sums by the counts of the plan
 
 Both terms are sums divided by counts of the *whole* optimizer step (labels and pairs over all micro-batches and ranks).
@@ -67,7 +67,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     Args:
         model: a causal LM, or the Hub id or folder of one (then loaded with float32 weights).
         args: `LLMJEPAConfig`.
-        train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`views.parse_row`).
+        train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`rows.parse_row`).
         processing_class: the tokenizer; predictor tokens are added to it and to the model.
         peft_config: LoRA configuration; the rows of the predictor tokens are added to what it trains.
 

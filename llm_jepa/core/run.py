@@ -20,7 +20,7 @@ from .checkpoint import RUN_FILE, find_resume
 from .errors import UserError
 from .files import write_json
 from .recipe import Recipe
-from .trainer import SafeTrainer
+from .trainer import JEPATrainer
 
 NOT_SHOWN = ("runtime", "samples_per_second", "steps_per_second")  # speed is not a result of training
 
@@ -52,7 +52,7 @@ def identify(
     return identity, resume
 
 
-def claim(trainer: SafeTrainer, identity: dict[str, Any]) -> None:
+def claim(trainer: JEPATrainer, identity: dict[str, Any]) -> None:
     """Write the run's identity into its folder. Call it last, so that a run that is refused leaves the folder free."""
     trainer.accelerator.wait_for_everyone()  # until every process has looked at the folder
     if trainer.is_world_process_zero():
@@ -80,7 +80,7 @@ def library_refusals() -> Iterator[None]:
 
 
 def train(
-    trainer: SafeTrainer, resume: str | None, *, before_saving: Callable[[SafeTrainer], None] | None = None
+    trainer: JEPATrainer, resume: str | None, *, before_saving: Callable[[JEPATrainer], None] | None = None
 ) -> None:
     """Train, or continue at the checkpoint `resume`, and leave a plain, loadable model in output_dir.
 
@@ -125,7 +125,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _restore_if_finished(trainer: SafeTrainer, resume: str) -> bool:
+def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
     """If no step is left, load the state and the weights to keep. (`Trainer.train` would take one more step.)"""
     state = TrainerState.load_from_json(os.path.join(resume, "trainer_state.json"))
     if state.global_step < state.max_steps:
@@ -136,7 +136,7 @@ def _restore_if_finished(trainer: SafeTrainer, resume: str) -> bool:
     return True
 
 
-def _print_evaluation(trainer: SafeTrainer) -> None:
+def _print_evaluation(trainer: JEPATrainer) -> None:
     """Print the last evaluation of the saved weights and the figures before the first step."""
     evaluations = [entry for entry in trainer.history_of_saved_weights() if "eval_loss" in entry]
     if not evaluations:

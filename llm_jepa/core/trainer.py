@@ -61,6 +61,15 @@ class SafeTrainer(Trainer):
 
     advice_if_not_finite = "Lower learning_rate, or look at the rows of this step."
 
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether each rank holds a part of the weights, by Accelerate's FSDP or by transformers' own loading."""
+        return bool(self.is_fsdp_enabled or self.is_distributed_loading_by_transformers)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_fsdp or self.is_deepspeed_enabled
+
     def losses_are_finite(self) -> bool:
         return True
 
@@ -102,8 +111,7 @@ class SafeTrainer(Trainer):
         `from_pretrained` translates them back; Trainer warns of missing keys and goes on with the weights it has.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-        if sharded or not isinstance(model, PreTrainedModel):
+        if self.is_sharded or not isinstance(model, PreTrainedModel):
             return False
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
         model.load_state_dict(saved.state_dict())
@@ -304,10 +312,6 @@ class JEPATrainer(SafeTrainer):
         logger.warning(COLLAPSED.format(figures=figures, advice=advice))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    @property
-    def is_fsdp(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_distributed_loading_by_transformers)
 
     def save_more(self, folder: Path) -> None:
         state = self.extra_state()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..core.recipe import Recipe
-    from ..core.trainer import SafeTrainer
+    from ..core.trainer import JEPATrainer
     from .trainer import LLMJEPATrainer
 
 
@@ -53,7 +53,7 @@ def build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     return trainer, resume
 
 
-def _merge_adapter(trainer: SafeTrainer) -> None:
+def _merge_adapter(trainer: JEPATrainer) -> None:
     """Save a LoRA adapter into output_dir/adapter and merge it into the model; nothing for other models."""
     from peft import PeftModel
 

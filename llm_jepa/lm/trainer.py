@@ -129,9 +129,8 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self.losses = LLMJEPALoss(args, model, self.term, self.masked_ids, self.aux_loss_enabled)
         self._micro_batches: Iterator[MicroBatch] = iter(())
         if args.uses_jepa:
-            sharded = self.is_fsdp or self.is_deepspeed_enabled
             opaque = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self.accelerator.is_fsdp2
-            check_objective(args, config, self.train_dataset, sharded=sharded, opaque=opaque)
+            check_objective(args, config, self.train_dataset, sharded=self.is_sharded, opaque=opaque)
         self._set_layout()
         if args.target_placement == "cached":
             self._embed_base_targets()

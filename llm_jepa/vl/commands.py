@@ -47,7 +47,7 @@ def dry_run(recipe: Recipe) -> None:
     from ..core.run import data_seed
     from .data import ClipCollator, ClipDataset
     from .loading import load_clips, load_vl_model
-    from .trainer import check_clips, choose_trained_parts
+    from .objective import check_clips, choose_trained_parts
 
     training = recipe.training
     clips, validation = load_clips(recipe.data, seed=data_seed(recipe))

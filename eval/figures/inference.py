@@ -12,11 +12,21 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from llm_jepa import UserError
 
+try:
+    from scipy import optimize, stats
+except ModuleNotFoundError:  # the package works without the extra; `require_scipy` says what to install
+    optimize = stats = None
+
 Array = NDArray[np.float64]
+
+
+def require_scipy() -> None:
+    """Raises UserError if scipy is missing. Commands call it before they score anything."""
+    if stats is None:
+        raise UserError('The tests and intervals need scipy: pip install "llm-jepa[eval]".')
 
 
 class Interval(NamedTuple):
@@ -208,7 +218,8 @@ def _checked(values: ArrayLike, unit: str) -> Array:
     if len(table) < 2:
         raise UserError(f"{len(table)} {unit}: an interval needs two or more.")
     if not np.isfinite(table).all():
-        raise UserError(f"{int((~np.isfinite(table)).sum())} value(s) are not finite, so there is no interval.")
+        count = int((~np.isfinite(table)).sum())
+        raise UserError(f"{count} value(s) are not finite, so there is no interval; remove the runs they come from.")
     return table
 
 

@@ -1,5 +1,9 @@
 """A mistake of the user ends an eval command with one line and exit code 2."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from eval.command import one_line_errors
@@ -29,3 +33,16 @@ def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("LLM_JEPA_TRACEBACK", "1")
     with pytest.raises(UserError):
         main(UserError("x"))
+
+
+def test_a_missing_extra_is_one_line_with_the_install_command(tmp_path):
+    """In an interpreter that cannot import scipy, before anything is scored."""
+    code = (
+        "import sys; sys.modules['scipy'] = None\n"
+        "from eval.robustness import main\n"
+        f"sys.exit(main(['--models', 'm', '--task', 'nl_rx', '--data', 'd', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert run.returncode == 2 and 'pip install "llm-jepa[eval]"' in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from ..core.card import last_evaluation, settings_of, versions_of, write_card
 from .arguments import VLJEPATrainingArguments
 from .modeling import VLJEPAModel
+from .parts import NAMES
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ALWAYS_SHOWN = ("objective", "y_encoder_lr_factor", "x_encoder_trainable_layers")
@@ -38,7 +39,7 @@ def write_vl_model_card(
         output_dir,
         TEMPLATE,
         metadata,
-        parts=[_part(model, name) for name in ("x_encoder", "predictor", "y_encoder")],
+        parts=[_part(model, name) for name in NAMES],
         settings=settings_of(args, own),
         evaluation=last_evaluation(log_history),
         pairs=args.diagnostics_pairs,

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from ..core.files import text_key
 from .rows import Message, ParsedRow, parse_row
 
@@ -130,8 +129,10 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
         try:
             text = _render(tokenizer, turns, False, {})
-        except (TemplateError, TypeError, ValueError):
+        except UserError:
             return ids  # a template of another kind of conversation (images): eos is all there is
+        if PROBE not in text:
+            return ids  # likewise: it renders no content that is a text
         tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
         if tail and tail[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
             ids.append(tail[0])
@@ -213,10 +214,7 @@ def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: st
         )
 
     def render(messages: list[Message], generation_prompt: bool = False) -> str:
-        try:
-            return _render(tokenizer, messages, generation_prompt, parsed.render_kwargs)
-        except TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
+        return _render(tokenizer, messages, generation_prompt, parsed.render_kwargs, where)
 
     # The LM row, as TRL makes it.
     text = render(prompt + completion)
@@ -278,11 +276,23 @@ def _refuse_predictor_tokens(text: str, where: str) -> None:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], generation_prompt: bool, kwargs: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    generation_prompt: bool,
+    kwargs: dict[str, Any],
+    where: str = "the conversation",
 ) -> str:
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs)
-    )
+    """The conversation as the chat template writes it. Raises UserError naming `where` if the template cannot."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(
+            f"{where}: the chat template cannot render this conversation ({type(error).__name__}: "
+            f"{first_line(error)}); change the conversation, or use another template."
+        ) from None
+    return str(text)
 
 
 def _content_span(
@@ -313,9 +323,9 @@ def _header_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     ]
     try:
         text, two = _render(tokenizer, turns, False, {}), _render(tokenizer, turns[:2], False, {})
-    except (TemplateError, TypeError, ValueError):
+    except UserError:
         return None
-    if answer not in two or answer not in text or second not in text:
+    if answer not in two or any(turn["content"] not in text for turn in turns):
         return None
     # Between the answer and the second user turn: what closes a turn, then the header.
     closing = two[two.rindex(answer) + len(answer) :]

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from ..core.losses import at_least_float32
-from .views import _render, end_of_turn_ids
+from .views import end_of_turn_ids, render_chat
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages
 # transformers 5.24 renamed it and warns about the old name.
@@ -223,7 +223,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> l
     elif tokenizer.chat_template is None:
         raise UserError(f"Prompt {index} holds messages, but the tokenizer has no chat template; give it as a string.")
     else:
-        text = _render(tokenizer, prompt, True, {}, f"Prompt {index}")
+        text = render_chat(tokenizer, prompt, True, {}, f"Prompt {index}")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"Prompt {index} is empty.")

@@ -128,7 +128,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
         try:
-            text = _render(tokenizer, turns, False, {})
+            text = render_chat(tokenizer, turns, False, {})
         except UserError:
             return ids  # a template of another kind of conversation (images): eos is all there is
         if PROBE not in text:
@@ -214,7 +214,7 @@ def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: st
         )
 
     def render(messages: list[Message], generation_prompt: bool = False) -> str:
-        return _render(tokenizer, messages, generation_prompt, parsed.render_kwargs, where)
+        return render_chat(tokenizer, messages, generation_prompt, parsed.render_kwargs, where)
 
     # The LM row, as TRL makes it.
     text = render(prompt + completion)
@@ -275,7 +275,7 @@ def _refuse_predictor_tokens(text: str, where: str) -> None:
         raise UserError(f"{where} holds the text of a predictor token, {PREDICTOR_TOKEN.format('...')}; remove it.")
 
 
-def _render(
+def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     generation_prompt: bool,
@@ -322,7 +322,7 @@ def _header_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
         {"role": "user", "content": second},
     ]
     try:
-        text, two = _render(tokenizer, turns, False, {}), _render(tokenizer, turns[:2], False, {})
+        text, two = render_chat(tokenizer, turns, False, {}), render_chat(tokenizer, turns[:2], False, {})
     except UserError:
         return None
     if answer not in two or any(turn["content"] not in text for turn in turns):

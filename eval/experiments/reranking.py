@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import info_nce
+from llm_jepa.core.decoding import generate_as_asked
 from llm_jepa.core.diagnostics import evaluating
 from llm_jepa.lm import (
     IGNORE,
-    PLAIN,
     JEPACollator,
     decode_tokens,
     embed_pairs,
@@ -48,6 +48,17 @@ def sample(
 ) -> list[list[str]]:
     """Sample `num_samples` answers to each prompt at temperature 1, from all tokens except predictor tokens."""
     stop = end_of_turn_ids(tokenizer)
+    decoding = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=num_samples,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=known_predictor_ids(tokenizer) or None,
+    )
     encoded = encode(tokenizer, prompts)
     torch.manual_seed(seed)
     samples: list[list[str]] = []
@@ -55,20 +66,7 @@ def sample(
         batch = {"input_ids": encoded[start : start + BATCH]}
         inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         with evaluating(model):
-            output = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=num_samples,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop,
-                pad_token_id=tokenizer.pad_token_id,
-                suppress_tokens=known_predictor_ids(tokenizer) or None,
-                **PLAIN,
-            )
+            output = generate_as_asked(model, decoding, **inputs)
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         answers = [decode_tokens(tokenizer, row, stop).text for row in rows]
         samples += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]

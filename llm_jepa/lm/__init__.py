@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .data import bank_collator, training_collator
     from .from_scratch import random_model, train_tokenizer
     from .inference import (
-        PLAIN,
         Choice,
         Generation,
         Prompt,
@@ -43,7 +42,6 @@ _HOMES = {
     "JEPACollator": ".batching",
     "LLMJEPAConfig": ".arguments",
     "LLMJEPATrainer": ".trainer",
-    "PLAIN": ".inference",
     "Prompt": ".inference",
     "add_predictor_tokens": ".predictor_tokens",
     "add_view_columns": ".views",
@@ -76,7 +74,6 @@ __all__ = [
     "JEPACollator",
     "LLMJEPAConfig",
     "LLMJEPATrainer",
-    "PLAIN",
     "Prompt",
     "add_predictor_tokens",
     "add_view_columns",

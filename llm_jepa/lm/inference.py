@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from ..core.losses import at_least_float32
@@ -26,20 +28,6 @@ from .views import end_of_turn_ids, render_chat
 Prompt = str | list[dict[str, Any]]  # a text, or messages
 # transformers 5.24 renamed it and warns about the old name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Plain argmax decoding, whatever a checkpoint's generation_config asks for (Qwen2.5: repetition_penalty).
-PLAIN = {
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-}
 
 
 class Generation(NamedTuple):
@@ -142,19 +130,17 @@ def _continue(
     cache = copy.deepcopy(states)
     if cache is not None:
         cache.batch_repeat_interleave(len(batch))
+    suppressed = suppressed_ids(model) or None  # a processor of no tokens would still cost a pass over the logits
     few_left = _FewRowsLeft(length, room, stop, model.device)
     with torch.inference_mode():
-        output = model.generate(
+        output = generate_as_asked(
+            model,
+            GenerationConfig(
+                max_new_tokens=max(room), eos_token_id=stop or None, pad_token_id=pad, suppress_tokens=suppressed
+            ),
             input_ids=torch.tensor(ids).to(model.device),  # [B, L]
             attention_mask=torch.tensor(mask).to(model.device),
-            max_new_tokens=max(room),
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=stop or None,
-            pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([few_left] if may_end_early else []),
-            **PLAIN,
             **({} if cache is None else {CACHE: cache}),
         )
     return [new[:limit] for new, limit in zip(output[:, length:].tolist(), room, strict=True)]
@@ -305,7 +291,7 @@ def _log_likelihoods(
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored).logits
         logits = logits.reshape(-1, logits.shape[-1])  # [choice tokens of the batch, V]
         logits = at_least_float32(logits)
-        logits[:, getattr(model.generation_config, "suppress_tokens", None) or []] = -torch.inf
+        logits[:, suppressed_ids(model)] = -torch.inf
         targets = ids[:, 1:][scored[:, :-1]]  # [choice tokens of the batch]
         by_token = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
     return [float(part.sum()) for part in by_token.split([len(row.ids) for row in batch])]

@@ -31,6 +31,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -39,6 +40,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.errors import UserError
 from ..core.files import write_json
 
@@ -170,17 +172,16 @@ class PrefixDecoder(PreTrainedModel):
     def decode(self, embeddings: Tensor, tokenizer: Any, *, max_new_tokens: int = 40) -> list[DecodedText]:
         """Write a text for each row of [B, D], greedily."""
         prefix = self.eval().prefix_of(embeddings)
-        generated = self.lm.generate(
-            inputs_embeds=prefix,
-            attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
+        decoding = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            suppress_tokens=suppressed_ids(self.lm) or None,
             return_dict_in_generate=True,
             output_logits=True,
         )
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        generated = generate_as_asked(self.lm, decoding, inputs_embeds=prefix, attention_mask=mask)
         tokens = generated.sequences  # [B, L]
         log_probability = torch.stack(generated.logits, dim=1).float().log_softmax(-1)  # [B, L, V]
         log_probability = log_probability.gather(-1, tokens[..., None])[..., 0]  # [B, L]

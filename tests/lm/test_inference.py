@@ -233,6 +233,17 @@ def test_predictor_tokens_are_never_generated(reloaded, tokenizer, tmp_path):
 # -- the model afterwards -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "setting", [{"cache_implementation": "static"}, {"stop_strings": ["a"]}, {"return_dict_in_generate": True}]
+)
+def test_a_generation_config_that_plain_generate_cannot_take(setting, tokenizer):
+    model = stopping_model(tokenizer, "llama", 8)
+    prompts = [messages(text) for text in PROMPTS]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=3)
+    model.generation_config.update(**setting)
+    assert generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=3) == expected
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_put_back(training, tokenizer):
     """And is off while decoding: with dropout at 0.9 two runs would differ."""

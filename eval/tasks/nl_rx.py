@@ -19,7 +19,7 @@ from llm_jepa.lm import parse_row
 from .. import graders
 from ..graders import Grade
 from ..graders.regexes import RegexError, language
-from .questions import LLM_JEPA, Data, Group, Task
+from .questions import LLM_JEPA, Data, Group, Task, left_out
 
 # (original test, paraphrase test, training files): the real data set's names, and those of llm_jepa.synthetic.nl_rx
 LAYOUTS = (
@@ -97,19 +97,21 @@ def load_task(data_dir: str) -> Data:
     items, dropped, files = load(data_dir)
     if not items:
         raise UserError("No item is left to score: every line is also in train. Use the test files of another split.")
-    groups = []
+    groups, faults = [], []
     for item in items:
         try:
             gold = language(item.answer)
             degenerate = gold.is_empty or gold.is_everything
         except RegexError as error:
             if error.status == "invalid":
-                raise UserError(f"{files[0].name}, line {item.line + 1}: the gold is not a regex: {error}") from None
+                faults.append(f"{files[0].name}, line {item.line + 1}: the gold is not a regex: {error}")
+                continue
             degenerate = False  # too large to decide; a degenerate language has one state
         prompts = (list(item.original), list(item.paraphrase))
         extra = {"line": item.line, "degenerate": degenerate}
         groups.append(Group(str(item.line), prompts, WORDINGS, item.answer, extra))
-    return Data(tuple(groups), {path.name: file_sha256(path) for path in files}, dropped)
+    hashes = {path.name: file_sha256(path) for path in files}
+    return Data(tuple(groups), hashes, dropped, left_out(faults, len(items)))
 
 
 def _grade(group: Group, text: str, stopped: bool) -> Grade:

@@ -24,7 +24,12 @@ def load(source: str) -> Data:
 
 def _ask(row: dict[str, Any]) -> tuple[str, str]:
     answer = row["answer"]
-    return row["question"], answer if isinstance(answer, str) else "; ".join(answer)
+    if isinstance(answer, str):
+        return row["question"], answer
+    if not isinstance(answer, list) or not all(isinstance(text, str) for text in answer):
+        raise ValueError(f"the answer is {answer!r}, neither a text nor a list of texts")
+    # "; " separates alternatives. Inside one it would make two right answers of it; SQuAD's normalisation drops both.
+    return row["question"], "; ".join(text.replace("; ", ", ") for text in answer)
 
 
 def _alternatives(_: str, answer: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A group is one meaning in k wordings with one gold answer. Benchmarks with one w
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Data:
     groups: tuple[Group, ...]
     sha256: dict[str, str]  # of each file that was read, or of the rows if the source is a Hub id
     dropped: int = 0  # left out because they are in the training data
-    unusable: int = 0  # left out, with a warning, because nothing can be graded against their gold answer
+    unusable: int = 0  # left out, with a warning, because they cannot be graded (see `left_out`)
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,11 @@ def read_questions(
         ask: (user turn, answer) of a row of raw columns.
         extra: the `extra` of a group, from (user turn, answer).
 
-    `ask` and `extra` raise ValueError for a row that cannot be graded; it becomes a UserError that names the row.
+    `ask` and `extra` raise ValueError for a row that cannot be graded. Such rows are left out (see `left_out`).
     """
     rows, hashes = read(source, name, split, config)
-    groups = []
+    groups: list[Group] = []
+    faults: list[str] = []
     for index, row in enumerate(rows):
         where = f"{next(iter(hashes))}, row {index + 1}"
         try:
@@ -132,13 +134,31 @@ def read_questions(
                 _check_columns(row, columns, name, where)
                 user, answer = ask(row)
                 prompt = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+            if not isinstance(answer, str) or not answer.strip():
+                raise ValueError(f"the answer is {answer!r}, not a text")
             details = extra(last_text(prompt), answer)
-        except UserError:  # it names the row already
-            raise
+        except UserError as error:  # it names the row already
+            faults.append(str(error))
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
-        groups.append(Group(str(index), (prompt,), ("0",), answer, details))
-    return Data(tuple(groups), hashes)
+            faults.append(f"{where}: {error}")
+        else:
+            groups.append(Group(str(index), (prompt,), ("0",), answer, details))
+    return Data(tuple(groups), hashes, unusable=left_out(faults, len(rows)))
+
+
+def left_out(faults: Sequence[str], num_rows: int) -> int:
+    """The number of rows that cannot be graded, after a warning that has it. One such row must not block a file.
+
+    Raises UserError if no other row is left: then the file is at fault.
+    """
+    if not faults:
+        return 0
+    if len(faults) == num_rows:
+        raise UserError(f"None of {num_rows} rows can be graded; the first: {faults[0]}")
+    warnings.warn(
+        f"{len(faults)} of {num_rows} rows cannot be graded and are left out; the first: {faults[0]}", stacklevel=4
+    )
+    return len(faults)
 
 
 def _check_columns(row: dict[str, Any], columns: Sequence[str], name: str, where: str) -> None:

@@ -6,17 +6,15 @@ import atexit
 import difflib
 import functools
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llm_jepa import UserError
 
 from .. import graders
 from ..graders import Grade
 from ..graders.sql import Databases
-from .questions import LLM_JEPA, Data, Group, Task, read_questions
+from .questions import LLM_JEPA, Data, Group, Task, left_out, read_questions
 
 _DB_ID = re.compile(r"For db_id:\[(.+?)\]")
 
@@ -24,8 +22,8 @@ _DB_ID = re.compile(r"For db_id:\[(.+?)\]")
 def load(source: str) -> Data:
     """Questions of a folder, or of a file in it; the folder must also hold Spider's `database` folder.
 
-    `extra`: db_id, databases, fault. Lines whose gold query fails are left out with a warning: two of Spider's 8,034
-    are not valid SQLite (ORDER BY before INTERSECT).
+    `extra`: db_id, databases. Lines whose gold query fails are left out with a warning: two of Spider's 8,034 are not
+    valid SQLite (ORDER BY before INTERSECT).
     """
     folder = Path(source)
     if folder.is_file():
@@ -42,38 +40,42 @@ def load(source: str) -> Data:
         system="Convert natural language to SQL.",
         columns=("db_id", "question", "query"),
         ask=lambda row: (f"For db_id:[{row['db_id']}]\n\n{row['question']}", row["query"]),
-        extra=functools.partial(_run_gold, root),
+        extra=lambda user, _: {"db_id": _db_id(user), "databases": str(root)},
         split="dev",
     )
-    faults = [group.extra["fault"] for group in data.groups if group.extra["fault"]]
-    if not faults:
-        return data
-    if len(faults) == len(data.groups):
+    file = next(iter(data.sha256))
+    usable, faults = [], []
+    for group in data.groups:
+        where = f"{file}, row {int(group.id) + 1}"
+        db_id = group.extra["db_id"]
+        _check_database(root, db_id, where)
+        result = _databases(str(root)).run(db_id, group.answer)
+        if result.status == "ok":
+            usable.append(group)
+        else:
+            faults.append(f"{where}: the gold query fails on {db_id}, {result.status}: {result.detail}")
+    if not usable:
         raise UserError(f"No gold query of {source} runs ({faults[0]}); are these the databases of these questions?")
-    warnings.warn(
-        f"{len(faults)} of {len(data.groups)} gold queries fail and are left out; the first {faults[0]}", stacklevel=2
-    )
-    usable = tuple(group for group in data.groups if not group.extra["fault"])
-    return replace(data, groups=usable, unusable=len(faults))
+    return replace(data, groups=tuple(usable), unusable=data.unusable + left_out(faults, len(data.groups)))
 
 
-def _run_gold(root: Path, user: str, gold: str) -> dict[str, Any]:
-    """The `extra` of a question; `fault` is empty if its gold query runs. Raises ValueError without its database."""
+def _db_id(user: str) -> str:
+    """The database that the question names. Raises ValueError if there is none."""
     match = _DB_ID.search(user)
     if match is None:
         raise ValueError("the question names no database (`For db_id:[...]`)")
-    db_id = match[1]
-    if not (root / db_id / f"{db_id}.sqlite").is_file():
-        names = sorted(path.name for path in root.iterdir())[:1000]
-        message = f"no database {db_id!r} in {root.name}"
-        for near in difflib.get_close_matches(db_id, names, n=1):
-            message += f"; is it {near!r}?"
-        raise ValueError(message)
-    result = _databases(str(root)).run(db_id, gold)
-    fault = ""
-    if result.status != "ok":
-        fault = f"on {db_id}, {result.status}: {result.detail}"
-    return {"db_id": db_id, "databases": str(root), "fault": fault}
+    return match[1]
+
+
+def _check_database(root: Path, db_id: str, where: str) -> None:
+    """Raises UserError if the database is missing. The folder is at fault then, not the row, so no row is left out."""
+    if (root / db_id / f"{db_id}.sqlite").is_file():
+        return
+    names = sorted(path.name for path in root.iterdir())[:1000]
+    message = f"{where}: no database {db_id!r} in {root.name}"
+    for near in difflib.get_close_matches(db_id, names, n=1):
+        message += f"; is it {near!r}?"
+    raise UserError(message)
 
 
 @functools.cache

@@ -152,6 +152,8 @@ def test_official_spider_columns(tmp_path):
         ("gsm8k", messages("s", "q", "#### five"), "row 1: the gold solution has no number"),
         ("gsm8k", {"question": "q", "solution": "5"}, "missing: answer"),
         ("nq_open", messages("s", "q", "?!"), "row 1: the answer '\\?!' has no word"),
+        ("gsm8k", {"question": "q", "answer": 5}, "row 1: the answer is 5, not a text"),
+        ("nq_open", {"question": "q", "answer": [5]}, "neither a text nor a list of texts"),
         ("groups", {"id": "1", "prompts": ["a"], "anwser": "b"}, "unknown key 'anwser'; did you mean 'answer'"),
         ("groups", {"id": "1", "prompts": [], "answer": "b"}, "row 1 has no prompts"),
         ("groups", {"id": "1", "prompts": ["a", " "], "answer": "b"}, "none of them empty"),
@@ -169,6 +171,47 @@ def test_data_that_cannot_be_graded(name, row, message, tmp_path):
         TASKS[name].load(write(tmp_path / "rows.jsonl", [row]))
 
 
+BAD_ROWS = [
+    ("gsm8k", messages("s", "q", "#### five"), "no number"),
+    ("nq_open", {"question": "Between 1 and 2?", "answer": ["/"]}, "has no word"),
+    ("nq_open", {"question": "q", "answer": []}, "not a text"),
+    ("nq_open", {"question": "q", "answer": None}, "missing: answer"),
+    ("hellaswag", {"ctx": "x", "endings": ["1"] * 4, "label": ""}, "the label is ''"),
+    ("hellaswag", {"ctx": "x", "endings": ["1"] * 3, "label": "1"}, "3 endings"),
+    ("rotten_tomatoes", {"text": "x", "label": 3}, "none of the choices"),
+    ("paws", messages("s", "q", " "), "no text content"),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "reason"), BAD_ROWS)
+def test_a_row_that_cannot_be_graded_does_not_block_the_others(name, bad, reason, tmp_path):
+    """It is left out, the warning counts it, and the other rows keep their number."""
+    rows = [RAW_AND_SHIPPED[name][0], bad, RAW_AND_SHIPPED[name][0]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="1 of 3 rows cannot be graded and are left out.*row 2") as warned:
+        data = TASKS[name].load(str(tmp_path / "rows.jsonl"))
+    assert reason in str(warned[0].message)
+    assert [group.id for group in data.groups] == ["0", "2"] and data.unusable == 1
+
+
+def test_a_bad_regex_does_not_block_the_others(tmp_path):
+    for name in ("synth_test", "turk_test"):
+        write(tmp_path / f"{name}.jsonl", [messages("s", f"{name} {gold}", gold) for gold in ("a", "(b", "c")])
+    for name in ("synth_train", "turk_train"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    with pytest.warns(UserWarning, match="1 of 3 rows .* line 2: the gold is not a regex"):
+        data = TASKS["nl_rx"].load(str(tmp_path))
+    assert [group.answer for group in data.groups] == ["a", "c"] and data.unusable == 1
+
+
+def test_an_alternative_with_a_semicolon_stays_one_answer(tmp_path):
+    """Cut in two, half of it would be right."""
+    row = {"question": "who", "answer": ["Lennon; McCartney", "the Beatles"]}
+    (group,) = TASKS["nq_open"].load(write(tmp_path / "r.jsonl", [row])).groups
+    right = lambda text: TASKS["nq_open"].grade(group, text, True).scores["equal"]  # noqa: E731
+    assert right("Lennon, McCartney") and right("beatles") and not right("Lennon") and not right("McCartney")
+
+
 def test_an_id_may_not_come_twice(tmp_path):
     rows = [{"id": "1", "prompts": ["a"], "answer": "b"}] * 2
     with pytest.raises(UserError, match="row 2: the id '1' is that of row 1"):
@@ -178,11 +221,11 @@ def test_an_id_may_not_come_twice(tmp_path):
 def test_spider_data_that_cannot_be_graded(tmp_path):
     with pytest.raises(UserError, match="no folder `database`"):
         TASKS["spider"].load(str(tmp_path))
-    with pytest.raises(UserError, match="No gold query of .* runs .on shop, error: no such column: nam"):
+    with pytest.raises(UserError, match="No gold query of .* runs .*on shop, error: no such column: nam"):
         TASKS["spider"].load(spider_folder(tmp_path / "a", "SELECT nam FROM items"))
     rows = [messages("s", "For db_id:[shop]\n\n?", sql) for sql in ("SELECT 1", "SELECT nam FROM items")]
     write(tmp_path / "a" / "spider_test.jsonl", rows)
-    with pytest.warns(UserWarning, match="1 of 2 gold queries fail and are left out"):
+    with pytest.warns(UserWarning, match="1 of 2 rows cannot be graded .* row 2: the gold query fails"):
         data = TASKS["spider"].load(str(tmp_path / "a"))
     assert [group.answer for group in data.groups] == ["SELECT 1"] and data.unusable == 1
     spider_folder(tmp_path / "b", "SELECT 1")
@@ -203,7 +246,7 @@ def test_a_gold_of_nl_rx_that_is_no_regex_is_named(tmp_path):
         write(tmp_path / f"{name}.jsonl", [messages("s", text, "(a")])
     for name in ("synth_train", "turk_train"):
         (tmp_path / f"{name}.jsonl").write_text("")
-    with pytest.raises(UserError, match="synth_test.jsonl, line 1: the gold is not a regex"):
+    with pytest.raises(UserError, match="None of 1 rows .* synth_test.jsonl, line 1: the gold is not a regex"):
         TASKS["nl_rx"].load(str(tmp_path))
 
 

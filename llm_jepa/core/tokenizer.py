@@ -1,14 +1,18 @@
-"""A byte-level BPE tokenizer with a chat template, trained without any download."""
+"""A byte-level BPE tokenizer with a chat template, trained without any download; and what a saved one must not say."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
+from .files import write_json
 
+LOCAL_KEYS = ("is_local", "local_files_only")  # `local_files_only` would break loading from the Hub
 BOS, END_OF_TURN = "<|begin|>", "<|end|>"
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
@@ -48,3 +52,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def forget_local_keys(folder: str | Path) -> None:
+    """Remove what says "loaded from a folder of this machine" from the tokenizers saved in `folder`, and just below it.
+
+    transformers writes these keys into the config of every tokenizer that it had loaded from a folder.
+    """
+    for pattern in ("tokenizer_config.json", "*_tokenizer/tokenizer_config.json"):
+        for path in Path(folder).glob(pattern):
+            options = json.loads(path.read_text())
+            write_json(path, {key: value for key, value in options.items() if key not in LOCAL_KEYS})

@@ -41,6 +41,7 @@ from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
 from .sums import NamedSums
+from .tokenizer import forget_local_keys
 
 logger = logging.get_logger(__name__)
 
@@ -87,10 +88,12 @@ class SafeTrainer(Trainer):
         return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save without `training_args.bin`, which is a pickle."""
+        """Save without `training_args.bin`, which is a pickle, and without the local keys of tokenizers."""
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            forget_local_keys(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._load_by_name(resume_from_checkpoint):

@@ -21,10 +21,11 @@ def write_model_card(
 ) -> Path:
     """Write README.md from the run's own configuration and log."""
     base = model.config._name_or_path
+    is_local = Path(base).exists()  # a folder of this machine is not on the Hub, and its path is nobody's business
     defaults = {name: field.default for name, field in LLMJEPAConfig.__dataclass_fields__.items()}
     own = {k: v for k, v in model.config.llm_jepa.items() if k in ALWAYS_SHOWN or v != defaults[k]}
     metadata = ModelCardData(
-        base_model=base if base and not Path(base).exists() else None,  # a folder of this machine is not on the Hub
+        base_model=None if is_local else base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llm-jepa", "jepa", "sft"],
@@ -33,7 +34,7 @@ def write_model_card(
         output_dir,
         TEMPLATE,
         metadata,
-        base=base,
+        base=Path(base).name if is_local else base,
         model_type=model.config.model_type,
         uses_jepa=args.uses_jepa,
         settings=settings_of(args, own),

@@ -57,13 +57,12 @@ def _merge_adapter(trainer: JEPATrainer) -> None:
     """Save a LoRA adapter into output_dir/adapter and merge it into the model; nothing for other models."""
     from peft import PeftModel
 
+    from .adapter import save_adapter
+
     if not isinstance(trainer.model, PeftModel):
         return
     if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir) / "adapter"
-        trainer.model.save_pretrained(folder)
-        # The adapter needs the tokenizer: who loads it must resize the base model's vocabulary to its length.
-        trainer.processing_class.save_pretrained(folder)
+        save_adapter(trainer.model, trainer.processing_class, Path(trainer.args.output_dir) / "adapter")
     trainer.model = trainer.base_model = trainer.model.merge_and_unload()
 
 

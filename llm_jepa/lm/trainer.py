@@ -15,12 +15,10 @@ Shapes: R rows, L tokens in a row, B examples, P pairs, D hidden size, V vocabul
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +31,8 @@ from trl import SFTTrainer
 
 from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
-from ..core.files import write_json
 from ..core.trainer import EVALUATION, JEPATrainer
+from .adapter import save_adapter
 from .arguments import LLMJEPAConfig, check_objective
 from .batching import JEPACollator, Layout, lm_rows_only
 from .card import write_model_card
@@ -50,7 +48,6 @@ from .targets import base_targets
 logger = logging.get_logger(__name__)
 
 BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # they do not change what is learned
-LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only")  # `local_files_only` would break loading from the Hub
 ADVICE = {
     "info_nce": "From random weights this can pass; if it stays, lower learning_rate, or raise the batch size.",
     "stp": "STP does not look at pairs, so this is its side effect or the model's own; compare with jepa_weight: 0.",
@@ -358,16 +355,17 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Restore `use_cache`, which training switched off; remove local-only fields of the tokenizer."""
+        """Save an adapter alone; restore `use_cache` of a whole model, which training switched off."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            folder, is_main = output_dir or self.args.output_dir, self.args.should_save
+            save_adapter(model, self.processing_class, folder, state_dict=state_dict, is_main_process=is_main)
+            return
         in_training, self.base_model.config.use_cache = self.base_model.config.use_cache, self._use_cache
         try:
             super()._save(output_dir, state_dict=state_dict)
         finally:
             self.base_model.config.use_cache = in_training
-        if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir, "tokenizer_config.json")
-            options = json.loads(path.read_text())
-            write_json(path, {key: value for key, value in options.items() if key not in LOCAL_TOKENIZER_KEYS})
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._count_tokens()

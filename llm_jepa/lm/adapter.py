@@ -1,0 +1,83 @@
+"""Save an adapter (LoRA): its own weights, the trained token rows, and a card with the lines that load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..core.card import versions_of, write_card
+from ..core.files import write_json
+from ..core.tokenizer import forget_local_keys
+
+TEMPLATE = Path(__file__).with_name("adapter_card.md.jinja")
+PACKAGES = ("torch", "transformers", "peft")
+CONFIG = "adapter_config.json"
+
+
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    is_main_process: bool = True,
+) -> None:
+    """Save the adapter, the tokenizer and the card into `folder`.
+
+    state_dict: the gathered weights of a sharded model; None reads them from the model.
+
+    The frozen embedding is not saved. By default PEFT sees that the vocabulary has grown and saves it whole, twice if
+    the head is tied to it; the new rows are trained, so they are saved as token rows anyway.
+    """
+    options: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
+    model.save_pretrained(str(folder), save_embedding_layers=False, is_main_process=is_main_process, **options)
+    if not is_main_process:
+        return
+    # The tokenizer belongs to the adapter: the base model's has no predictor tokens.
+    tokenizer.save_pretrained(folder)
+    forget_local_keys(folder)
+    _forget_local_base(Path(folder))
+    _write_card(model, Path(folder))
+
+
+def _forget_local_base(folder: Path) -> None:
+    """Remove the path of a base model that is a folder of this machine from PEFT's config.
+
+    Not even the last name of the folder stays: on another machine transformers would take it for a Hub id, and load
+    the model of a stranger.
+    """
+    config = json.loads((folder / CONFIG).read_text())
+    if Path(config["base_model_name_or_path"] or ".").exists():
+        write_json(folder / CONFIG, {**config, "base_model_name_or_path": None})
+
+
+def _write_card(model: PeftModel, folder: Path) -> None:
+    """Replace PEFT's card, which is empty but for the path of the base model."""
+    base_model = model.get_base_model()
+    source = base_model.config._name_or_path
+    is_local = Path(source).exists()
+    metadata = ModelCardData(
+        base_model=None if is_local else source,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["llm-jepa", "jepa", "lora"],
+    )
+    generation = base_model.generation_config
+    write_card(
+        folder,
+        TEMPLATE,
+        metadata,
+        source="/".join(folder.absolute().parts[-2:]),
+        base=Path(source).name if is_local else source,
+        is_local=is_local,
+        revision=None if is_local else getattr(base_model.config, "_commit_hash", None),
+        num_rows=base_model.get_input_embeddings().weight.shape[0],
+        suppressed=None if generation is None else generation.suppress_tokens,
+        versions=versions_of(PACKAGES),
+    )

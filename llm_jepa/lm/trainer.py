@@ -40,10 +40,11 @@ from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, trainin
 from .loading import model_from, tokenizer_from
 from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
-from .predictor_tokens import add_predictor_tokens, known_predictor_ids, train_token_rows
+from .predictor_tokens import add_predictor_tokens, known_predictor_ids
 from .probe import agree_on_layout
 from .reading import embed_pairs
 from .targets import base_targets
+from .token_rows import add_missing_rows, train_token_rows
 
 logger = logging.get_logger(__name__)
 
@@ -390,10 +391,11 @@ def prepare_model(
     args: LLMJEPAConfig,
     peft_config: PeftConfig | None,
 ) -> list[int]:
-    """Set the pad token, add the predictor tokens and write the settings into the model's config, all in place.
+    """Set the pad token, give every token a row, add the predictor tokens and write the settings, all in place.
 
     The pad token is the recipe's, the tokenizer's, or else eos as in the published code. Returns the ids of the
-    predictor tokens. Raises UserError for a pad token that the tokenizer does not have.
+    predictor tokens. Raises UserError for a pad token that the tokenizer does not have, or for an adapter that cannot
+    train the new rows.
     """
     pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad_token not in tokenizer.get_vocab():
@@ -402,11 +404,12 @@ def prepare_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    added_ids = add_missing_rows(model, tokenizer)
     predictor_ids: list[int] = []
     if args.uses_views:
         predictor_ids = add_predictor_tokens(model, tokenizer, args.num_predictor_tokens)
-        if peft_config is not None:
-            train_token_rows(peft_config, model, predictor_ids)
+    if peft_config is not None:
+        train_token_rows(peft_config, model, inputs=predictor_ids, labels=added_ids)
     model.config.llm_jepa = {
         **{name: getattr(args, name) for name in LLMJEPAConfig.__annotations__ if name not in BOOKKEEPING},
         "num_predictor_tokens": len(predictor_ids),

@@ -33,7 +33,9 @@ def _lm_card() -> tuple[str, str]:
         exact = [result["metrics"][wording]["exact"] for result in results]
         figures.append(Figure("exact_match", f"exact match, {title}, mean of {len(results)} seeds", exact))
     run = results[0]["model"]["run"]
-    metadata = _metadata(name, "text-generation", ("nl_rx", "NL-RX-SYNTH, lines not known from training"), figures)
+    metadata = _metadata(
+        name, "transformers", "text-generation", ("nl_rx", "NL-RX-SYNTH, lines not known from training"), figures
+    )
     facts = {"shape": run["model_config"], "weight": run["jepa_weight"], "table": nl_rx.table(runs)}
     return name, _card("lm_card", metadata, name=name, **facts)
 
@@ -52,7 +54,7 @@ def _vl_card() -> tuple[str, str]:
         values = [result["test"][key] for result in results]
         figures.append(Figure(kind, f"{title}, mean of {len(results)} seeds", values))
     world = f"ShapeStream {results[0]['world_version']}"
-    metadata = _metadata(name, "video-text-to-text", ("generated", world), figures)
+    metadata = _metadata(name, "llm_jepa", "video-text-to-text", ("generated", world), figures)
     return name, _card(
         "vl_card",
         metadata,
@@ -63,8 +65,8 @@ def _vl_card() -> tuple[str, str]:
     )
 
 
-def _metadata(name: str, task: str, data: tuple[str, str], figures: Sequence[Figure]) -> ModelCardData:
-    """The YAML head. data: (type, name) as the Hub has them."""
+def _metadata(name: str, library: str, task: str, data: tuple[str, str], figures: Sequence[Figure]) -> ModelCardData:
+    """The YAML head. library: the import that the model needs. data: (type, name) as the Hub has them."""
     results = [
         EvalResult(
             task_type=task, dataset_type=data[0], dataset_name=data[1], metric_type=figure.kind,
@@ -73,7 +75,7 @@ def _metadata(name: str, task: str, data: tuple[str, str], figures: Sequence[Fig
         for figure in figures
     ]  # fmt: skip
     return ModelCardData(
-        library_name="transformers", pipeline_tag=task, license="apache-2.0", tags=["llm-jepa", "jepa"],
+        library_name=library, pipeline_tag=task, license="apache-2.0", tags=["llm-jepa", "jepa"],
         model_name=name, eval_results=results,
     )  # fmt: skip
 

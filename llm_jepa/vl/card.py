@@ -31,9 +31,9 @@ def write_vl_model_card(
     own.pop("feature_cache", None)  # a path of one machine
     metadata = ModelCardData(
         base_model=bases or None,
-        library_name="transformers",
+        library_name="llm_jepa",  # the import that it needs
         pipeline_tag="video-text-to-text",
-        tags=["vl-jepa", "jepa", "llm-jepa"],
+        tags=["vl-jepa", "jepa", "llm-jepa", "video"],
     )
     return write_card(
         output_dir,

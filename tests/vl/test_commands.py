@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import av
@@ -151,13 +154,44 @@ def test_a_trained_model_is_whole_safe_and_in_use(trained, data):
 
 def test_the_card_says_what_was_trained_and_measured(trained):
     card = (trained / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "llm_jepa", "transformers alone does not know the classes"
+    assert import_module(head["library_name"]) and 'pip install "llm-jepa[vl]"' in card
+    assert head["pipeline_tag"] == "video-text-to-text" and {"vl-jepa", "jepa"} <= set(head["tags"])
     assert "| x_encoder (vit) | random weights |" in card and "| x_encoder_trainable_layers | 1 |" in card
     assert "| pairs_per_clip | 3 |" in card and "| lr_scheduler_type | cosine |" in card
     assert "Last evaluation on the validation clips (step 4)" in card and "| recall_at_1 | " in card
     loss = history(trained, "eval_loss")[-1]
     assert f"| loss |  | {loss:.4g} |" in card
     assert str(trained.parent) not in card, "a path of this machine"
+
+
+AUTO = {
+    "AutoConfig": ("AutoConfig.from_pretrained(sys.argv[1])", "VLJEPAConfig"),
+    "AutoModel": ("AutoModel.from_pretrained(sys.argv[1])", "VLJEPAModel"),
+    "AutoProcessor": ("AutoProcessor.from_pretrained(sys.argv[1])", "VLJEPAProcessor"),
+    "pipeline": ("pipeline('vl-jepa', model=sys.argv[1])", "VLJEPAPipeline"),
+}
+
+
+@pytest.mark.parametrize(
+    ("ours_comes", "word"),
+    [*(("first", word) for word in AUTO), ("last", "AutoModel")],  # an interpreter takes seconds
+)
+def test_importing_the_package_is_enough_for_the_auto_classes(ours_comes, word, trained):
+    """Each in an interpreter of its own, as the first thing that is asked of transformers."""
+    imports = ["import llm_jepa.vl", f"from transformers import {word}"]
+    call, kind = AUTO[word]
+    code = ["import sys", *(imports if ours_comes == "first" else imports[::-1]), f"print(type({call}).__name__)"]
+    done = subprocess.run([sys.executable, "-c", "; ".join(code), str(trained)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, kind), done.stderr[-1000:]
+
+
+def test_without_pillow_transformers_is_still_importable():
+    """The extra `vl` may be missing where the package is used for language models."""
+    code = "import sys; sys.modules['PIL'] = None; import llm_jepa.vl; from transformers import AutoProcessor, pipeline"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_evaluations_begin_at_step_zero(trained):

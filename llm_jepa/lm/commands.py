@@ -147,6 +147,7 @@ def embed(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from .batching import JEPACollator
+    from .limits import check_tokens, check_views
     from .loading import read_rows
     from .predictor_tokens import predictor_token_ids
     from .probe import choose_layout
@@ -167,6 +168,9 @@ def embed(options: argparse.Namespace) -> None:
         add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"])
         for index, row in enumerate(rows)
     ]
+    check_views(model.config, views, "rows", len(predictors), "shorten them to {room} tokens, or leave them out")
+    for row in views:
+        check_tokens(model.config, [predictors, row["input_ids"], *row["contexts"], *row["targets"]], "rows")
     readout = {key: how[key] for key in ("readout", "predictor_position", "direction") if key in how}
     collator = JEPACollator(tokenizer.pad_token_id, predictors, layout=layout, **readout)
     size = options.batch_size

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..core.errors import UserError
 from .arguments import LLMJEPAConfig
 from .batching import JEPACollator
+from .limits import check_views
 from .views import Views, add_view_columns
 
 logger = logging.get_logger(__name__)
@@ -111,26 +112,11 @@ def view_columns(
     truncated = sum(dataset["truncated"])
     if truncated:
         logger.warning(f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens.")
-    _check_positions(dataset, name, model_config, len(collator.predictor_ids))
+    check_views(
+        model_config, dataset, f"{name} rows", len(collator.predictor_ids), "set max_length: {room}, or remove them"
+    )
     if args.train_sampling_strategy == "group_by_length":
         collator = training_collator(collator, args)
         lengths = [sum(len(segment.ids) for segment in collator.example(row).segments) for row in dataset]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset
-
-
-def _check_positions(dataset: Dataset, name: str, model_config: PreTrainedConfig, predictors: int) -> None:
-    """Learned positions (gpt2) are limited; a longer row would be an index error in the middle of training."""
-    config = model_config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or getattr(config, "rope_parameters", None) is not None:
-        return
-    longest = max(map(len, dataset["input_ids"]))
-    for column in ("contexts", "targets"):
-        for views in dataset[column]:
-            longest = max(longest, *map(len, views))
-    if longest + predictors > limit:
-        raise UserError(
-            f"The longest {name} row has {longest} tokens and {predictors} predictor tokens, the model {limit} "
-            f"positions; set max_length: {limit - predictors} or less."
-        )

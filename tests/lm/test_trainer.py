@@ -455,7 +455,7 @@ def test_text_of_a_predictor_token_is_refused(rows, tokenizer, tmp_path):
 
 def test_rows_longer_than_learned_positions_are_refused(dataset, tokenizer, tmp_path):
     model = tiny_model(tokenizer, "gpt2", n_positions=40)
-    with pytest.raises(UserError, match=r"48 of 48 train rows .* 40 positions .* set max_length: 39"):
+    with pytest.raises(UserError, match=r"46 of 48 train rows .* 40 positions .* set max_length: 39"):
         make(dataset, tokenizer, config(tmp_path), model=model)
 
 

@@ -7,13 +7,13 @@ dropped.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
+from llm_jepa.core.row_files import json_rows
 from llm_jepa.lm import parse_row
 
 from .. import graders
@@ -77,15 +77,8 @@ def load(data_dir: str | Path) -> tuple[list[Item], int, list[Path]]:
 def read_conversations(path: Path) -> list[list[dict[str, Any]]]:
     """The messages of every row, with the answer last. Raises UserError, with file and line, for any other row."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}.") from None
-        example = parse_row(row if isinstance(row, dict) else {}, where)
+    for where, row in json_rows(path):
+        example = parse_row(row, where)
         if isinstance(example.prompt, str) or isinstance(example.completion, str):
             raise UserError(f"{where}: NL-RX rows are conversations; give 'messages' or lists of messages.")
         rows.append([*example.prompt, *example.completion])

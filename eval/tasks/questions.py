@@ -6,6 +6,7 @@ A group is one meaning in k wordings with one gold answer. Benchmarks with one w
 from __future__ import annotations
 
 import difflib
+import glob
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
-from llm_jepa.lm import FILE_READERS, Prompt, data_sha256, parse_row, read_rows
+from llm_jepa.core.row_files import PACKED_SUFFIXES, row_suffix
+from llm_jepa.lm import FILE_SUFFIXES, Prompt, data_sha256, parse_row, read_rows
 
 from ..graders import Grade
 
@@ -72,28 +74,46 @@ def last_text(prompt: Prompt) -> str:
 
 
 def read(source: str, name: str, split: str, config: str | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """(rows, hashes) of a file, of the test file in a folder, or of a Hub data set."""
+    """(rows, hashes) of a file, a glob, the test file in a folder, a folder of `datasets`, or a Hub data set."""
     path = Path(source)
     if path.is_dir():
-        path = _file_in(path, name, split)
-    elif path.suffix not in FILE_READERS and (path.is_absolute() or source.startswith(".") or source.count("/") != 1):
+        path = _file_in(path, name, split) or path
+    elif _is_missing(source):
         raise UserError(f"There is no data at {source}; give a file, a folder, or a Hub id such as owner/name.")
-    rows = read_rows(str(path), split=split, config=config)
+    try:
+        rows = read_rows(str(path), split=split, config=config)
+    except UserError as error:
+        if not path.is_dir():
+            raise
+        stems, suffixes = ", ".join(_stems(name, split)), ", ".join(FILE_SUFFIXES)
+        raise UserError(
+            f"{path} holds no {name} data: looked for {stems} as {suffixes}; name the file itself if it has another "
+            f"name. As a folder of `datasets`: {error}"
+        ) from None
     hashes = {path.name: file_sha256(path)} if path.is_file() else {source: str(data_sha256(rows))}
     return list(rows), hashes
 
 
-def _file_in(folder: Path, name: str, split: str) -> Path:
-    stems = tuple(dict.fromkeys((f"{name}_{split}", f"{name}_test", split, "test", name)))
-    for stem in stems:
-        for suffix in FILE_READERS:
-            path = folder / f"{stem}{suffix}"
-            if path.is_file():
-                return path
-    raise UserError(
-        f"{folder} holds no {name} data: looked for {', '.join(stems)} as {', '.join(FILE_READERS)}; name the file "
-        "itself if it has another name."
-    )
+def _is_missing(source: str) -> bool:
+    """Whether a source is neither a file, nor names one, nor can be a Hub id."""
+    if Path(source).exists() or glob.has_magic(source) or row_suffix(source) in FILE_SUFFIXES:
+        return False
+    return Path(source).is_absolute() or source.startswith(".") or source.count("/") != 1
+
+
+def _stems(name: str, split: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((f"{name}_{split}", f"{name}_test", split, "test", name)))
+
+
+def _file_in(folder: Path, name: str, split: str) -> Path | None:
+    """The file of a task in a folder. A compressed one comes after the plain ones."""
+    for packed in ("", *PACKED_SUFFIXES):
+        for stem in _stems(name, split):
+            for suffix in FILE_SUFFIXES:
+                path = folder / f"{stem}{suffix}{packed}"
+                if path.is_file():
+                    return path
+    return None
 
 
 def read_questions(

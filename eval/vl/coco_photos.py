@@ -34,6 +34,7 @@ from transformers import AutoModelForImageClassification, LlamaConfig, set_seed
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256, write_json
+from llm_jepa.core.row_files import json_rows
 from llm_jepa.lm import train_tokenizer
 from llm_jepa.vl import (
     VLJEPA,
@@ -67,7 +68,7 @@ class Photos(NamedTuple):
 
 def load_photos(data: Path) -> Photos:
     folder = data / "coco_open_256"
-    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in json_rows(folder / "captions.jsonl")]
     rows.sort(key=lambda row: row["file_name"])
     names = [row["file_name"] for row in rows]
     images = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]

@@ -128,7 +128,9 @@ def parse(
     values |= {key: _override(key, text, fields[key][1]) for key, text in overrides.items()}
     resolved = {key: coerce(key, value, fields[key][1]) for key, value in values.items() if key != FAMILY}
     if "train_data" not in resolved:
-        raise UserError(f"{path} sets no train_data: name a .jsonl, .json, .csv or .parquet file or a Hub dataset.")
+        raise UserError(
+            f"{path} sets no train_data: name a .jsonl, .json, .csv or .parquet file, a folder, or a Hub dataset."
+        )
     if resolved.get("output_dir") is None:
         raise UserError(f"{path} sets no output_dir: name the folder the run is saved in.")
     try:
@@ -239,7 +241,7 @@ def _override(name: str, text: str, hint: Any) -> Any:
     if text.lower() in ("none", "null"):
         return None
     is_choice = _accept(text, hint)[0] and not _accept("", hint)[0]  # such as `no`
-    if is_choice or _wants_text(hint):
+    if is_choice or _wants_text(hint, text):
         return text
     try:
         return load_yaml(text)
@@ -285,9 +287,13 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _wants_text(hint: Any) -> bool:
-    """True for a field that takes only text: its override is literal, so `123` is a text."""
-    return [option for option in _options(hint) if option is not type(None)] == [str]
+def _wants_text(hint: Any, text: str) -> bool:
+    """True for a field that takes only text: its override is literal, so `123` is a text, and `*.jsonl` no YAML alias.
+
+    If the field takes a list of texts too, what starts with a bracket is one.
+    """
+    options = {option for option in _options(hint) if option is not type(None)}
+    return options == {str} or (options == {str, list[str]} and not text.startswith("["))
 
 
 def _accept(value: Any, hint: Any) -> tuple[bool, Any]:

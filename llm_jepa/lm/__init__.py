@@ -27,16 +27,17 @@ if TYPE_CHECKING:
         generate,
         generate_batches,
     )
-    from .loading import FILE_READERS, data_sha256, model_from, read_rows, tokenizer_from
+    from .loading import model_from, tokenizer_from
     from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
     from .reading import embed_pairs
     from .rows import parse_row
+    from .sources import FILE_SUFFIXES, data_sha256, read_rows
     from .trainer import LLMJEPATrainer
     from .views import IGNORE, add_view_columns, build_views, end_of_turn_ids
 
 _HOMES = {
     "Choice": ".inference",
-    "FILE_READERS": ".loading",
+    "FILE_SUFFIXES": ".sources",
     "Generation": ".inference",
     "IGNORE": ".views",
     "JEPACollator": ".batching",
@@ -48,7 +49,7 @@ _HOMES = {
     "bank_collator": ".data",
     "build_views": ".views",
     "choose_batches": ".inference",
-    "data_sha256": ".loading",
+    "data_sha256": ".sources",
     "decode_tokens": ".inference",
     "embed_pairs": ".reading",
     "encode": ".inference",
@@ -61,14 +62,14 @@ _HOMES = {
     "parse_row": ".rows",
     "predictor_token_ids": ".predictor_tokens",
     "random_model": ".from_scratch",
-    "read_rows": ".loading",
+    "read_rows": ".sources",
     "tokenizer_from": ".loading",
     "train_tokenizer": ".from_scratch",
     "training_collator": ".data",
 }
 __all__ = [
     "Choice",
-    "FILE_READERS",
+    "FILE_SUFFIXES",
     "Generation",
     "IGNORE",
     "JEPACollator",

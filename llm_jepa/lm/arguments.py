@@ -108,15 +108,21 @@ class ModelArguments:
 class DataArguments:
     """> Which rows to train on: TRL's prompt-completion or conversational format."""
 
-    train_data: str = field(metadata={"help": "A .jsonl, .json, .csv or .parquet file, or a Hub dataset id."})
-    validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
+    train_data: str | list[str] = field(
+        metadata={
+            "help": "A .jsonl, .json, .csv or .parquet file, a glob or a list of files, a folder, or a Hub dataset id."
+        }
+    )
+    validation_data: str | list[str] | None = field(default=None, metadata={"help": "The same for validation."})
     validation_rows: int = field(
         default=0, metadata={"help": "Without validation_data: rows held out of train_data, drawn with data_seed."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
-    validation_split: str = field(default="validation", metadata={"help": "Split of validation_data on the Hub."})
+    train_split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset to train on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split of validation_data in a folder or on the Hub."}
+    )
 
     def __post_init__(self) -> None:
         check_validation(self)

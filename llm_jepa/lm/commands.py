@@ -38,7 +38,8 @@ def build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     from transformers import set_seed
 
     from ..core import run
-    from .loading import data_sha256, load_data, load_model, load_tokenizer, lora_config
+    from .loading import load_data, load_model, load_tokenizer, lora_config
+    from .sources import data_sha256
     from .trainer import LLMJEPATrainer
 
     training = recipe.training
@@ -91,7 +92,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a user turn (repeatable)")
-    source.add_argument("--input", help="rows with 'prompt' or 'messages' (a last assistant turn is left out)")
+    source.add_argument(
+        "--input", nargs="+", help="files or a folder of rows with 'prompt' or 'messages' (a last answer is left out)"
+    )
     parser.add_argument("--system", help="system prompt for --prompt")
     parser.add_argument("--output", help="write JSON lines here instead of printing")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
@@ -106,7 +109,7 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     _check_output(options)
     from . import inference
-    from .loading import read_rows
+    from .sources import read_rows
 
     rows = read_rows(options.input) if options.input is not None else None
     model, tokenizer = _load(options.model)
@@ -136,7 +139,10 @@ def generate(options: argparse.Namespace) -> None:
 def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `llm-jepa embed`."""
     parser.add_argument("model", help="model folder or Hub id")
-    parser.add_argument("--input", required=True, help="rows with 'prompt' and 'completion', or 'messages'")
+    parser.add_argument(
+        "--input", nargs="+", required=True,
+        help="files or a folder of rows with 'prompt' and 'completion', or 'messages'; or only 'prompt' or 'text'",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, both [N, D]")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
 
@@ -148,10 +154,10 @@ def embed(options: argparse.Namespace) -> None:
 
     from .batching import JEPACollator
     from .limits import check_tokens, check_views
-    from .loading import read_rows
     from .predictor_tokens import predictor_token_ids
     from .probe import choose_layout
     from .reading import embed_pairs
+    from .sources import read_rows
     from .views import add_view_columns
 
     rows = read_rows(options.input)

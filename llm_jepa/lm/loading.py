@@ -5,13 +5,12 @@ Weights are read from safetensors only, and code that comes with a checkpoint is
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,30 +20,7 @@ from ..core.errors import UserError, first_line
 from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
 from .rows import parse_row
-
-FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def read_rows(source: str, *, split: str = "train", config: str | None = None, revision: str | None = None) -> Dataset:
-    """The rows of a local file, or of a split of a Hub data set. Raises UserError."""
-    path = Path(source)
-    if path.suffix in FILE_READERS:
-        if not path.is_file():
-            raise UserError(f"No data file at {path}; check the path (it is relative to the current folder).")
-        if path.stat().st_size == 0:
-            raise UserError(f"The data file {path} is empty.")
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path)
-        try:
-            return load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # datasets wraps parser errors in its own and in pyarrow's
-            raise UserError(f"Cannot read {path}: {first_line(error.__cause__ or error)}") from None
-    if path.exists():
-        raise UserError(f"{path} is not a .jsonl, .json, .csv or .parquet file; convert it or name one.")
-    try:
-        return load_dataset(source, config, split=split, revision=revision)
-    except Exception as error:  # network, permission, missing split: the user can fix all of them
-        raise UserError(f"Cannot load the data set {source!r} (split {split}): {first_line(error)}") from None
+from .sources import read_rows
 
 
 def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -52,34 +28,24 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
     train = read_rows(
         args.train_data, split=args.train_split, config=args.dataset_config, revision=args.dataset_revision
     )
+    name = _name(args.train_data)
     if len(train) == 0:
-        raise UserError(f"{args.train_data} holds no rows.")
+        raise UserError(f"{name} holds no rows.")
     for index, row in enumerate(train):  # before the split, so that errors name the row of the file
-        parse_row(row, f"{args.train_data}, row {index}")
+        parse_row(row, f"{name}, row {index}")
     if args.validation_data is not None:
         validation = read_rows(args.validation_data, split=args.validation_split, config=args.dataset_config)
         if len(validation) == 0:
-            raise UserError(f"{args.validation_data} holds no rows.")
+            raise UserError(f"{_name(args.validation_data)} holds no rows.")
         return train, validation
     if not args.validation_rows:
         return train, None
     if args.validation_rows >= len(train):
         raise UserError(
-            f"validation_rows={args.validation_rows} leaves nothing of the {len(train)} rows of {args.train_data}; "
-            "lower it."
+            f"validation_rows={args.validation_rows} leaves nothing of the {len(train)} rows of {name}; lower it."
         )
     parts = train.train_test_split(test_size=args.validation_rows, seed=seed)
     return parts["train"], parts["test"]
-
-
-def data_sha256(dataset: Dataset | None) -> str | None:
-    """A hash of the rows, the same for a file and for the Hub; None without rows."""
-    if dataset is None:
-        return None
-    digest = hashlib.sha256()
-    for row in dataset:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())  # dates, bytes
-    return digest.hexdigest()
 
 
 def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Dataset) -> PreTrainedTokenizerBase:
@@ -167,27 +133,8 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     )
 
 
-def _read_jsonl(path: Path) -> Dataset:
-    """One JSON object per line. Errors name the line, which `datasets` does not."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # UnicodeDecodeError is one
-                raise UserError(f"{path}, line {number} is not JSON in UTF-8: {error}.") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number} must hold a JSON object, found {type(row).__name__}.")
-            rows.append(row)
-    if not rows:
-        raise UserError(f"The data file {path} holds no rows.")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    try:
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-    except Exception as error:  # pyarrow raises many types if a column changes its type
-        raise UserError(f"{path}: rows differ in the type of a column: {first_line(error)}") from None
+def _name(data: str | Sequence[str]) -> str:
+    return data if isinstance(data, str) else ", ".join(data)
 
 
 def _no_folder(source: str) -> str:

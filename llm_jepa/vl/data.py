@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import UserError
 from ..core.files import file_sha256, text_key
+from ..core.row_files import json_rows
 from ..stream.clips import read_clip
 from ..stream.frames import Limits
 from ..stream.opening import IMAGE_SUFFIXES
@@ -207,24 +208,16 @@ def read_clips(path: str | Path) -> list[Clip]:
     if not path.is_file():
         raise UserError(f"No manifest at {path}; it holds one JSON object a line, with 'video' and 'target'.")
     pairs_of: dict[tuple[str, float | None, float | None], list[Pair]] = {}  # by file, start and end
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                clip = _read_row(line, path.parent, f"{path}, line {number}")
-                pairs_of.setdefault((clip.video, clip.start_s, clip.end_s), []).extend(clip.pairs)
+    for place, row in json_rows(path):
+        clip = _read_row(row, path.parent, place)
+        pairs_of.setdefault((clip.video, clip.start_s, clip.end_s), []).extend(clip.pairs)
     if not pairs_of:
         raise UserError(f"The manifest {path} holds no rows.")
     return [Clip(video, tuple(dict.fromkeys(pairs)), start, end) for (video, start, end), pairs in pairs_of.items()]
 
 
-def _read_row(line: bytes, folder: Path, place: str) -> Clip:
-    """A line of a manifest as a clip with the pairs of this row. place: file and line, for messages."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{place} is not JSON in UTF-8: {error}.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place} must hold a JSON object, found {type(row).__name__}.")
+def _read_row(row: dict[str, Any], folder: Path, place: str) -> Clip:
+    """A row of a manifest as a clip with the pairs of this row. place: file and line, for messages."""
     known = {"video", "image", "target", "query", "start_s", "end_s"}
     if unknown := sorted(set(row) - known):
         raise UserError(f"{place} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.")

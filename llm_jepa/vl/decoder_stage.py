@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import GPT2Config, TrainingArguments
 
 from ..core.errors import UserError
+from ..core.row_files import JSON_SUFFIXES, json_rows, row_suffix
 from ..core.tokenizer import train_bpe
 from .data import is_text
 from .inference import VLJEPA
@@ -120,31 +121,31 @@ def read_texts(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No texts at {path}; give one text a line, or .jsonl rows with 'target' or 'text'.")
+    texts = _texts_of_rows(path) if row_suffix(path) in JSON_SUFFIXES else _texts_of_lines(path)
+    if not texts:
+        raise UserError(f"{path} holds no texts.")
+    return list(dict.fromkeys(texts))
+
+
+def _texts_of_lines(path: Path) -> list[str]:
     texts: list[str] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line {number} is not UTF-8: {error}. Save the file as UTF-8.") from None
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
+        if line.strip():
             texts.append(line.strip())
-        else:
-            texts += _texts_of_row(line, f"{path}, line {number}")
-    if not texts:
-        raise UserError(f"{path} holds no texts.")
-    return list(dict.fromkeys(texts))
+    return texts
 
 
-def _texts_of_row(line: str, place: str) -> list[str]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}.") from None
-    texts = row.get("target", row.get("text")) if isinstance(row, dict) else None
-    if isinstance(texts, str):
-        texts = [texts]
-    if not isinstance(texts, list) or not all(is_text(text) for text in texts):
-        raise UserError(f"{place} has no 'target' or 'text' that is a text.")
-    return [text.strip() for text in texts]
+def _texts_of_rows(path: Path) -> list[str]:
+    texts: list[str] = []
+    for place, row in json_rows(path):
+        values: Any = row.get("target", row.get("text"))
+        if isinstance(values, str):
+            values = [values]
+        if not isinstance(values, list) or not all(is_text(text) for text in values):
+            raise UserError(f"{place} has no 'target' or 'text' that is a text.")
+        texts += [text.strip() for text in values]
+    return texts

@@ -196,7 +196,7 @@ def test_rows_of_one_file_and_span_become_one_clip(folder):
         ({"image": "a.png", "target": ["x", 3]}, "line 2 needs"),
         ({"image": "a.png", "target": ["x", " "]}, "line 2"),
         ({"image": "a.png", "target": ""}, "line 2"),
-        ({"image": "a.png", "target": "half a pair: \ud800"}, "line 2 needs"),
+        ({"image": "a.png", "target": "half a pair: \ud800"}, "line 2 holds half of a surrogate pair"),
         ({"image": "a.png", "target": "x", "query": 3}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "target": "x", "query": 0}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "video": "c.mp4", "target": "x"}, "line 2.*video.*image"),

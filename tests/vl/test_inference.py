@@ -768,5 +768,5 @@ def test_texts_that_no_tokenizer_reads_are_refused_with_their_line(tmp_path: Pat
     with pytest.raises(UserError, match="line 2 is not UTF-8"):
         read_texts(tmp_path / "a.txt")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "half a pair: \\ud800"}')
-    with pytest.raises(UserError, match="line 2 has no 'target' or 'text' that is a text"):
+    with pytest.raises(UserError, match="line 2 holds half of a surrogate pair"):
         read_texts(tmp_path / "a.jsonl")

@@ -1,0 +1,269 @@
+"""Read the rows of a source (files, folders, the Hub) as a `datasets.Dataset`.
+
+`datasets` infers one type for a column from all of its rows: it makes 1 a 1.0 next to 0.5, fills keys that only other
+rows have with None, and reads the text "5" as a number next to a number. Here, JSON and CSV files are read by
+`core.row_files`, and each value is kept as it is written. Parquet and Arrow files have types of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import (
+    BuilderConfig,
+    Dataset,
+    DatasetInfo,
+    Features,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.features.features import register_feature
+
+from ..core.errors import UserError, first_line
+from ..core.row_files import DELIMITERS, JSON_SUFFIXES, Row, row_suffix, rows_of_file
+
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}  # -> the builder of `datasets`
+FILE_SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)
+KNOWN_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "cache"}  # of a folder or a Hub id; none reads pickles
+CHUNK = 10_000  # rows
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def read_rows(
+    source: str | Sequence[str], *, split: str = "train", config: str | None = None, revision: str | None = None
+) -> Dataset:
+    """The rows of one or more files, of a folder, or of a Hub data set.
+
+    Args:
+        source: a file, a glob (its files in the order of their names), a list of both, a folder that `save_to_disk`
+            wrote, a folder of data files, or a Hub id.
+        split: of a folder or of a Hub data set; files and a saved `Dataset` have none.
+        config, revision: of a Hub data set.
+
+    Raises UserError for a source that cannot be read.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    if len(sources) == 1 and Path(sources[0]).is_dir():
+        return _rows_of_folder(Path(sources[0]), split)
+    if len(sources) == 1 and not _names_files(sources[0]):
+        return _rows_of_hub(sources[0], split, config, revision)
+    return _rows_of_files([path for one in sources for path in _files(one)])
+
+
+def data_sha256(dataset: Dataset | None) -> str | None:
+    """A hash of the rows, the same for a file and for the Hub; None without rows."""
+    if dataset is None:
+        return None
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())  # dates, bytes
+    return digest.hexdigest()
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _names_files(source: str) -> bool:
+    """False for what can only be a Hub id: `owner/name` or `name`."""
+    path = Path(source)
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    return looks_local or path.exists() or glob.has_magic(source) or row_suffix(source) in FILE_SUFFIXES
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise UserError(f"{source} is a folder; name it alone, or the files in it ({path / '*.jsonl'}).")
+    if not glob.has_magic(source):
+        raise UserError(f"No data file at {source}; check the path (it is relative to the current folder).")
+    paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
+    if not paths:
+        raise UserError(f"No file matches {source}; check the pattern (it is relative to the current folder).")
+    return paths
+
+
+def _rows_of_files(paths: Sequence[Path]) -> Dataset:
+    for path in paths:
+        if row_suffix(path) not in FILE_SUFFIXES or (path.suffix != row_suffix(path) and _is_table(path)):
+            raise UserError(
+                f"{path} is not a .jsonl, .json, .csv or .parquet file (a .gz of the first three is read too); "
+                "convert it or name one."
+            )
+    tables = [path for path in paths if _is_table(path)]
+    if not tables:
+        return _dataset(row for path in paths for _, row in rows_of_file(path))
+    kinds = {TABLE_SUFFIXES.get(row_suffix(path)) for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{tables[0]} cannot be read together with files of another kind; convert them to one kind.")
+    names = [str(path) for path in paths]
+    try:
+        return load_dataset(str(kinds.pop()), data_files=[glob.escape(name) for name in names], split="train")
+    except Exception as error:  # datasets wraps parser errors in its own and in pyarrow's
+        raise UserError(f"Cannot read {', '.join(names)}: {first_line(error.__cause__ or error)}") from None
+
+
+def _is_table(path: Path) -> bool:
+    return row_suffix(path) in TABLE_SUFFIXES
+
+
+# -- folders and the Hub ----------------------------------------------------------------------------------------------
+
+
+def _rows_of_folder(folder: Path, split: str) -> Dataset:
+    """A folder that `save_to_disk` wrote, or a folder of data files as it would be on the Hub."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved_rows(folder, split)
+    builder = _builder(str(folder))
+    files = builder.config.data_files or {}
+    _check_split(folder, split, files)
+    paths = [Path(name) for name in files[split]]
+    if any(row_suffix(path) not in FILE_SUFFIXES for path in paths) or _has_options(builder.config, paths):
+        return _load_dataset(str(folder), split=split)  # the folder's README says how its files are read
+    return _rows_of_files(paths)
+
+
+def _saved_rows(folder: Path, split: str) -> Dataset:
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:  # pyarrow, json and datasets each have their own for a damaged folder
+        raise UserError(f"Cannot read the saved data set {folder}: {first_line(error)}") from None
+    if isinstance(saved, Dataset):
+        return saved.with_format(None)
+    _check_split(folder, split, saved)
+    return saved[split].with_format(None)
+
+
+def _check_split(folder: Path, split: str, splits: Iterable[str]) -> None:
+    names = list(map(str, splits))
+    if split not in names:
+        raise UserError(f"{folder} has no split {split!r}; it has {', '.join(names)}. Name one of these, or a file.")
+
+
+def _has_options(config: Any, paths: Sequence[Path]) -> bool:
+    """Whether the folder's README sets more than where its files are: a separator, a field, column types."""
+    default = type(config)(name=config.name, data_files=config.data_files)
+    where = {item.name for item in dataclasses.fields(BuilderConfig)} | {"sep"}
+    options = [item.name for item in dataclasses.fields(config) if item.name not in where]
+    if any(getattr(config, name) != getattr(default, name) for name in options):
+        return True
+    return any(getattr(config, "sep", None) != DELIMITERS.get(row_suffix(path)) for path in paths)
+
+
+def _rows_of_hub(source: str, split: str, config: str | None, revision: str | None) -> Dataset:
+    _builder(source, config, revision)
+    return _load_dataset(source, config, split=split, revision=revision)
+
+
+def _builder(source: str, config: str | None = None, revision: str | None = None) -> Any:
+    """The builder that `datasets` chooses for a folder or a Hub id. Raises UserError unless it reads rows."""
+    try:
+        builder = load_dataset_builder(source, config, revision=revision)
+    except Exception as error:  # network, permission, an empty folder: the user can fix all of them
+        raise UserError(f"Cannot load the data set {source!r}: {first_line(error)}") from None
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in KNOWN_BUILDERS:
+        raise UserError(f"{source} holds {kind} files; rows are read from {', '.join(sorted(KNOWN_BUILDERS))} files.")
+    return builder
+
+
+def _load_dataset(source: str, config: str | None = None, *, split: str, revision: str | None = None) -> Dataset:
+    try:
+        return load_dataset(source, config, split=split, revision=revision)
+    except Exception as error:  # network, permission, missing split
+        raise UserError(f"Cannot load the data set {source!r} (split {split}): {first_line(error)}") from None
+
+
+# -- rows as columns --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class JsonValues:
+    """The type of a column of any values: each is stored as JSON text and read back equal.
+
+    `datasets.Json` is not exact: it reads every third float with an error in the last place, a stored text "5" as the
+    number 5, and no integer of more than 64 bits.
+    """
+
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "object"
+    pa_type: ClassVar[Any] = pa.string()
+    _type: str = field(default="llm_jepa.JsonValues", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str | None:
+        return None if value is None else _encode(value)
+
+    def decode_example(self, text: str | None, token_per_repo_id: Any = None) -> Any:
+        return None if text is None else json.loads(text)
+
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "'register_feature' is experimental")
+    register_feature(JsonValues, "llm_jepa.JsonValues")
+
+
+class _JsonText(str):
+    """A value that is encoded already."""
+
+
+def _dataset(rows: Iterable[Row]) -> Dataset:
+    """A column that holds one type of plain values has this type; every other column is of `JsonValues`."""
+    columns: dict[str, list[Any]] = {}
+    count = 0
+    for count, row in enumerate(rows, start=1):
+        for key, value in row.items():
+            column = columns.get(key)
+            if column is None:
+                column = columns[key] = [None] * (count - 1)
+            if isinstance(value, (dict, list)):  # encoded at once: as text it takes a fifth of the memory
+                value = _JsonText(_encode(value))
+            column.append(value)
+        if len(row) < len(columns):
+            for column in columns.values():
+                if len(column) < count:
+                    column.append(None)
+    arrays, features = {}, {}
+    for name in list(columns):
+        column = columns.pop(name)
+        features[name] = _feature_of(column)
+        if isinstance(features[name], JsonValues):
+            encode = features[name].encode_example
+            column = [value if isinstance(value, _JsonText) else encode(value) for value in column]
+        arrays[name] = _in_chunks(column, features[name]())
+    return Dataset(pa.table(arrays), info=DatasetInfo(features=Features(features)))
+
+
+def _feature_of(column: list[Any]) -> Any:
+    types = {type(value) for value in column} - {type(None)}
+    if not types:
+        return Value("null")
+    if types == {str}:
+        return Value("string")
+    if types == {bool}:
+        return Value("bool")
+    if types == {float}:
+        return Value("float64")
+    if types == {int} and all(value is None or -(2**63) <= value < 2**63 for value in column):
+        return Value("int64")
+    return JsonValues()
+
+
+def _in_chunks(column: list[Any], arrow_type: Any) -> Any:
+    """An Arrow column, in chunks because one Arrow array of texts holds at most 2 GiB."""
+    chunks = [pa.array(column[start : start + CHUNK], arrow_type) for start in range(0, len(column), CHUNK)]
+    return pa.chunked_array(chunks, arrow_type)

@@ -5,6 +5,8 @@ right, answer key).
 
 The key stands for the meaning of an answer: two wordings of a question got the same answer iff their keys are equal.
 All right answers of a question share a key, however they are written.
+
+Generation strips white space from the ends of an answer. So no grader counts it, on either side.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .numbers import gsm8k, marked_number, number, same_number
+from llm_jepa import UserError
+
+from .numbers import gold_number, gsm8k, marked_number, number, same_number
 from .regexes import RegexError, Verdict, equivalent, language
-from .text import Grade, exact, normalized, one_of, open_answer, starts_with, written
+from .text import Grade, exact, one_of, open_answer, plain, squad_normalized, starts_with, written
 
 if TYPE_CHECKING:
     from .sql import SqlGrade
@@ -22,17 +26,20 @@ if TYPE_CHECKING:
 __all__ = [
     "BY_NAME",
     "Grade",
+    "check_gold",
     "exact",
+    "gold_regex",
     "gsm8k",
     "marked_number",
-    "normalized",
     "number",
     "one_of",
     "open_answer",
+    "plain",
     "regex",
     "same_language",
     "same_number",
     "sql_execution",
+    "squad_normalized",
     "starts_with",
     "written",
 ]
@@ -51,18 +58,46 @@ def regex(gold: str, text: str, stopped: bool, *, degenerate: bool = False) -> G
                    everything equals many careless answers.
     undecided      the comparison exceeded its bounds; it counts as not equivalent
     """
+    spelling = written(gold, text, stopped)
+    gold, text = _stripped_regexes(gold, text)
     verdict = _verdict(gold, text)
     right = verdict.status == "equal"
-    scores = {**written(gold, text, stopped), "equivalent": float(right), "undecided": float(verdict.status == "limit")}
+    scores = {**spelling, "equivalent": float(right), "undecided": float(verdict.status == "limit")}
     if not degenerate:
         scores["nondegenerate"] = float(right)
     return Grade(scores, _regex_key(gold, text, right))
 
 
 def same_language(gold: str, text: str) -> tuple[bool, str]:
-    """The text is a regex that matches the same lines as the gold regex."""
+    """The text is a regex that matches the same lines as the gold regex, without white space at the ends of either."""
+    gold, text = _stripped_regexes(gold, text)
     right = _verdict(gold, text).status == "equal"
     return right, _regex_key(gold, text, right)
+
+
+def _stripped_regexes(gold: str, text: str) -> tuple[str, str]:
+    r"""Both without white space at their ends.
+
+    A space there is a letter of the language, but generation removes it: no answer could equal `a ` as written, and
+    `a` and `a ` look the same. A gold that needs the space writes it as `[ ]`. If a gold ends in an escaped space
+    (`a\ `), it keeps it, and an answer that lost only the space gets it back.
+    """
+    bare_gold, bare_text = gold.strip(), text.strip()
+    if _ends_in_escape(bare_gold):
+        space = gold.lstrip()[len(bare_gold) : len(bare_gold) + 1]
+        bare_gold += space
+        if _ends_in_escape(bare_text):
+            bare_text += space
+    return bare_gold, bare_text
+
+
+def gold_regex(gold: str) -> str:
+    """The regex that answers are compared with (see `_stripped_regexes`)."""
+    return _stripped_regexes(gold, "")[0]
+
+
+def _ends_in_escape(regex: str) -> bool:
+    return (len(regex) - len(regex.rstrip("\\"))) % 2 == 1
 
 
 def _regex_key(gold: str, text: str, right: bool) -> str:
@@ -92,3 +127,19 @@ BY_NAME = {
     "regex": same_language,
     "alternatives": one_of,
 }
+
+
+def check_gold(grader: str, gold: str) -> None:
+    """Raises UserError if the grader of that name can call no answer right with this gold."""
+    if not gold.strip():
+        raise UserError("The answer is empty or white space, so nothing can equal it; fill it in.")
+    if grader == "number":
+        gold_number(gold)
+    elif grader == "regex":
+        try:
+            language(gold_regex(gold))
+        except RegexError as error:
+            if error.status == "invalid":
+                raise UserError(f"The answer is not a regex: {error}") from None
+    elif grader == "alternatives" and not all(piece.strip() for piece in gold.split("; ")):
+        raise UserError(f"The answer {gold!r} has an empty alternative; `; ` separates alternatives.")

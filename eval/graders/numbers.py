@@ -1,10 +1,14 @@
-"""Answers that are numbers: read out of a text, and compared as decimal strings."""
+"""Answers that are numbers: compared by their value, or as GSM8K's metric reads them."""
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+
+from llm_jepa import UserError
 
 from .text import Grade
+from .values import Value, stated_value, value_of
 
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-\u2212])?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -14,6 +18,7 @@ _NUMBER = re.compile(
 def number(text: str, *, last: bool = False) -> str | None:
     """The first (or last) number in `text` as a canonical decimal string: `$1,234.50.` is `1234.5`. None without one.
 
+    This is GSM8K's grammar: integers and decimals. `values.py` has the wider one, of `same_number`.
     Strings instead of floats avoid rounding: 0.1 stays 0.1, and 30 digits stay 30 digits. `5-3` holds 5 and 3, not -3.
     """
     numbers = _NUMBER.findall(text)
@@ -61,10 +66,31 @@ def gsm8k(gold: str, text: str, stopped: bool) -> Grade:
 
 
 def same_number(gold: str, text: str) -> tuple[bool, str]:
-    """The `####` number, or else the last number, of the text is that of the gold (a number, or a text with `####`)."""
-    value = marked_number(text) or number(text, last=True)
-    right = marked_number(gold) or number(gold, last=True)
-    return value is not None and value == right, _key(value, text)
+    """The number that the text states has the value of the gold, exactly. Grammar: `values.py`.
+
+    The text states the number after `####`, or else its last number. Two currencies differ; one that only one side
+    names does not count. Raises UserError if the gold is not a number.
+    """
+    right = gold_number(gold)
+    value = stated_value(text)
+    if value is None:
+        return False, _key(None, text)
+    key = value.key
+    if right.currency and value.currency not in ("", right.currency):
+        key += value.currency
+    return key == right.key, key
+
+
+@lru_cache(maxsize=8192)
+def gold_number(gold: str) -> Value:
+    """The value of a gold answer. Raises UserError if it is anything else than one number."""
+    value = value_of(gold)
+    if value is None:
+        raise UserError(
+            f"The answer {gold[:80]!r} is not a number of the grammar in eval/graders/values.py. Give the number alone "
+            "(digits, without a unit), or use another grader."
+        )
+    return value
 
 
 def _key(value: str | None, text: str) -> str:

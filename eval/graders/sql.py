@@ -117,7 +117,8 @@ class Databases:
                 child.kill()
 
     def run(self, db_id: str, sql: str) -> Result:
-        """The rows of one query. Only a trailing semicolon and white space are removed; a code fence is a syntax error.
+        """The rows of one query. Only white space at its ends and a trailing semicolon are removed; a code fence is a
+        syntax error.
 
         Never raises because of the content of `sql`. Raises UserError for a database that is missing, outside the
         root or damaged.
@@ -126,7 +127,7 @@ class Databases:
         if refusal := _refusal(sql):
             return refusal
         uri = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
-        sql = sql.rstrip("; \t\n\f\r")
+        sql = sql.strip().rstrip("; \t\n\f\r")  # strip() as generation does, so that golds lose what answers lose
         request = json.dumps({"uri": uri, "sql": sql, **self.limits}, ensure_ascii=False).encode() + b"\n"
         # If the child was killed from outside (out of memory, an operator), the query is not at fault: try once more.
         result = self._ask(request) or self._ask(request) or Result("error", detail="the process running it died twice")

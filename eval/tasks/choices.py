@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..graders import Grade
+from ..graders import Grade, exact
 from .questions import LLM_JEPA, Data, Group, Task, nearest, read_questions
 
 
 def one_of(choices: tuple[str, ...]) -> Callable[[str, str], dict[str, Any]]:
-    """The `extra` of a question with these choices. Raises ValueError if the answer is not one of them."""
+    """The `extra` of a question with these choices. Raises ValueError if the answer is not one of them.
+
+    White space at the ends does not count, as everywhere in grading. So it may not be all that two choices differ in.
+    """
+    names = [choice.strip() for choice in choices]
 
     def extra(_: str, answer: str) -> dict[str, Any]:
-        if answer not in choices:
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError(f"the choices {list(choices)} must be different texts, none of them empty")
+        if answer.strip() not in names:
             raise ValueError(f"the answer {answer!r} is none of the choices{nearest(answer, choices)}")
         return {"choices": choices}
 
@@ -21,7 +27,8 @@ def one_of(choices: tuple[str, ...]) -> Callable[[str, str], dict[str, Any]]:
 
 
 def _grade(group: Group, text: str, _: bool) -> Grade:
-    return Grade({"accuracy": float(text == group.answer)}, text)
+    right, key = exact(group.answer, text)
+    return Grade({"accuracy": float(right)}, key)
 
 
 def _label(value: Any, names: tuple[str, ...]) -> str:

@@ -10,7 +10,6 @@ from llm_jepa import UserError
 
 from .. import graders
 from ..graders import Grade
-from ..graders.regexes import RegexError, language
 from .choices import one_of
 from .questions import Data, Group, Task, nearest, read
 
@@ -71,13 +70,11 @@ def _how_to_grade(row: dict[str, Any], answer: str) -> dict[str, Any]:
             raise ValueError("the row has 'choices' and 'grader'; remove one. A choice is right if it is the answer.")
         return one_of(tuple(map(str, choices)))("", answer)
     if grader is None:
+        graders.check_gold("exact", answer)
         return {}
     if grader not in graders.BY_NAME:
         raise ValueError(f"there is no grader {grader!r}{nearest(str(grader), graders.BY_NAME)}")
-    if grader == "regex":
-        _check_regex(answer)
-    if grader == "number" and graders.number(answer) is None:
-        raise ValueError(f"the answer {answer!r} holds no number.")
+    graders.check_gold(grader, answer)
     return {"grader": grader}
 
 
@@ -89,14 +86,6 @@ def _is_prompt(prompt: Any) -> bool:
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and bool(message.get("content"))
-
-
-def _check_regex(answer: str) -> None:
-    try:
-        language(answer)
-    except RegexError as error:
-        if error.status == "invalid":
-            raise ValueError(f"the answer is not a regex: {error}") from None
 
 
 def _grade_group(group: Group, text: str, stopped: bool) -> Grade:
@@ -141,5 +130,6 @@ GROUPS = Task(
     metric="correct",
     max_new_tokens=64,
     published="none: your data",
-    trap="wordings that the model under test wrote, or that are in its training data",
+    trap="wordings that the model under test wrote, or that are in its training data. Each grader has its own rule "
+    "for equal answers (docs/evaluation.md); numbers are compared without their units",
 )

@@ -39,5 +39,6 @@ TASK = Task(
     max_new_tokens=512,
     published=f"{LLM_JEPA}, table 13), Llama-3.2-1B: 32.36 +- 0.58 (SFT), 36.36 +- 0.20",
     trap="cuts at 128 new tokens (22 % of the gold solutions have more than 384 characters), then compares strings: "
-    "1,000 and 1000 differ",
+    "1,000 and 1000 differ. GSM8K's own code and lm-eval's strict match compare the string right after '#### ' without "
+    "commas: there 5.0, $5 and 5. are not 5; lm-eval's flexible extract takes the last number instead",
 )

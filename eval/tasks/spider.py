@@ -100,5 +100,6 @@ TASK = Task(
     published=f"{LLM_JEPA}, table 13), Llama-3.2-1B, its own random split: 47.52 +- 2.44 (SFT), 50.55 +- 2.08",
     trap="compares the output of the sqlite3 program and ignores its errors: a query that fails equals an empty "
     "result, and without the databases everything is right; row order always counts; queries may write; 72 % of its "
-    "test queries are in train",
+    "test queries are in train. Spider's test-suite evaluation takes the columns in any order and runs several "
+    "databases; this one compares columns by position, on one database",
 )

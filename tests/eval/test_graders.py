@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import graders
-from eval.graders import gsm8k, marked_number, normalized, number, open_answer
+from eval.graders import gsm8k, marked_number, number, open_answer, squad_normalized
+from eval.graders.cider import cider_d
 from eval.graders.sql import Databases
+from eval.tasks import TASKS, Group
+from eval.tasks.choices import one_of as one_of_choices
 from llm_jepa import UserError
 from llm_jepa.lm.inference import Choice, choose_batches, encode
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
@@ -109,9 +112,9 @@ def test_degenerate_golds_do_not_count_and_broken_answers_are_wrong():
 
 
 def test_normalized_by_hand():
-    assert normalized("  The  U.S.\u00a0Army! ") == "us army"
-    assert normalized("An apple a day") == "apple day" and normalized("theatre") == "theatre"
-    assert normalized("The The") == "the the" and normalized("...") == ""
+    assert squad_normalized("  The  U.S.\u00a0Army! ") == "us army"
+    assert squad_normalized("An apple a day") == "apple day" and squad_normalized("theatre") == "theatre"
+    assert squad_normalized("The The") == "the the" and squad_normalized("...") == ""
 
 
 def test_open_answers_by_hand_and_against_the_published_code():
@@ -131,16 +134,132 @@ def test_open_answers_by_hand_and_against_the_published_code():
     assert open_answer(["..."], "...", True).scores["equal"] == 0
 
 
+def test_squads_normalisation_is_nq_opens_alone():
+    """It makes C++ and C one answer; the graders of user files do not use it."""
+    assert open_answer(["C"], "C++", True).scores["equal"] == 1
+    assert not graders.one_of("C", "C++")[0] and not graders.starts_with("C", "C++ is")[0]
+
+
+SAME_TEXTS = [
+    ("Paris", "paris"), ("Paris", " Paris\n"), ("Paris", "Paris."), ("Paris", "**Paris**."),
+    ("Paris", "“Paris”"),
+    ("Paris", "«Paris»"), ("Paris", "`Paris`!"), ("Paris", "'Paris'"), ("the Beatles", "Beatles"),
+    ("a dog", "The dog"), ("an apple", "apple"), ("B", "(B)"), ("B", "b."), ("Yahoo!", "Yahoo"), ("U.S.", "u.s"),
+    ("New York", "new  york"), ("New York", "New\u00a0York"), ("café", "cafe\u0301"), ("fine", "ﬁne"),
+    ("C", "Ｃ"), ("1914-1918", "1914–1918"), ("don't", "don’t"),
+    ("Really?!", "really"), ("¿Quién?", "quién"),
+    ("C++", "c++."), (".NET", ".net"), ("AC/DC", "ac/dc"), ("10:45", "10:45."), ("/", "/"), ("...", "..."),
+    ("The The", "the the"), ("A", "a"), ("5", "5."), ("東京", "東京。"),
+]  # fmt: skip
+OTHER_TEXTS = [
+    ("1.5 million", "15 million"), ("C++", "C"), ("C#", "C"), ("C#", "C++"), (".NET", "NET"), ("5%", "5"), ("$5", "5"),
+    ("-5", "5"), ("+5", "5"), ("5!", "5"), ("1/2", "12"), ("3:2", "32"), ("10:45", "1045"), ("10⁵", "105"),
+    ("x²", "x2"),
+    ("½", "12"), ("A+", "A"), ("A-", "A"), ("resume", "résumé"), ("6'", "6"),
+    ('6"', "6"), ("(1, 2)", "[1, 2]"),
+    ("f(x)", "fx"), ("a_b", "ab"), ("__init__", "init"), ("!x", "x"), ("~5", "5"), ("192.168.1.1", "1921.6811"),
+    ("man the boats", "man boats"), ("vitamin a", "vitamin"), ("The The", "The"), ("co-op", "coop"), ("3 - 2", "32"),
+    ("@home", "home"), ("#1", "1"), ("a", "an"), ("...", "x"), ("5€", "5"), ("re-sign", "resign"), ("AT&T", "ATT"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_TEXTS)
+def test_differences_without_a_meaning(one, other):
+    assert graders.plain(one) == graders.plain(other)
+    assert graders.one_of(one, other) == graders.one_of(other, other) and graders.one_of(other, one)[0]
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_TEXTS)
+def test_differences_with_a_meaning(one, other):
+    for gold, text in ((one, other), (other, one)):
+        right, key = graders.one_of(gold, text)
+        assert not right and key != graders.one_of(gold, gold)[1]
+        assert not graders.open_answer([gold], "", True).scores["equal"]
+
+
 def test_cloze_answers_run_on():
     right, key = graders.starts_with("New York", "New York, where she died in 1999.")
     assert right and key == graders.starts_with("New York", "new york")[1]
     assert not graders.starts_with("York", "Yorkshire")[0] and not graders.starts_with("...", "anything")[0]
     assert graders.starts_with("Rome", "Paris. It")[1] == graders.starts_with("Rome", "Paris, a city")[1]
+    for text in ('"Rome" is it', "Rome: a city", "Rome! Yes", "**Rome** is", "The Rome of", "Rome\u2014where", "rome"):
+        assert graders.starts_with("Rome", text) == (True, "rome"), text
+    for gold, text in [("1", "1.5 million"), ("5", "5% of"), ("6", '6" pipe'), ("5", "5! is 120"), ("C", "C# is")]:
+        assert not graders.starts_with(gold, text)[0], text
+    assert graders.starts_with("x", "1.5 million. So")[1] != graders.starts_with("x", "1.7 million. So")[1]
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_keys_of_words_agree_with_their_grades(gold, text):
+    """The key is the right answers' iff the answer is right, and normalising twice changes nothing that counts."""
+    for grade in (graders.one_of, graders.starts_with, graders.exact):
+        if not gold.strip() or "; " in gold or not grade(gold, gold)[0]:
+            continue
+        right, key = grade(gold, text)
+        assert right == (key == grade(gold, gold)[1]) or grade is graders.starts_with and not text.strip()
+    if gold.strip() and text.strip() and "; " not in gold + text:
+        assert graders.one_of(gold, text)[0] == graders.one_of(text, gold)[0]
+
+
+# -- the ends of a text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t\r\n ", "\u00a0", "\u2003"])
+def test_white_space_at_the_ends_counts_on_neither_side(space):
+    """Generation strips an answer, so a gold that kept its spaces could never be equalled."""
+    for gold, text in ((f"a{space}", "a"), (f"{space}a", "a"), ("a", f"{space}a{space}"), (f"a{space}", f"{space}a")):
+        assert graders.written(gold, text, True) == {"exact": 1, "startswith": 1, "contains": 1, "stop_rate": 1}
+        assert graders.regex(gold, text, True).scores == graders.regex("a", "a", True).scores
+        for grade in (graders.same_language, graders.exact, graders.one_of, graders.starts_with):
+            assert grade(gold, text) == grade("a", "a")
+        assert graders.same_number(gold.replace("a", "5"), text.replace("a", "5")) == (True, "number:5")
+        assert graders.open_answer([gold], text, True).scores["equal"] == 1
+        assert gsm8k(gold.replace("a", "#### 5"), text.replace("a", "#### 5"), True).scores["number"] == 1
+        cider = [cider_d([caption], [["a"]], document_frequency=[["a"], ["b"]])[0] for caption in (text, "a")]
+        assert cider[0] == cider[1]
+
+
+def test_a_space_that_a_regex_needs():
+    r"""In `a\ ` the space is escaped: cut off, the gold would be no regex. `[ ]` needs no such care."""
+    key = graders.same_language("a[ ]", "a[ ]")[1]
+    for text in ("a\\ ", "a\\", "a[ ]"):
+        assert graders.same_language("a\\ ", text) == (True, key), text
+    assert not graders.same_language("a\\ ", "a")[0] and not graders.same_language("a[ ]", "a")[0]
+    assert graders.same_language("a\\\\ ", "a\\\\")[0], "an escaped backslash, then a space"
+    assert not graders.same_language("a[ ]", "a\\")[0], "only for a gold that ends so"
+    graders.check_gold("regex", "a\\ ")
+
+
+def test_a_choice_is_right_whatever_space_it_has():
+    extra = one_of_choices((" yes", "no "))("", "yes")
+    group = Group("a", ("q",), ("0",), "yes", extra)
+    assert TASKS["paws"].grade(group, " yes", True).scores["accuracy"] == 1
+    assert TASKS["paws"].grade(group, "no ", True).scores["accuracy"] == 0
+    with pytest.raises(ValueError, match="must be different texts"):
+        one_of_choices(("yes", "yes "))("", "yes")
+
+
+@pytest.mark.parametrize(
+    ("grader", "gold", "message"),
+    [
+        ("exact", " \n", "is empty or white space"),
+        ("startswith", "", "is empty"),
+        ("number", "seven", "'seven' is not a number"),
+        ("number", "5 km", "Give the number alone"),
+        ("regex", "a(", "not a regex"),
+        ("alternatives", "one; ; two", "an empty alternative"),
+    ],
+)
+def test_golds_that_no_answer_could_equal(grader, gold, message):
+    with pytest.raises(UserError, match=message):
+        graders.check_gold(grader, gold)
 
 
 def test_graders_of_user_files():
     assert graders.BY_NAME["number"]("#### 7", "seven, so 7.0") == (True, "number:7")
     assert not graders.BY_NAME["number"]("7", "seven")[0]
+    with pytest.raises(UserError, match="'seven' is not a number"):
+        graders.BY_NAME["number"]("seven", "seven")
     assert graders.BY_NAME["regex"]("a|b", "[ab]")[0] and not graders.BY_NAME["regex"]("a", "b")[0]
     assert graders.BY_NAME["alternatives"]("one; 1", "1")[0] and not graders.BY_NAME["alternatives"]("one; 1", "2")[0]
     assert graders.BY_NAME["exact"]("a ", " a") == (True, "a") and not graders.BY_NAME["exact"]("a", "A")[0]
@@ -234,6 +353,8 @@ def test_regex_equivalence_metric(load):
     metric = load("regex_equivalence")
     figures = metric.compute(predictions=["[ab].*", "x", "((", "q"], references=["(a|b).*", "y", "z", "q"])
     assert figures == {"equivalent": 0.5, "exact": 0.25, "undecided": 0}
+    with pytest.raises(UserError, match="The answer is not a regex"):
+        metric.compute(predictions=["(("], references=["(("])
 
 
 def test_sql_execution_metric(load, tmp_path):
@@ -258,6 +379,8 @@ def test_paraphrase_consistency_metric(load):
     assert figures["consistency"] == pytest.approx((1 + 1 / 3) / 2) and figures["consistent_and_correct"] == 0.5
     with pytest.raises(UserError, match="did you mean 'number'"):
         metric.compute(**columns, references=["4"] * 5, grader="numbr")
+    with pytest.raises(UserError, match="'four' is not a number"):
+        metric.compute(**columns, references=["four"] * 5, grader="number")
 
 
 def test_metrics_are_classes_like_others():

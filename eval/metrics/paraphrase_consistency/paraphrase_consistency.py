@@ -13,7 +13,7 @@ import datasets
 import evaluate  # type: ignore[import-untyped]
 
 from eval.figures.groups import DEFINITIONS, figures, read_answers
-from eval.graders import BY_NAME
+from eval.graders import BY_NAME, check_gold
 from eval.tasks import nearest
 from llm_jepa import UserError
 
@@ -43,6 +43,7 @@ class ParaphraseConsistency(evaluate.Metric):
         seen: collections.Counter[str] = collections.Counter()
         rows = []
         for group, gold, text in zip(groups, references, predictions, strict=True):
+            check_gold(grader, gold)
             right, key = BY_NAME[grader](gold, text)
             scores = {"correct": float(right)}
             rows.append({"group": group, "wording": str(seen[group]), "scores": scores, "answer_key": key})

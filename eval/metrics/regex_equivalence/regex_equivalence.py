@@ -12,7 +12,7 @@ import statistics
 import datasets
 import evaluate  # type: ignore[import-untyped]
 
-from eval.graders import regex
+from eval.graders import check_gold, regex
 
 DESCRIPTION = """\
 equivalent: share of predictions that match the same lines as their reference (exact decision, NL-RX's dialect).
@@ -32,6 +32,8 @@ class RegexEquivalence(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
+        for gold in references:
+            check_gold("regex", gold)
         grades = [regex(gold, text, True).scores for gold, text in zip(references, predictions, strict=True)]
         names = ("equivalent", "exact", "undecided")
         return {name: statistics.fmean([scores[name] for scores in grades]) for name in names}

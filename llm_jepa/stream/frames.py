@@ -5,8 +5,8 @@
 
 `opening.open_frames` makes a `FrameSource` of a file, an image, a URL, a camera, a pipe or an array.
 
-Time is the stream's own (pts), in seconds since its first frame, and strictly increasing. Skipped frames are counted:
-`corrupt`, `unordered`, `dropped`, `clock_resets`; the first two also end in a warning.
+Time is the stream's own (pts), in seconds since the start of the file as a player counts them, and strictly increasing.
+Skipped frames are counted: `corrupt`, `unordered`, `dropped`, `clock_resets`; the first two also end in a warning.
 Shape legend: T frames, H and W pixels.
 """
 
@@ -23,19 +23,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ..core.errors import UserError
+from .pixels import CodedFrame, Picture, size_of, to_rgb
 
-if TYPE_CHECKING:
-    from av import VideoFrame
+RawFrame = tuple[float, Picture | CodedFrame]  # seconds, and a picture that is not converted to RGB yet
 
-Picture = Image.Image | np.ndarray
-RawFrame = tuple[float, Any]  # seconds, and a Picture or a VideoFrame that is not converted yet
-
+EARLY_S = 1e-3  # a frame that is so much too early still counts: containers round times, mkv to 1 ms
 _LEAP_S = 60.0  # a time further ahead than this is believed only if the next frame follows it
 _CLOCK_RESET_S = 1.0  # a live clock that goes back further than this has restarted; less is disorder
 
@@ -44,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """`time_s`: seconds since the first frame of the stream. `image`: uint8 [H, W, 3], RGB, upright."""
+    """`time_s`: seconds since the start of the file, as a player shows them. `image`: uint8 [H, W, 3], as `to_rgb`."""
 
     time_s: float
     image: np.ndarray
@@ -91,6 +88,7 @@ class Reading:
         self.name, self.live, self.limits = name, live, limits
         self.num_read = 0  # frames that the opener delivered
         self.num_corrupt = 0  # frames and packets that it could not decode
+        self.remarks: list[str] = []  # facts of the file that are not obeyed; each is a warning at the end
         self.closing = threading.Event()
         self.resources = contextlib.ExitStack()
         self.waiting_since = time.monotonic()
@@ -222,8 +220,8 @@ class FrameSource:
     def _skip_unordered(self) -> None:
         self.unordered += 1
 
-    def _checked_size(self, picture: Any, before: tuple[int, int] | None) -> tuple[int, int]:
-        width, height = _size(picture)
+    def _checked_size(self, picture: Picture | CodedFrame, before: tuple[int, int] | None) -> tuple[int, int]:
+        width, height = size_of(picture)
         self._reading.check_pixels(width, height)
         if before is not None and before != (width, height):
             raise UserError(
@@ -267,6 +265,8 @@ class FrameSource:
             raise failure[0]
 
     def _warn(self) -> None:
+        for remark in self._reading.remarks:
+            warnings.warn(f"{self.name}: {remark}", stacklevel=3)
         if self.corrupt:
             warnings.warn(f"{self.name}: skipped {self.corrupt} corrupt frames or packets.", stacklevel=3)
         if self.unordered:
@@ -317,7 +317,7 @@ class _Grid:
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
-        self._tolerance_s = min(1e-3, period_s / 10)  # containers round times, mkv to 1 ms
+        self._tolerance_s = min(EARLY_S, period_s / 10)
         self._origin: float | None = None
         self._next = 0
 
@@ -384,36 +384,6 @@ def without_leaps(items: Iterable[T], time_of: Callable[[T], float], skip: Calla
         yield item
     if held is not None:
         skip()
-
-
-def _size(picture: Picture | VideoFrame) -> tuple[int, int]:
-    """(width, height); of a video frame, before it is turned upright."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[1], picture.shape[0]
-    return picture.width, picture.height
-
-
-def to_rgb(picture: Any) -> np.ndarray:
-    """uint8 [H, W, 3] of a PIL image, of a grey, RGB or RGBA uint8 array, or of a decoded video frame (upright).
-
-    Raises UserError for an image with more than 8 bits a channel, and for other arrays.
-    """
-    if isinstance(picture, Image.Image):
-        if picture.mode.startswith(("I", "F")):  # PIL would clip its values at 255: nearly white
-            raise UserError(f"An image of mode {picture.mode} has more than 8 bits a channel. Convert it to 8-bit RGB.")
-        return np.asarray(picture.convert("RGB"))
-    if hasattr(picture, "to_ndarray"):  # a VideoFrame; PyAV need not be installed for the others
-        image = picture.to_ndarray(format="rgb24")
-        # `rotation`: degrees by which to turn the picture counter-clockwise, the direction of np.rot90.
-        return np.ascontiguousarray(np.rot90(image, round(picture.rotation / 90))) if picture.rotation else image
-    image = np.asarray(picture)
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
-    if image.ndim != 3 or image.shape[-1] not in (3, 4) or image.dtype != np.uint8:
-        raise UserError(
-            f"A frame is {image.dtype} of shape {image.shape}; give PIL images, or uint8 arrays [height, width, 3]."
-        )
-    return image[..., :3]
 
 
 def source_name(source: Any) -> str:

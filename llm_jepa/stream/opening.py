@@ -15,27 +15,21 @@ import re
 import select
 import stat
 import sys
-import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..core.errors import UserError
-from .frames import FrameSource, Limits, Picture, RawFrame, Reading, source_name
+from .decoding import open_container, reason
+from .frames import FrameSource, Limits, RawFrame, Reading, source_name
+from .pixels import Picture
 
-if TYPE_CHECKING:
-    from av import Packet
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}  # files of one frame; a GIF moves, so it is a video
-Source = str | Path | Picture | Iterable[Picture] | Iterable[tuple[float, Picture]]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # a GIF moves, so it is a video
+Source = str | Path | bytes | Picture | Iterable[Picture] | Iterable[tuple[float, Picture]]
 
 # Containers that hold their own data. Not hls, concat, dash, sdp, image2: they are lists of other things to open.
 _FORMATS = (
@@ -46,8 +40,10 @@ _LIVE_SCHEMES = _SCHEMES - {"http", "https"}
 _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtmp,rtmps,srt,crypto,data"  # crypto and data: encrypted HLS
 # Single sources, none of which reads a file. A chain of filters is refused, because `movie=` in it would read one.
 _LAVFI = re.compile(r"(testsrc2?|color|smpte(hd)?bars|rgbtestsrc|yuvtestsrc|gradients|mandelbrot)(=[\w=:./#-]*)?")
-_STILLS = ("PNG", "JPEG", "WEBP", "BMP")
-_MAX_DEMUX_FAILURES = 16  # a demuxer finds its way again within a few tries, or repeats the error without end
+_STILLS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_ANIMATIONS = ("PNG", "WEBP", "GIF")  # of Pillow's formats, those whose pictures follow each other in time
+# Browsers, and FFmpeg for GIF, take a shorter duration for none, and show such a picture for 0.1 s.
+_SHORTEST_S, _NO_DURATION_S = 0.02, 0.1
 _LIVE_LIMITS = Limits(max_frames=None, max_seconds=None)
 
 
@@ -70,13 +66,14 @@ def open_frames(
 
     Sources:
         "clip.mp4", Path         a video, or a still image (one frame at 0 s); a FIFO is read as a pipe
+        b"..."                   the content of such a file
         "-"                      standard input: mpegts, matroska, raw h264, ...
         "https://...", "rtsp://..."  a URL; playlists may name network addresses but no files
         "webcam:0"               /dev/video0, AVFoundation device 0; on Windows the device's name
         "lavfi:testsrc=rate=8"   a generated test pattern, endless without duration=
         uint8 [T, H, W, 3]       an array, or a list or iterator of PIL images or uint8 [H, W, 3]; needs native_fps
         (seconds, image), ...    an iterable of pairs; its times are kept as they are
-        one image                one frame at 0 s
+        one image                one frame at 0 s; an animated PIL image (GIF, PNG, WebP) is a film
 
     Args:
         fps: deliver the first frame at or after k/fps for k = 0, 1, ... counted from the first frame (1 ms early
@@ -87,12 +84,15 @@ def open_frames(
             tcp and srt; False for everything else, including http and pipes. A live lavfi source runs in real time.
         limits: default `Limits()`; for live sources without the limits on frames and seconds.
 
-    Times are pts, or follow from the declared rate if a stream has none (raw h264). Frames whose time goes back or
-    repeats are skipped, and so is a frame that leaps ahead by more than 60 s if the next one does not follow it
-    (`unordered`). Live sources are the exception: if their clock goes back by more than 1 s, it has restarted, and time
-    goes on by the wall clock (`clock_resets`). A source whose frames change size ends in a UserError, because no window
-    could hold them. Phone videos are turned upright in steps of 90 degrees; mirroring is not undone. Stills follow
-    their EXIF orientation.
+    Times are seconds since the start of the file, as a player counts: if the sound starts 3 s before the picture, the
+    first frame is at 3 s. They are pts; in a stream without any (raw h264) they follow from its rate. A live source
+    starts with its first frame. Frames whose time goes back or repeats are skipped, and so is a frame that leaps ahead
+    by more than 60 s if the next one does not follow it (`unordered`). Live sources are the exception: if their clock
+    goes back by more than 1 s, it has restarted, and time goes on by the wall clock (`clock_resets`). A source whose
+    frames change size ends in a UserError, because no window could hold them.
+
+    Frames are what a viewer shows: `pixels` says how they are turned and mirrored, stretched to square pixels, and laid
+    on white where they are transparent. A file of a sound with a cover picture is not a film, and is refused.
 
     A frame whose decoding fails is skipped (`corrupt`); one whose damage the decoder conceals is delivered.
 
@@ -119,10 +119,12 @@ def open_frames(
 def _open(source: Source, native_fps: float | None, reading: Reading) -> Opened:
     if isinstance(source, Path):
         return _open_path(source, reading)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_file(BytesIO(source), BytesIO(source), reading)
     if not isinstance(source, str):
         return _open_pictures(source, native_fps, reading)
     if source == "-":
-        return Opened(_open_bytes(FileIO(sys.stdin.fileno(), closefd=False), reading), replayable=False)
+        return Opened(_open_bytes(_standard_input(reading), reading), replayable=False)
     if source.startswith("webcam:"):
         return Opened(_open_webcam(source.removeprefix("webcam:"), reading), replayable=False)
     if source.startswith("lavfi:"):
@@ -136,6 +138,8 @@ def _open(source: Source, native_fps: float | None, reading: Reading) -> Opened:
 
 
 def _open_pictures(source: Any, native_fps: float | None, reading: Reading) -> Opened:
+    if isinstance(source, Image.Image) and is_animated(source) and native_fps is None:
+        return Opened(_pictures_of(source, reading), replayable=True)
     if isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.ndim == 3):
         source, native_fps = [source], native_fps or 1.0  # one image; any rate puts it at 0 s
     if not isinstance(source, Iterable):
@@ -170,8 +174,34 @@ def _pictures(source: Iterable[Any], native_fps: float | None, name: str) -> Ite
 
 def _is_picture(item: Any) -> bool:
     if isinstance(item, np.ndarray):
-        return item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3
+        return item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] in (3, 4)
     return isinstance(item, Image.Image)
+
+
+def is_animated(image: Image.Image) -> bool:
+    """Whether a PIL image is a film: a GIF, PNG or WebP of several pictures. The pages of a TIFF are not."""
+    return image.format in _ANIMATIONS and getattr(image, "is_animated", False)
+
+
+def _pictures_of(image: Image.Image, reading: Reading) -> Iterator[RawFrame]:
+    """The pictures of an animated image, at the times that its durations give. Leaves it at the picture it was at."""
+    before = image.tell()
+    milliseconds = 0.0
+    try:
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            if number == 0 and image.info.get("default_image"):  # of a PNG: for viewers that do not animate
+                continue
+            image.load()
+            yield milliseconds / 1000, image.copy()
+            duration = image.info.get("duration") or 0
+            milliseconds += duration if duration >= 1000 * _SHORTEST_S else 1000 * _NO_DURATION_S
+            reading.start_waiting()
+        image.seek(before)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{reading.name}: picture {reading.num_read} cannot be read ({error}). Save it again, or as a video."
+        ) from error
 
 
 # -- files and pipes ------------------------------------------------------------------------------------------------
@@ -182,25 +212,32 @@ def _open_path(path: str | Path, reading: Reading) -> Opened:
         file = reading.resources.enter_context(FileIO(path, opener=_open_without_waiting))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{reading.name}: cannot be opened ({_reason(error)}). Give the path of a video or an image; "
+            f"{reading.name}: cannot be opened ({reason(error)}). Give the path of a video or an image; "
             "protocols such as concat: are not opened."
         ) from error
     about = os.fstat(file.fileno())
     if stat.S_ISFIFO(about.st_mode):
-        return Opened(_open_bytes(file, reading), replayable=False)
+        return Opened(_open_bytes(_Pipe(file, reading), reading), replayable=False)
     if not stat.S_ISREG(about.st_mode):
         raise UserError(f"{reading.name}: neither a file nor a pipe. Give one of them, or webcam:0.")
-    if about.st_size == 0:
-        raise UserError(f"{reading.name}: the file is empty. Copy or record it again.")
-    head = file.read(16)
+    return _open_file(path, file, reading)
+
+
+def _open_file(source: Any, file: FileIO | BytesIO, reading: Reading) -> Opened:
+    """A video or an image in a regular file. source: a path or file of the same content, for Pillow."""
+    head = file.read(512)
     file.seek(0)
+    if not head:
+        raise UserError(f"{reading.name}: the file is empty. Copy or record it again.")
     # FFmpeg would decode one tile of such a picture and take it for a video.
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"avif"):
         raise UserError(f"{reading.name}: HEIC and AVIF images are not supported. Convert it to JPEG or PNG.")
-    still = _open_still(path, reading)
-    if still is not None:
-        return Opened(iter([(0.0, still)]), replayable=True)
-    return Opened(_open_bytes(file, reading), replayable=True)
+    image = _open_image(source, reading)
+    if image is None:
+        return Opened(_open_bytes(_SeekableFile(file, reading), reading, head), replayable=True)
+    if is_animated(image):
+        return Opened(_pictures_of(image, reading), replayable=True)
+    return Opened(iter([(0.0, image)]), replayable=True)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -208,53 +245,104 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _open_still(path: str | Path, reading: Reading) -> Image.Image | None:
-    """The image in a file, upright; None if Pillow does not take it for one."""
+def _open_image(source: Any, reading: Reading) -> Image.Image | None:
+    """The image in a file, still or animated; None if Pillow does not take it for one."""
     try:
-        image = Image.open(path, formats=_STILLS)
+        image = Image.open(source, formats=_STILLS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the latter under -W error
         raise UserError(f"{reading.name}: {error} Scale the image down.") from error
     except (OSError, SyntaxError, ValueError):
         return None
     reading.resources.callback(image.close)
     reading.check_pixels(*image.size)
-    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
-        raise UserError(f"{reading.name}: an animated image. Convert it to a video, mp4 for example.")
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        raise UserError(f"{reading.name}: an image of {image.n_frames} pages. Save the page that you mean as a file.")
     try:
-        return ImageOps.exif_transpose(image)
+        image.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{reading.name}: the image cannot be read ({error}). Save it again as PNG.") from error
+    return image
 
 
-def _open_bytes(file: FileIO, reading: Reading) -> Iterator[RawFrame]:
-    is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    reader = _SeekableFile(file, reading) if is_regular else _Pipe(file, reading)
+def holds_image(content: bytes | bytearray | memoryview) -> bool:
+    """Whether the content of a file is one picture, neither animated nor a video."""
+    try:
+        with Image.open(BytesIO(content), formats=_STILLS) as image:
+            return not is_animated(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False  # opening it says what is wrong
+
+
+def _open_bytes(reader: _Pipe, reading: Reading, head: bytes | None = None) -> Iterator[RawFrame]:
+    """A film that is read here for FFmpeg. head: its first bytes, if they can be seen without taking them."""
+    if head is None:
+        advice = "Send a complete video that needs no seeking, such as mpegts or matroska."
+    else:
+        advice = f"It {_looks_like(head)}. Give a complete video or image file."
     options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS}
-    return _open_container(reader, reading, options=options)
+    return open_container(reader, reading, options=options, advice=advice)
+
+
+_MAGIC = {
+    b"%PDF": "is a PDF document",
+    b"PK\3\4": "is a zip archive",
+    b"\x1f\x8b": "is compressed (gzip)",
+    b"ID3": "is a sound (mp3)",
+    b"\xff\xfb": "is a sound (mp3)",
+    b"fLaC": "is a sound (flac)",
+    b"8BPS": "is a Photoshop document",
+    b"#EXTM3U": "is a playlist, and playlists on disk are not followed",
+    b"ffconcat": "is a list of files, and playlists on disk are not followed",
+    b"<": "is a page or document of text, perhaps the message of a server",
+}
+
+
+def _looks_like(head: bytes) -> str:
+    """What a file is that is not a video, in words that follow "it"."""
+    for magic, kind in _MAGIC.items():
+        if head.lstrip().startswith(magic):
+            return kind
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "is a sound (wav)"
+    if b"\0" not in head and head.isascii():
+        return "is a text"
+    return "is damaged, incomplete, or of a format that is not read"
 
 
 class _Pipe:
     """A pipe in the form that PyAV reads. Waiting for data ends when the source is closed or `max_decode_s` is over."""
 
-    def __init__(self, file: FileIO, reading: Reading) -> None:
+    def __init__(self, file: Any, reading: Reading) -> None:
         self._file, self._reading = file, reading
 
     def read(self, size: int) -> bytes:
         while not self._reading.closing.is_set():
             self._reading.check_stall()
-            if os.name == "nt" or select.select([self._file], [], [], 0.1)[0]:  # Windows cannot select on pipes
+            if self._has_data():
                 return self._file.read(size) or b""
         return b""
+
+    def _has_data(self) -> bool:
+        return os.name == "nt" or bool(select.select([self._file], [], [], 0.1)[0])  # Windows cannot select on pipes
 
 
 class _SeekableFile(_Pipe):
     """A file, which is always ready and can be searched: the index of many containers is at the end."""
+
+    def _has_data(self) -> bool:
+        return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+def _standard_input(reading: Reading) -> _Pipe:
+    file = FileIO(sys.stdin.fileno(), closefd=False)
+    is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    return _SeekableFile(file, reading) if is_regular else _Pipe(file, reading)
 
 
 # -- the network, cameras and test patterns -------------------------------------------------------------------------
@@ -269,19 +357,24 @@ def _open_url(url: str, reading: Reading) -> Iterator[RawFrame]:
         )
     # FFmpeg's default for rtsp is UDP, which loses packets and with them pieces of pictures.
     options = {"protocol_whitelist": _NETWORK, "rtsp_transport": "tcp"}
-    return _open_container(url, reading, options=options)
+    advice = "Check the address, the network and the sender. It must be a video, not a page that shows one."
+    return open_container(url, reading, options=options, advice=advice)
 
 
 def _open_webcam(device: str, reading: Reading) -> Iterator[RawFrame]:
     is_number = device.isdecimal()
+    advice = (
+        "It is a camera of this machine: plug it in, close programs that use it, and allow this one to use it. "
+        "Linux lists cameras as /dev/video*; a machine without one can be given a video file."
+    )
     if sys.platform.startswith("linux") and (is_number or device.startswith("/dev/video")):
         path = f"/dev/video{device}" if is_number else device
-        return _open_container(path, reading, "video4linux2")
+        return open_container(path, reading, "video4linux2", advice=advice)
     if sys.platform == "darwin" and is_number:
         # few cameras accept AVFoundation's own default rate
-        return _open_container(device, reading, "avfoundation", options={"framerate": "30"})
+        return open_container(device, reading, "avfoundation", options={"framerate": "30"}, advice=advice)
     if sys.platform == "win32" and device and not is_number:
-        return _open_container(f"video={device}", reading, "dshow")
+        return open_container(f"video={device}", reading, "dshow", advice=advice)
     raise UserError(
         f"{reading.name}: no such camera on {sys.platform}. Linux and macOS number them (webcam:0), Windows "
         "names them (webcam:Integrated Camera)."
@@ -298,114 +391,4 @@ def _open_lavfi(graph: str, reading: Reading) -> Iterator[RawFrame]:
         reading.check_pixels(int(width), int(height))
     if reading.live:
         graph += ",realtime"
-    return _open_container(graph, reading, "lavfi")
-
-
-# -- decoding -------------------------------------------------------------------------------------------------------
-
-
-def _open_container(
-    file: str | _Pipe, reading: Reading, format: str | None = None, *, options: dict[str, str] | None = None
-) -> Iterator[RawFrame]:
-    try:
-        import av
-    except ImportError as error:
-        raise UserError('Reading video needs PyAV: pip install "llm-jepa[vl]"') from error
-    # More than the limit, because codecs round widths and heights up, to 64 and more.
-    allocation = {"max_pixels": str(2 * reading.limits.max_pixels + 2**16)}
-    timeout = None if isinstance(file, _Pipe) else reading.limits.max_decode_s
-    try:
-        container = av.open(file, format=format, options={**(options or {}), **allocation}, timeout=timeout)
-    except (av.error.FFmpegError, UnicodeError) as error:
-        raise UserError(
-            f"{reading.name}: FFmpeg cannot open it ({_reason(error)}). Give a complete video file or stream; "
-            "playlists on disk are not followed."
-        ) from error
-    reading.resources.callback(container.close)
-    stream = container.streams.best("video")
-    if stream is None or stream.codec_context is None:
-        raise UserError(f"{reading.name}: no video stream that can be decoded. Give a file with a picture.")
-    reading.check_pixels(stream.codec_context.width, stream.codec_context.height)
-    stream.codec_context.options = allocation
-    return _decode(container, stream, reading)
-
-
-def _decode(container: InputContainer, stream: VideoStream, reading: Reading) -> Iterator[RawFrame]:
-    """Frames and their times. A frame that cannot be decoded is skipped and counted."""
-    import av
-
-    codec, num_declared = stream.codec_context, stream.frames
-    has_pts = container.format.name != "avi"  # for avi FFmpeg makes them up, in the wrong order with B-frames
-    step = 1 / Fraction(stream.average_rate or 25)
-    origin: Fraction | None = None
-    stamp = Fraction(0)
-    reading.start_waiting()
-    for packet in _packets(container, stream, reading):
-        try:
-            decoded = codec.decode(packet)
-        except av.error.FFmpegError:
-            reading.check_pixels(codec.width, codec.height)  # a stream that has grown past the limit fails like this
-            reading.num_corrupt += 1
-            continue
-        for frame in decoded:
-            if frame.is_corrupt:
-                reading.num_corrupt += 1
-                continue
-            ticks, unit = frame.pts if has_pts else frame.dts, frame.time_base
-            if ticks is None or unit is None:
-                stamp += step
-            else:
-                stamp = ticks * unit
-            if origin is None:
-                origin = stamp
-            yield float(stamp - origin), frame
-            reading.start_waiting()
-    if reading.closing.is_set():
-        return
-    if origin is None:
-        raise UserError(f"{reading.name}: no frame of it can be decoded. Check that it plays; encode it again.")
-    num_found = reading.num_read + reading.num_corrupt
-    if num_declared and num_found < 0.9 * num_declared:  # a little less is how trimming by an edit list looks
-        warnings.warn(
-            f"{reading.name}: says it has {num_declared} frames, {num_found} were found: cut off, or trimmed without "
-            "encoding it again.",
-            stacklevel=2,
-        )
-
-
-def _packets(container: InputContainer, stream: VideoStream, reading: Reading) -> Iterator[Packet]:
-    """The packets of a stream; damage between them is skipped, and counted once.
-
-    Raises UserError if the stream breaks off or stalls.
-    """
-    import av
-
-    packets, failures = container.demux(stream), 0
-    while True:
-        reading.check_stall()
-        try:
-            packet = next(packets, None)
-        except av.error.BlockingIOError:  # a camera without a new picture yet
-            time.sleep(0.005)
-        except (av.error.InvalidDataError, av.error.MemoryError):  # the latter: a packet that claims to be 4 GB
-            failures += 1
-            if failures == 1:
-                reading.num_corrupt += 1
-            if failures == _MAX_DEMUX_FAILURES:
-                return
-        except av.error.FFmpegError as error:
-            raise UserError(
-                f"{reading.name}: the stream broke off after {reading.num_read} frames ({_reason(error)}). Check the "
-                "sender and open it again."
-            ) from error
-        else:
-            if packet is None:
-                return
-            failures = 0
-            yield packet
-            continue
-        packets = container.demux(stream)  # after an error the old iterator is at its end
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return open_container(graph, reading, "lavfi", advice="It is a test pattern: check its options, name=value:...")

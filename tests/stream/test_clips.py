@@ -81,6 +81,6 @@ def test_a_clip_warns_once_of_what_is_corrupt():
 def test_a_clip_converts_the_frames_it_returns_and_no_other(video, monkeypatch):
     """They are all it holds. 24 / 3: centres 4, 12, 20."""
     converted, real = [], clips.to_rgb
-    monkeypatch.setattr(clips, "to_rgb", lambda raw: converted.append(raw.time) or real(raw))
+    monkeypatch.setattr(clips, "to_rgb", lambda raw: converted.append(raw.frame.time) or real(raw))
     read_clip(video, 3)
     assert converted == [4 / 8, 12 / 8, 20 / 8]

@@ -57,7 +57,7 @@ def test_a_stream_without_pts_runs_at_its_declared_rate(tmp_path):
     path = tmp_path / "a.h264"
     path.write_bytes(encoded([grey(k) for k in range(6)], "h264"))
     times, numbers = read(path)
-    assert times == pytest.approx([k / 25 for k in range(6)]) and numbers == list(range(6))
+    assert times == pytest.approx([k / 8 for k in range(6)]) and numbers == list(range(6))
 
 
 def test_uneven_pts_are_kept(tmp_path):
@@ -114,10 +114,11 @@ def test_a_still_image_is_one_frame_at_zero_and_upright(tmp_path):
     assert np.array_equal(frame.image, np.stack([image[..., 0]] * 3, axis=-1))
 
 
-def test_a_16_bit_image_is_refused_not_clipped(tmp_path):
-    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="8-bit"):
-        list(open_frames(tmp_path / "a.png"))
+def test_an_image_that_does_not_say_which_value_is_white_is_refused_not_clipped(tmp_path):
+    for kind in (np.int32, np.float32):
+        Image.fromarray(np.full((8, 8), 3000, kind)).save(tmp_path / "a.tiff")
+        with pytest.raises(UserError, match="8-bit"):
+            list(open_frames(tmp_path / "a.tiff"))
 
 
 def test_lavfi_is_the_same_camera_every_time():
@@ -148,7 +149,7 @@ def test_arrays_lists_pairs_and_single_images():
         np.zeros((2, 4, 6, 3), np.uint8),
         np.zeros((2, 4, 6, 3), np.float32),
         np.zeros((4, 6), np.uint8),
-        [(0.0, np.zeros((4, 6, 4), np.uint8))],
+        [(0.0, np.zeros((4, 6, 5), np.uint8))],
         [(0.0, "a.png")],
         [(math.nan, grey(0))],
         [("0", grey(0))],
@@ -335,7 +336,7 @@ def test_a_stream_that_grows_past_the_limit_is_refused(tmp_path, size, decoded):
     widths = []
     with open_frames(tmp_path / "a.h264", limits=Limits(max_pixels=5000)) as frames:
         raw = frames._raw
-        frames._raw = ((widths.append(frame.width), (stamp, frame))[1] for stamp, frame in raw)
+        frames._raw = ((widths.append(frame.frame.width), (stamp, frame))[1] for stamp, frame in raw)
         with pytest.raises(UserError, match=f"{size}x{size} are over the limit of 5000 pixels"):
             list(frames)
     assert max(widths) == decoded
@@ -383,13 +384,6 @@ def noise(data: bytes) -> bytes:
     return data[:start] + b"\xa5" * (end - start) + data[end:]
 
 
-def webp() -> bytes:
-    file = io.BytesIO()
-    pictures = [Image.fromarray(grey(k, 8, 8)) for k in range(3)]
-    pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:])
-    return file.getvalue()
-
-
 HOSTILE_FILES: dict[str, Callable[[], bytes]] = {
     "empty.mp4": lambda: b"",
     "text.mp4": lambda: b"Dear reader,\n" * 400,
@@ -403,7 +397,6 @@ HOSTILE_FILES: dict[str, Callable[[], bytes]] = {
     "wide.png": lambda: png(100_000, 100),
     "nothing_in_it.png": lambda: png(64, 64),
     "half.jpg": lambda: png(64, 64)[:40],
-    "animated.webp": webp,
     "photo.heic": lambda: struct.pack(">I", 24) + b"ftypheic" + bytes(400),
     "page.html": lambda: b"<html><body>404</body></html>",
     "sdp.mp4": lambda: b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",

@@ -149,18 +149,24 @@ def test_images_of_every_mode_are_read_as_rgb(processor: VLJEPAProcessor, mode: 
     assert torch.equal(processor(images=[image])["pixel_values_videos"], expected)
 
 
-def test_images_of_16_bits_are_refused(processor: VLJEPAProcessor) -> None:
+def test_16_bit_grey_is_its_high_byte_and_wider_values_are_refused(processor: VLJEPAProcessor) -> None:
     """PIL would turn all values above 255 to white."""
-    with pytest.raises(UserError, match="mode I;16 has more than 8 bits"):
-        processor(images=[Image.fromarray(np.arange(0, 64000, 1000, np.uint16).reshape(8, 8))])
+    values = np.arange(0, 64000, 1000, np.uint16).reshape(8, 8)
+    expected = np.stack([values // 256] * 3, axis=2).astype(np.uint8)
+    assert torch.equal(pixels(processor, [Image.fromarray(values)]), pixels(processor, [expected]))
+    with pytest.raises(UserError, match="mode I does not say which value is white"):
+        processor(images=[Image.fromarray(values.astype(np.int32))])
 
 
 def test_grey_and_rgba_arrays(processor: VLJEPAProcessor) -> None:
+    """Alpha 9 on white: 9/255 of the picture, and 246/255 of white."""
     frame = clip(1)[0]
     grey = frame[..., 0]
     assert torch.equal(pixels(processor, [grey]), pixels(processor, [np.stack([grey] * 3, axis=2)]))
-    rgba = np.concatenate([frame, np.full((20, 30, 1), 9, dtype=np.uint8)], axis=2)
-    assert torch.equal(pixels(processor, [rgba]), pixels(processor, [frame]))
+    for alpha, expected in ((9, (np.round(frame * (9 / 255) + 246)).astype(np.uint8)), (255, frame), (0, frame | 255)):
+        rgba = np.concatenate([frame, np.full((20, 30, 1), alpha, dtype=np.uint8)], axis=2)
+        assert torch.equal(pixels(processor, [rgba]), pixels(processor, [expected]))
+        assert torch.equal(pixels(processor, [Image.fromarray(rgba)]), pixels(processor, [expected]))
 
 
 def test_images_are_clips_of_one_frame(processor: VLJEPAProcessor) -> None:

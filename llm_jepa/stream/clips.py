@@ -44,7 +44,7 @@ def read_clip(
     Uniform in time: the part is cut into `num_frames` equal segments, and the picture on the screen at the centre of
     each is taken. For a film of constant rate these are the frames that `sample_frames` names. Otherwise a picture that
     stays longer is taken more often, as `watch` sees it; the first one may be older than `start_s`. A warning tells if
-    there are too few frames and some repeat.
+    a film of constant rate has too few frames and some repeat.
 
     The source is read twice: first to count its frames, then to fetch the chosen ones. Only these are converted to RGB
     and held in memory.
@@ -68,7 +68,7 @@ def read_clip(
         chosen = _on_screen(times, start, min(end, film_end_s), num_frames)  # [T]
         if not len(chosen):
             raise UserError(f"{frames.name}: no frame from {start_s} s to {end_s} s. Give a part the video has.")
-    if num_in_part < num_frames:
+    if num_in_part < num_frames and _has_constant_rate(times):  # otherwise stills are meant to repeat
         warnings.warn(f"{frames.name}: {num_in_part} frames for {num_frames}: some repeat.", stacklevel=2)
 
     # Close the second reading through its iterator: FrameSource.close would repeat the warnings of the first one.
@@ -100,13 +100,13 @@ def _times(raw_frames: Iterable[RawFrame], end_s: float) -> tuple[np.ndarray, fl
             return np.array(times), time_s
         times.append(time_s)
         duration_s = picture.duration_s if isinstance(picture, CodedFrame) else 0.0
-    if not duration_s and len(times) > 1:  # a list of pictures does not say; its last one stays as long as others do
+    if not duration_s and len(times) > 1:  # a list of pictures does not say: the last stays as long as others
         duration_s = float(np.median(np.diff(times)))
     return np.array(times), times[-1] + duration_s if times else -math.inf
 
 
 def _on_screen(times: np.ndarray, start_s: float, end_s: float, num_frames: int) -> np.ndarray:
-    """Indices [num_frames] into `times` [N], uniform in time over start_s <= time < end_s. Empty if nothing is shown."""
+    """Indices [num_frames] into `times` [N], uniform in time over start_s <= time < end_s. [0] if nothing is shown."""
     first = int(np.searchsorted(times, start_s))
     if first < len(times) and _has_constant_rate(times):
         # By numbers, because times are rounded: mkv's to 1 ms, and centres often fall on the edge between two frames.

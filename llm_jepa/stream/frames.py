@@ -126,6 +126,7 @@ class FrameSource:
     thread is left behind: it ends after the wait (a network read after `max_decode_s`) and closes what it holds.
 
     name: of the source, for messages.
+    live: newer frames replace those that are not fetched in time.
     replayable: opening the source again gives the same frames.
     corrupt, unordered: frames skipped; a warning at the end counts them.
     dropped: frames of a live source that a newer one replaced.
@@ -145,6 +146,10 @@ class FrameSource:
     @property
     def name(self) -> str:
         return self._reading.name
+
+    @property
+    def live(self) -> bool:
+        return self._reading.live
 
     @property
     def corrupt(self) -> int:
@@ -310,6 +315,26 @@ def _windows(frames: Iterable[Frame], num_frames: int, stride: _Grid, rate: _Gri
 
 def _window(frames: list[Frame]) -> Window:
     return Window(frames[0].time_s, frames[-1].time_s, np.stack([frame.image for frame in frames]))  # [T, H, W, 3]
+
+
+def held(frames: Iterable[Frame], *, fps: float) -> Iterator[Frame]:
+    """The frames, with one on the screen repeated at each k/fps that passes before the next one comes.
+
+    A still of 7 s then is as many frames as 7 s of motion, as `read_clip` samples it. Nothing is repeated for more than
+    60 s: after such a gap the film goes on. Not for live sources: to repeat what a slow consumer has missed would make
+    it slower still.
+    """
+    origin_s, last, slot = 0.0, None, 0
+    tolerance_s = min(EARLY_S, 0.1 / fps)
+    for frame in frames:
+        if last is None:
+            origin_s = frame.time_s
+        next_slot = math.floor((frame.time_s - origin_s + tolerance_s) * fps)
+        if last is not None and frame.time_s - last.time_s <= _LEAP_S:
+            for k in range(slot + 1, next_slot):
+                yield Frame(origin_s + k / fps, last.image)
+        yield frame
+        last, slot = frame, next_slot
 
 
 class _Grid:

@@ -255,8 +255,9 @@ def _open_image(source: Any, reading: Reading) -> Image.Image | None:
         return None
     reading.resources.callback(image.close)
     reading.check_pixels(*image.size)
-    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-        raise UserError(f"{reading.name}: an image of {image.n_frames} pages. Save the page that you mean as a file.")
+    num_pages = getattr(image, "n_frames", 1)
+    if image.format == "TIFF" and num_pages > 1:
+        raise UserError(f"{reading.name}: an image of {num_pages} pages. Save the page that you mean as a file.")
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:

@@ -52,7 +52,7 @@ class CodedFrame:
         return (height, width) if orientation(self.frame).transposed else (width, height)
 
     def _stretched(self) -> tuple[int, int]:
-        """(width, height) with square pixels, not turned yet. Enlarging one side loses no detail; players do the same."""
+        """(width, height) with square pixels, not turned yet. Players enlarge one side, too: no detail is lost."""
         width, height, aspect = self.frame.width, self.frame.height, self.pixel_aspect
         return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
 
@@ -94,7 +94,7 @@ def orientation(frame: VideoFrame) -> Orientation:
     """The display matrix of a frame; none leaves the picture as it is.
 
     The matrix (a b u, c d v, x y w) takes a point of the picture to x' = a x + c y, y' = b x + d y, with y down
-    (ISO/IEC 14496-12, tkhd). PyAV's `rotation` is its angle alone, and does not tell a mirrored picture from a turned one.
+    (ISO/IEC 14496-12, tkhd). PyAV's `rotation` is its angle alone: to it a mirrored picture is a turned one.
     """
     side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
@@ -146,6 +146,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _exif_orientation(image: Image.Image) -> int:
     """1 to 8 (EXIF 2.3, 4.6.4). 1 is upright, and stands for anything else that a file may say."""
+    if image.format == "TIFF":
+        image.load()  # Pillow turns a TIFF while it loads it, and only then forgets the tag
     number = image.getexif().get(ExifTags.Base.Orientation, 1)
     return number if number in range(1, 9) else 1
 

@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core.errors import UserError
 from ..core.files import file_sha256, text_key
 from ..core.row_files import json_rows
-from ..stream.clips import read_clip
+from ..stream.clips import is_image, read_clip
 from ..stream.frames import Limits
-from ..stream.opening import IMAGE_SUFFIXES
+from ..stream.pixels import to_rgb
 from .features import FeatureCache
 from .processing import VLJEPAProcessor
 
@@ -44,8 +45,8 @@ class Pair(NamedTuple):
 class Clip:
     """A video or an image with its pairs.
 
-    video: a path, or the frames [T, H, W, 3] uint8 ([H, W, 3] for an image).
-    start_s, end_s: the part of a file to use; None for its start and end.
+    video: a path, the content of a file (bytes), a PIL image, or frames [T, H, W, 3] uint8 ([H, W, 3] for an image).
+    start_s, end_s: the part of a file to use, in the seconds that a player shows; None for its start and end.
     """
 
     video: Any
@@ -121,21 +122,25 @@ class ClipDataset(Dataset):
     def frames(self, index: int) -> Any:
         """[T, H, W, 3] uint8 of clip i, at most num_frames of it; [1, H, W, 3] of an image. Raises UserError."""
         clip = self.clips[index]
-        if not isinstance(clip.video, (str, Path)):
-            return clip.video[None] if _is_image(clip.video) else clip.video
-        count = 1 if _is_image(clip.video) else self.num_frames
-        return read_clip(str(clip.video), count, start_s=clip.start_s, end_s=clip.end_s, limits=self.limits)[0]
+        if isinstance(clip.video, (str, Path, bytes, Image.Image)):
+            count = 1 if is_image(clip.video) else self.num_frames
+            return read_clip(clip.video, count, start_s=clip.start_s, end_s=clip.end_s, limits=self.limits)[0]
+        return to_rgb(clip.video)[None] if is_image(clip.video) else clip.video
 
     def identity(self) -> Iterator[bytes]:
-        """Bytes that determine the pixels of each clip: the content of an array; path, size and time of a file."""
-        for clip in self.clips:
+        """Bytes that determine the pixels of each clip: pixels if it is in memory; path, size and time of a file."""
+        for index, clip in enumerate(self.clips):
+            part = f"{clip.start_s} {clip.end_s} {self.num_frames}"
             if isinstance(clip.video, (str, Path)):
                 stat = Path(clip.video).stat()
-                known = f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {clip.start_s} {clip.end_s} {self.num_frames}"
-                yield known.encode()
-            else:
-                frames = np.asarray(clip.video)
-                yield str(frames.shape).encode() + hashlib.sha256(frames.tobytes()).digest()
+                yield f"{clip.video} {stat.st_size} {stat.st_mtime_ns} {part}".encode()
+            elif isinstance(clip.video, bytes):
+                yield part.encode() + hashlib.sha256(clip.video).digest()
+            else:  # through `to_rgb`, because equal numbers under two palettes are two pictures
+                pixels = np.stack([to_rgb(frame) for frame in self.frames(index)])
+                if is_image(clip.video):
+                    pixels = pixels[0]
+                yield str(pixels.shape).encode() + hashlib.sha256(pixels.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -251,15 +256,9 @@ def _check_clips(clips: Sequence[Clip], num_frames: int) -> None:
     for index, clip in enumerate(clips):
         if not clip.pairs:
             raise UserError(f"Clip {index} has no target: give it a pair of a query (or none) and a target text.")
-    images = sum(_is_image(clip.video) for clip in clips)
+    images = sum(is_image(clip.video) for clip in clips)
     if images and images < len(clips) and num_frames > 1:
         raise UserError(
             f"{images} images among {len(clips) - images} videos: a batch cannot hold both; train on the images "
             "in a separate stage, before the videos."
         )
-
-
-def _is_image(video: Any) -> bool:
-    if isinstance(video, (str, Path)):
-        return Path(video).suffix.lower() in IMAGE_SUFFIXES
-    return getattr(video, "ndim", 4) == 3

@@ -2,12 +2,17 @@
 
 A cache is a folder of safetensors shards and a manifest. Its name is a hash of the data, the encoder's weights and the
 preprocessing. If one of them changes, so does the folder, and an old feature is never mistaken for a new one.
+
+The rules by which files are read have a version, `READING`, which is in the shards and not in the name: a change of the
+rules moves few films, and a cache of others stays good. So a complete cache of an older version is used with a warning,
+and the shards of one that was never completed are computed again, because a cache must not hold both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +27,9 @@ from ..core.errors import UserError
 from ..core.files import write_json, written_whole
 
 SHARD = 512  # clips in a file
+# 2: frames are uniform in time in films of variable rate; alpha is laid on white; EXIF, mirroring, pixel aspect and
+#    the start of the film are obeyed. Nothing changed for upright films of constant rate with square pixels.
+READING = "2"
 
 
 class Clips(Protocol):
@@ -93,7 +101,15 @@ def cache_features(
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     here = Path(folder) / name
     if (here / "manifest.json").is_file() or not is_main:
-        return FeatureCache(here)
+        cache = FeatureCache(here)
+        if is_main and cache.manifest.get("reading") != READING:
+            warnings.warn(
+                f"{here} was computed when films of variable frame rate, pictures with transparency or EXIF "
+                "orientation, mirrored films and pixels that are not square were read in another way. If there are "
+                "such among the clips, remove the folder, and the features are computed again.",
+                stacklevel=2,
+            )
+        return cache
     here.mkdir(parents=True, exist_ok=True)
     shape: tuple[int, ...] | None = None  # [N, D_x], the same for all clips
     with tqdm(total=len(clips), desc=f"visual features -> {here}", unit="clip") as progress:
@@ -113,8 +129,9 @@ def cache_features(
                 batches.append(features)
                 progress.update(len(batch))
             with written_whole(path) as temporary:  # another run may write to the same cache
-                save_file({"features": torch.cat(batches)}, temporary)
-    write_json(here / "manifest.json", {**key, "count": len(clips), "shape": list(shape or ())})
+                save_file({"features": torch.cat(batches)}, temporary, metadata={"reading": READING})
+    manifest = {**key, "reading": READING, "count": len(clips), "shape": list(shape or ())}
+    write_json(here / "manifest.json", manifest)
     return FeatureCache(here)
 
 
@@ -168,9 +185,11 @@ def _settings(processor: Any) -> str:
 
 
 def _shape_of(path: Path) -> tuple[int, ...] | None:
-    """[N, D_x] of a shard; None if there is none, or if a crash left half of it."""
+    """[N, D_x] of a shard; None if there is none, if a crash left half of it, or if it was read by other rules."""
     try:
         with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("reading") != READING:
+                return None
             return tuple(file.get_slice("features").get_shape()[1:])
     except (OSError, SafetensorError):
         return None

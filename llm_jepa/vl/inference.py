@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError, first_line
-from ..stream.clips import read_clip
-from ..stream.opening import IMAGE_SUFFIXES
+from ..stream.clips import is_image, read_clip
 from .configuration import VLJEPAConfig
 from .modeling import VLJEPAModel
 from .processing import Frames, VLJEPAProcessor
@@ -45,7 +45,8 @@ class Retrieved(NamedTuple):
 class VLJEPA:
     """A VL-JEPA model with its processor, in evaluation mode.
 
-    A clip is frames [T, H, W, 3] uint8, a list of images, or the path of a video; `images=True` takes single images.
+    A clip is frames [T, H, W, 3] uint8, a list of images, a PIL image, or the path or the content (bytes) of a video or
+    an image; `images=True` takes single images.
 
     y_decoder: None takes the one in the model's folder, when text is first needed.
     """
@@ -210,10 +211,10 @@ class VLJEPA:
         return [Match(texts[i], float(cosine[i])) for i in cosine.argsort(descending=True).tolist()]
 
     def _frames(self, clip: Any, images: bool) -> Any:
-        if not isinstance(clip, (str, Path)):
+        if not isinstance(clip, (str, Path, bytes, Image.Image)):
             return clip
-        single = images or Path(clip).suffix.lower() in IMAGE_SUFFIXES  # one frame, as in training
-        frames = read_clip(str(clip), 1 if single else self.model.config.num_frames)[0]
+        single = images or is_image(clip)  # one frame, as in training
+        frames = read_clip(clip, 1 if single else self.model.config.num_frames)[0]
         return frames[0] if images else frames
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..core.errors import UserError
 from ..stream.decoder import Caption, SelectiveDecoder
-from ..stream.frames import Frame, FrameSource, StreamClock, Window, windows, without_leaps
+from ..stream.frames import Frame, FrameSource, StreamClock, Window, held, windows, without_leaps
 from ..stream.segments import WardSegmenter
 from .watch_page import Timeline, one_line
 
@@ -163,7 +163,8 @@ def watch(
         frames: a `FrameSource`, which the caller closes, or frames in the order of time.
         query: None uses the model's `default_query`; "" means no query.
         stride_s: between two windows, in seconds of the stream.
-        fps: of the frames in a window, `default_fps` if None.
+        fps: of the frames in a window, `default_fps` if None. If a film (a `FrameSource` that is not live) has no new
+            frame for longer than 1/fps, the one on the screen is repeated: windows are uniform in time, as clips are.
         threshold, sensitivity: as in `WardSegmenter`. Its block is window / stride, 3 or more.
         min_duration_s: as in `WardSegmenter`, MIN_DURATION windows if None.
         provisional: also caption a scene that has lasted 1 s, before it is over.
@@ -227,12 +228,17 @@ class Watcher:
         settings, decoder, started = self._settings, self._decoder, time.monotonic()
         with _CtrlC() as ctrl_c:
             usable = _UsableFrames(frames, ctrl_c, settings.max_seconds, self._timeline)
-            stream = windows(usable, num_frames=settings.num_frames, stride_s=settings.stride_s, fps=settings.fps)
+            # A film of variable rate shows a still once. Here, as in a training clip, it lasts as long as it is shown.
+            is_film = isinstance(frames, FrameSource) and not frames.live
+            shown = held(usable, fps=settings.fps) if is_film else usable
+            stream = windows(shown, num_frames=settings.num_frames, stride_s=settings.stride_s, fps=settings.fps)
             for window in stream:
                 try:
                     self.step(window)
                 except ModelError as error:
                     usable.error = error.reason
+                    break
+                if ctrl_c.pressed:  # a still may be many windows
                     break
             self._emit(decoder.finish())
         if not decoder.num_windows and not ctrl_c.pressed:

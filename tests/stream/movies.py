@@ -17,6 +17,16 @@ from llm_jepa.stream.opening import open_frames
 
 SMALL = settings(max_examples=60, deadline=None)
 
+CONTAINERS = {  # format: codecs of picture and sound
+    "mp4": ("libx264", "aac"),
+    "mov": ("libx264", "aac"),
+    "matroska": ("libx264", "aac"),
+    "webm": ("libvpx", "libopus"),
+    "mpegts": ("libx264", "aac"),
+    "flv": ("libx264", "aac"),
+    "avi": ("mpeg4", "mp2"),
+}
+
 
 def grey(number: int, height: int = 64, width: int = 64) -> np.ndarray:
     """A picture that says its number, through any codec."""
@@ -51,6 +61,32 @@ def write(
 
 def encoded(images: list[np.ndarray], format: str, **options: Any) -> bytes:
     return write(io.BytesIO(), images, format=format, **options).getvalue()
+
+
+def film_with_sound(format: str, start_s: float) -> bytes:
+    """1 s of film at 8 a second, `start_s` after its sound begins, and 5 s of silence."""
+    import av
+
+    codec, sound_codec = CONTAINERS[format]
+    packets: list[Any] = []
+    file, per_packet = io.BytesIO(), 960 if sound_codec == "libopus" else 1024
+    with av.open(file, "w", format=format) as container:
+        film = container.add_stream(codec, rate=8)
+        film.width = film.height = 64
+        film.pix_fmt, film.codec_context.time_base = "yuv420p", Fraction(1, 8)
+        sound = container.add_stream(sound_codec, rate=48000, layout="mono")
+        for k in range(8):
+            frame = av.VideoFrame.from_ndarray(grey(k), "rgb24")
+            frame.pts, frame.time_base = round(8 * start_s) + k, Fraction(1, 8)
+            packets += film.encode(frame)
+        for k in range(250):
+            shape, kind = ((1, per_packet), "flt" if sound_codec == "libopus" else "fltp")
+            noise = av.AudioFrame.from_ndarray(np.zeros(shape, np.float32), kind, "mono")
+            noise.sample_rate, noise.pts, noise.time_base = 48000, k * per_packet, Fraction(1, 48000)
+            packets += sound.encode(noise)
+        for packet in sorted([*packets, *film.encode(), *sound.encode()], key=lambda p: float(p.dts * p.time_base)):
+            container.mux(packet)
+    return file.getvalue()
 
 
 def good(format: str = "mp4") -> bytes:

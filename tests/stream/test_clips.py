@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from llm_jepa.core.errors import UserError
 from llm_jepa.stream import clips
 from llm_jepa.stream.clips import read_clip, sample_frames
+from llm_jepa.stream.frames import held, windows
 from llm_jepa.stream.opening import open_frames
-from tests.stream.movies import SMALL, feed, finishes, good, grey, number_of
+from tests.stream.movies import SMALL, feed, finishes, good, grey, number_of, write
 
 pytest.importorskip("av")
 
@@ -45,6 +49,86 @@ def test_a_clip_has_the_frames_the_samples_name(video):
     assert frames.shape == (4, 64, 64, 3) and frames.dtype == np.uint8
     assert [number_of(image) for image in frames] == [3, 9, 15, 21]
     assert times.tolist() == [3 / 8, 9 / 8, 15 / 8, 21 / 8]
+
+
+STILLS = [0, 1, 2, 3, 11, 12, 13, 14, 15, 16, 30]  # eighths of a second: a still of 1 s, another of 1.75 s
+
+
+def stills(kind: str, folder: Path) -> Any:
+    """A film of variable rate: frame k is shown from STILLS[k] / 8 s on."""
+    images = [grey(k) for k in range(len(STILLS))]
+    if kind == "pairs":
+        return [(at / 8, image) for at, image in zip(STILLS, images, strict=True)]
+    if kind in ("gif", "png"):  # which count hundredths and thousandths of a second
+        pictures = [Image.fromarray(image) for image in images]
+        durations = [125 * int(gap) // 10 * 10 for gap in np.diff([*STILLS, 31])]
+        path = folder / f"a.{kind}"
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations)
+        return path.read_bytes()
+    codec = "libvpx" if kind == "webm" else "libx264"
+    return write(str(folder / f"a.{kind}"), images, pts=STILLS, codec=codec)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "mov", "ts", "gif", "png", "pairs"])
+def test_a_clip_of_variable_rate_is_uniform_in_time(tmp_path, kind):
+    """0 to 3.7 s in 6 parts: at the centres 0.31, 0.93, 1.54, 2.16, 2.78, 3.39 s frames 2, 3, 5, 9, 9, 9 are shown.
+
+    By number the 10 frames would give 0, 2, 4, 5, 7, 9.
+    """
+    source = stills(kind, tmp_path)
+    images, times = read_clip(source, 6, end_s=3.7)
+    assert [number_of(image) for image in images] == [2, 3, 5, 9, 9, 9]
+    with open_frames(source) as frames:
+        shown = [frame.time_s for frame in frames]
+    assert times.tolist() == [shown[k] for k in (2, 3, 5, 9, 9, 9)]
+
+
+def test_a_clip_within_a_still_shows_it(tmp_path):
+    """2.5 to 3.5 s: no frame begins there, and frame 9 is on the screen. After the film there is none."""
+    source = stills("mp4", tmp_path)
+    images, _ = read_clip(source, 3, start_s=2.5, end_s=3.5)
+    assert [number_of(image) for image in images] == [9, 9, 9]
+    with pytest.raises(UserError, match="no frame from 5 s to 6 s"):
+        read_clip(source, 3, start_s=5, end_s=6)
+
+
+def test_the_last_frame_of_a_list_lasts_as_long_as_others_do():
+    """0, 0.1, 0.2 and 4 s; half of the gaps are 0.1 s. Of 4.1 s, the centres are 0.51, 1.54, 2.56 and 3.59 s."""
+    uneven = [(0.0, grey(0)), (0.1, grey(1)), (0.2, grey(2)), (4.0, grey(3))]
+    assert [number_of(image) for image in read_clip(uneven, 4)[0]] == [2, 2, 2, 2]
+    assert [number_of(image) for image in read_clip(uneven, 41)[0]] == [0, 1, *[2] * 38, 3]
+
+
+@SMALL
+@given(
+    rate=st.sampled_from([5, 8, 23.976, 25, 29.97, 30, 60]),
+    count=st.integers(1, 90),
+    digits=st.sampled_from([2, 3, 6]),
+    num_frames=st.integers(1, 40),
+    span=st.sampled_from([(None, None), (0.3, None), (None, 1.01), (0.25, 0.9)]),
+)
+def test_a_clip_of_constant_rate_is_sampled_by_number(rate, count, digits, num_frames, span):
+    """However its times are rounded, from 1 us to 10 ms: the same frames as the index rule names."""
+    times = [round(k / rate, digits) for k in range(count)]
+    start, end = (-math.inf if span[0] is None else span[0]), (math.inf if span[1] is None else span[1])
+    inside = [k for k, at in enumerate(times) if start <= at < end]
+    if not inside:
+        return
+    found = clips._on_screen(np.array([at for at in times if at < end]), start, end, num_frames)
+    assert found.tolist() == [inside[k] for k in sample_frames(len(inside), num_frames)]
+
+
+def test_training_and_watching_see_a_film_alike(tmp_path):
+    """Windows of 2 s at 4 a second, and clips of the same 2 s, whose centres are 1/8 s after the times of watch."""
+    source = stills("mp4", tmp_path)
+    with open_frames(source, fps=4) as frames:
+        seen = list(windows(held(frames, fps=4), num_frames=8, stride_s=0.5, fps=4))
+    assert [window.end_s for window in seen] == [1.75, 2.25, 2.75, 3.25, 3.75]
+    differences = []
+    for window in seen:
+        clip, _ = read_clip(source, 8, start_s=window.start_s, end_s=window.start_s + 2)
+        differences += [abs(number_of(a) - number_of(b)) for a, b in zip(window.frames, clip, strict=True)]
+    assert max(differences) <= 1  # a window takes the first frame after a time, a clip the one on the screen
 
 
 def test_a_part_of_a_clip_begins_at_its_start_and_ends_before_its_end(video):

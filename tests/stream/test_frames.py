@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jepa.core.errors import UserError
-from llm_jepa.stream.frames import Frame, Limits, windows, without_leaps
+from llm_jepa.stream.frames import Frame, Limits, held, windows, without_leaps
 from llm_jepa.stream.opening import open_frames
 from tests.stream.movies import SMALL, finishes, grey, number_of, read, write
 
@@ -92,6 +92,22 @@ def test_frame_k_is_the_first_at_or_after_k_over_fps(times, fps):
     for k in range(math.ceil((times[-1] - times[0]) * fps) + 2):
         wanted |= set([t for t in times if (t - times[0] + tolerance) * fps >= k][:1])
     assert read([(t, grey(0, 2, 2)) for t in times], fps=fps)[0] == sorted(wanted)
+
+
+def test_a_still_is_held_until_the_next_frame():
+    """At 2 a second: 0.3 s is between two slots, 2.1 s fills slot 4, so slots 1, 2 and 3 repeat what was shown."""
+    got = list(held(stream([0.0, 0.3, 2.1, 2.5]), fps=2))
+    assert [(frame.time_s, number_of(frame.image)) for frame in got] == [
+        (0.0, 0), (0.3, 1), (0.5, 1), (1.0, 1), (1.5, 1), (2.1, 2), (2.5, 3),
+    ]  # fmt: skip
+
+
+def test_a_film_without_stills_is_not_changed_and_a_long_gap_is_not_filled():
+    for rate in (8, 25, 29.97):
+        frames = stream([k / rate for k in range(100)])
+        assert list(held(frames, fps=8)) == frames
+    frames = stream([0.0, 0.5, 61.0, 61.5])
+    assert list(held(frames, fps=2)) == frames
 
 
 # -- live -------------------------------------------------------------------------------------------------------------

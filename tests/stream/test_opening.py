@@ -79,24 +79,6 @@ def test_odd_sizes_and_colours(tmp_path):
         assert got[row, column].astype(int) == pytest.approx(image[row, column].astype(int), abs=6)
 
 
-@pytest.mark.parametrize(("matrix", "turn"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_phone_videos_are_turned_upright(tmp_path, matrix, turn):
-    """tkhd matrix (a b c d): x' = a x + c y, y' = b x + d y, y down (ISO/IEC 14496-12). (0 1 -1 0) takes right to
-    down: a quarter turn clockwise, np.rot90 by -1."""
-    image = np.full((48, 64, 3), 20, np.uint8)
-    image[:16, :16] = 230  # the mark in the top left corner
-    data = bytearray(encoded([image] * 4, "mp4"))
-    at = data.index(b"tkhd") + 44
-    a, b, c, d = (65536 * value for value in matrix)
-    data[at : at + 20] = struct.pack(">5i", a, b, 0, c, d)
-    (tmp_path / "a.mp4").write_bytes(data)
-    with open_frames(tmp_path / "a.mp4") as frames:
-        got = next(frames).image
-    want = np.rot90(image, turn)
-    assert got.shape == want.shape and np.abs(got.astype(int) - want).max() < 40
-    assert got.flags.c_contiguous
-
-
 def test_a_still_image_is_one_frame_at_zero_and_upright(tmp_path):
     """EXIF orientation 6: turn by 90 degrees clockwise, so the mark goes from top left to top right."""
     image = np.full((40, 64, 3), 20, np.uint8)

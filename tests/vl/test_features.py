@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -157,21 +158,45 @@ def test_two_runs_may_build_one_cache_at_the_same_time(tmp_path, monkeypatch):
     model, processor = parts()
     real, others = features_module.save_file, []
 
-    def save_file(tensors, path):
+    def save_file(tensors, path, **options):
         if not others:
             others.append(None)
             others[0], _ = cache_of(tmp_path, model=model, processor=processor)
-        real(tensors, path)
+        real(tensors, path, **options)
 
     monkeypatch.setattr(features_module, "save_file", save_file)
     cache, _ = cache_of(tmp_path, model=model, processor=processor)
     assert torch.equal(cache[range(10)], others[0][range(10)])
     names = []
-    monkeypatch.setattr(features_module, "save_file", lambda tensors, path: (names.append(path), real(tensors, path)))
+
+    def named(tensors, path, **options):
+        names.append(path)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(features_module, "save_file", named)
     for pid in (1, 2):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
         cache_of(tmp_path / str(pid), model=model, processor=processor)
     assert len({Path(name).name for name in names}) == 2, "both would write into one file"
+
+
+def test_a_cache_made_by_older_rules_of_reading_is_kept_with_a_warning_and_completed_by_none(tmp_path, monkeypatch):
+    """Films of constant rate are read as before, so a complete cache stays; a half one gets no second half."""
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    model, processor = parts()
+    cache, given = cache_of(tmp_path, model=model, processor=processor)
+    assert sum(given) == 10 and cache.manifest["reading"] == features_module.READING
+    monkeypatch.setattr(features_module, "READING", "another")
+    with pytest.warns(UserWarning, match="variable frame rate.*remove the folder"):
+        kept, given = cache_of(tmp_path, model=model, processor=processor)
+    assert kept.folder == cache.folder and given == []
+    (cache.folder / "manifest.json").unlink()
+    (cache.folder / "features-00002.safetensors").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, given = cache_of(tmp_path, model=model, processor=processor)
+        assert again.folder == cache.folder and sum(given) == 10
+        assert cache_of(tmp_path, model=model, processor=processor)[1] == []
 
 
 def test_features_beyond_float16_are_refused_and_float32_keeps_them(tmp_path):

@@ -19,6 +19,7 @@ from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.watch import watch
 from llm_jepa.vl.watch_page import clock
 from llm_jepa.vl.y_decoder import YDecoder
+from tests.stream.movies import film_with_sound
 from tests.vl.watch.rooms import FPS, TEXTS, calls, command, events, srt, video
 
 av = pytest.importorskip("av")
@@ -113,6 +114,20 @@ def test_a_bad_source_is_one_line_and_leaves_no_files(folder, tmp_path, source):
 def test_a_bad_file_is_told_before_the_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="missing.mp4"):
         command("no-such-model", tmp_path / "missing.mp4")
+
+
+def test_subtitles_have_the_times_of_a_player(folder, tmp_path):
+    """The sound begins at 0 and the picture at 3 s."""
+    (tmp_path / "film.mp4").write_bytes(film_with_sound("mp4", 3.0))
+    command(folder, tmp_path / "film.mp4", "--labels", "a,b", "--srt", tmp_path / "o.srt")
+    ((start, end, _),) = srt(tmp_path / "o.srt")
+    assert start == 3000 and 3500 <= end <= 4000
+
+
+def test_a_machine_without_a_camera_is_told_so(folder, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(UserError, match=r"webcam:977: cannot be opened \(No such.*camera of this machine: plug it in"):
+        command(folder, "webcam:977", "--labels", "a,b")
 
 
 def test_a_run_that_says_nothing_leaves_no_files(folder, film, tmp_path):

@@ -14,10 +14,11 @@ import torch
 from llm_jepa.core.errors import UserError
 from llm_jepa.stream.decoder import Caption, SelectiveDecoder
 from llm_jepa.stream.frames import Frame, windows
+from llm_jepa.stream.opening import open_frames
 from llm_jepa.stream.segments import WardSegmenter
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.watch import MAX_FAILURES, default_fps, to_json, to_srt, watch
-from tests.vl.watch.rooms import build, calls, rooms, with_texts
+from tests.vl.watch.rooms import FPS, build, calls, picture, rooms, with_texts
 
 # -- the loop --------------------------------------------------------------------------------------------------------
 
@@ -55,6 +56,17 @@ def test_a_scene_is_found_for_every_room_and_they_cover_the_stream(model):
     assert [c.start_s for c in captions[1:]] == pytest.approx([7, 14, 21, 28], abs=0.8)
     assert [c.end_s for c in captions[:-1]] == [c.start_s for c in captions[1:]]
     assert (captions[0].start_s, captions[-1].end_s) == (0, 34.5)
+
+
+def test_a_film_that_leaves_out_what_repeats_is_the_same_film(model):
+    """Screen recorders write a frame only when something changes. 24 s of four rooms: 48 frames, or 5 of them."""
+    images = [picture(k // 14, np.random.default_rng(k // 14)) for k in range(48)]
+    every = [(k / FPS, image) for k, image in enumerate(images)]
+    changes = [every[k] for k in (0, 14, 28, 42, 47)]
+    with open_frames(every, live=False) as all_frames, open_frames(changes, live=False) as few_frames:
+        expected, found = watch(model, all_frames), watch(model, few_frames)
+    assert len(expected.captions) == 4 and found.captions == expected.captions
+    assert found.num_windows == expected.num_windows == 45
 
 
 @pytest.mark.parametrize("provisional", [False, True])

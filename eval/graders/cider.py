@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -76,10 +77,12 @@ def _inverse_frequency(documents: Sequence[Sequence[str]]) -> Callable[[tuple[st
 def tokenize(text: str) -> list[str]:
     """Lower-case words: letters, digits, and apostrophes and hyphens inside a word. All other punctuation goes.
 
+    Unicode forms of a letter are one, as are the two apostrophes: without NFC, an accent of its own would end a word.
     Stands in for coco-caption's PTBTokenizer, which needs Java. They differ in contractions ("isn't" is "is n't"
     there) and in rare symbols.
     """
-    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+    text = unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'")
+    return re.findall(r"\w+(?:['-]\w+)*", text)
 
 
 def _ngrams(text: str) -> Ngrams:

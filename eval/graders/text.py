@@ -53,7 +53,8 @@ def starts_with(gold: str, text: str) -> tuple[bool, str]:
     for opening, end in ends:
         if words and opening.startswith(words) and end.match(opening, len(words)):
             return True, words
-    return False, plain(_END_OF_CLAUSE.split(text.strip(), maxsplit=1)[0]) or whole
+    clause = plain(_END_OF_CLAUSE.split(text.strip(), maxsplit=1)[0])
+    return False, whole if clause in ("", words) else clause
 
 
 def one_of(gold: str, text: str) -> tuple[bool, str]:
@@ -65,7 +66,7 @@ def one_of(gold: str, text: str) -> tuple[bool, str]:
 
 
 _OPENING = "\"'`*\u201c\u2018\u00ab\u201e"
-_PAIRS = [(pair[0], pair[1]) for pair in ('""', "''", "``", "“”", "‘’", "«»", "„“", "‹›", "「」")] + [("**", "**")]
+_PAIRS = [(pair[0], pair[1]) for pair in ('""', "''", "``", "«»", "‹›", "「」")] + [("**", "**")]
 _SENTENCE_MARKS = ".,;:?…。，！？"
 # A mark ends a word only before white space: those of 1.5 and 10:45 are a part of it. `!` only after two letters: after
 # a digit or a single letter it may be a factorial.
@@ -97,8 +98,8 @@ def plain(text: str) -> str:
     """
     if not text.isascii():
         text = unicodedata.normalize("NFC", "".join(map(_same_form, unicodedata.normalize("NFC", text))))
-    bare = _without_surroundings(" ".join(text.lower().split()))
-    text = (bare or text.strip()).translate(_SAME_MARK)
+    text = " ".join(text.translate(_SAME_MARK).lower().split())
+    text = _without_surroundings(text) or text
     article, _, rest = text.partition(" ")
     if article in ("a", "an", "the") and rest not in ("", "a", "an", "the"):
         return rest

@@ -47,6 +47,7 @@ _WHOLE = r"""(?:[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?:'[0-9]{3})+|(?:_[0-9]{3})+|(
     |[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)"""
 _CONTINENTAL = r"""[1-9][0-9]{0,2}(?:(?:\.[0-9]{3})+|(?:'[0-9]{3})+|(?:\ [0-9]{3})+),[0-9]+
     |[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}(?![0-9])"""
+_POWER = r"(?:[-+]?[0-9]+|\([-+]?[0-9]+\))"
 _SIGNS = r"[$€£¥₹₩₽₺₫¢]"
 _CODES = "USD|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD"
 _CURRENCY_OF = {
@@ -69,9 +70,9 @@ _NUMBER = re.compile(
             |[0-9]{{1,2}}\ ?(?i:[ap]m\b|[ap]\.m\b\.?))
         |(?P<mixed>[0-9]+\ [1-9][0-9]*/[0-9]+)
         |(?P<fraction>{_WHOLE}\ ?/\ ?{_WHOLE})
-        |10(?:\^|\*\*)\(?(?P<power>[-+]?[0-9]+)\)?
+        |10(?:\^|\*\*)(?P<power>{_POWER})
         |(?P<decimal>{_CONTINENTAL}|{_WHOLE}(?:\.[0-9]+)?|\.[0-9]+)
-            (?:[eE](?P<exponent>[-+]?[0-9]+)|\ ?[x×*·]\ ?10(?:\^|\*\*)\(?(?P<of_ten>[-+]?[0-9]+)\)?)?
+            (?:[eE](?P<exponent>[-+]?[0-9]+)|\ ?[x×*·]\ ?10(?:\^|\*\*)(?P<of_ten>{_POWER}))?
     )
     (?P<part>\ and\ (?:a|one)\ (?i:half|third|quarter)\b)?
     (?P<scale>(?:[\ -]?(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?\b|[百千万萬億亿])*)
@@ -100,7 +101,7 @@ _SPOILED_BEFORE = re.compile(
     rf"""(?:[0-9)\]%][\ \t]*(?:[-+*×÷·^/]|\ x|{_WORDS_OF_ARITHMETIC})[\ \t]*[($€£¥√{{]*
     |(?<![-=>])(?:[<>≤≥≠±]=?|\+/-)[\ \t]*
     |(?:√|\b(?:sqrt|log|ln))[\ \t]*[({{]*
-    |\}}[\ \t]*\{{
+    |\}}(?:[\ \t]*\{{)?
     |\+[0-9]{{1,3}}[-\ 0-9()]*
     |[0-9]\ [0-9]{{3}}\ )$""",
     re.VERBOSE,
@@ -191,7 +192,7 @@ def _value(match: re.Match[str], line: str) -> Value | None:
 
 
 def _amount(match: re.Match[str]) -> Fraction | None:
-    exponent = int(match["exponent"] or match["of_ten"] or match["power"] or 0)
+    exponent = int((match["exponent"] or match["of_ten"] or match["power"] or "0").strip("()"))
     if abs(exponent) > MAX_LENGTH:
         return None
     amount = _fraction(match["mixed"] or match["fraction"]) if not match["power"] else Fraction(1)
@@ -273,7 +274,7 @@ _SAME = {
 _SAME_CHARACTER = str.maketrans(_SAME)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r" \1/\2"),
+    (re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}(?![0-9])"), r" \1/\2"),
     (re.compile(r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])"), r" \1/\2"),
     (re.compile(r"(?<=-)\ (?=[0-9]+/)"), ""),  # the sign before \frac
     (re.compile(r"\\times(?![a-z])"), "×"),

@@ -1,35 +1,30 @@
-"""How every command of `eval` ends: a mistake of the user is one line on stderr and exit code 2."""
+"""How every command of `eval` ends: an error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
 import functools
-import os
 import sys
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Callable, Sequence
 
-from llm_jepa import UserError
+from llm_jepa.core.errors import print_error, traceback_flag
 
-P = ParamSpec("P")
+Words = Sequence[str] | None  # of a command line; None: those of this process
 
 
-def one_line_errors(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """Decorate a `main` so that an error which the user can mend prints `name: error: ...` and returns 2.
+def one_line_errors(name: str) -> Callable[[Callable[[Words], int]], Callable[..., int]]:
+    """Decorate a `main(argv)` so that an error prints `name: error: ...` and returns 2.
 
-    Such an error is a UserError or an OSError (a full disk, a folder without write permission). Any other error is a
-    bug of ours and keeps its traceback; LLM_JEPA_TRACEBACK=1 shows the traceback of all of them.
+    `--traceback` among the words of the command line shows where the error was raised.
     """
 
-    def decorate(main: Callable[P, int]) -> Callable[P, int]:
+    def decorate(main: Callable[[Words], int]) -> Callable[..., int]:
         @functools.wraps(main)
-        def guarded(*arguments: P.args, **options: P.kwargs) -> int:
-            try:
-                return main(*arguments, **options)
-            except (UserError, OSError) as error:
-                if os.environ.get("LLM_JEPA_TRACEBACK"):
-                    raise
-                print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-                return 2
+        def guarded(argv: Words = None) -> int:
+            with traceback_flag(sys.argv[1:] if argv is None else argv) as words:
+                try:
+                    return main(words)
+                except Exception as error:  # a model's own code may raise anything
+                    return print_error(name, error)
 
         return guarded
 

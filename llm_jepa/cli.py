@@ -1,7 +1,7 @@
 """llm-jepa train | train-decoder | generate | embed | watch.
 
-Errors that a user can cause are one line on stderr and exit code 2 (LLM_JEPA_TRACEBACK=1 shows where they come from).
-A non-finite loss is exit code 3, Ctrl-C is 130. If the reader of our output leaves (`| head`), the code is 141 and
+An error is one line on stderr and exit code 2; with --traceback, where it was raised comes before the line. A
+non-finite loss is exit code 3, Ctrl-C is 130. If the reader of our output leaves (`| head`), the code is 141 and
 nothing is printed.
 """
 
@@ -12,7 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .core.errors import ArgumentParser, NonFiniteLossError, UserError
+from .core.errors import (
+    TRACEBACK,
+    ArgumentParser,
+    NonFiniteLossError,
+    UserError,
+    print_error,
+    traceback_flag,
+)
 from .families import FAMILIES, commands_of, describe_keys, parse_recipe
 
 TRAIN_HELP = """\
@@ -29,27 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # Threads that spin while they wait make small CPU steps up to 100 times slower as soon as a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with traceback_flag(sys.argv[1:] if argv is None else argv) as words:
+        return _exit_code_of(words)
+
+
+def _exit_code_of(argv: list[str]) -> int:
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        _run(argv)
         return 0
     except _ProcessFailed as failure:
         return failure.exit_code
     except BrokenPipeError:  # `| head` has what it wanted; Python's last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's code for SIGPIPE, because a training that wrote to it did not end
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        if os.environ.get("LLM_JEPA_TRACEBACK"):  # for those who suspect a bug of ours behind the message
-            raise
-        # An error in a DataLoader worker carries the worker's traceback before the message.
-        message = str(error).rpartition("llm_jepa.core.errors.UserError: ")[2]
-        print(f"llm-jepa: error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
     except NonFiniteLossError as error:
         print(f"llm-jepa: stopped: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("llm-jepa: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # a model's own code may raise anything
+        return print_error("llm-jepa", error)
 
 
 class _ProcessFailed(Exception):
@@ -61,6 +68,7 @@ class _ProcessFailed(Exception):
 
 def _run(argv: list[str]) -> None:
     parser = ArgumentParser(prog="llm-jepa", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(TRACEBACK, action="store_true", help="after an error, show where it was raised")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser, metavar="COMMAND")
     train = commands.add_parser(
         "train", help="train a model as a recipe says", description=TRAIN_HELP, allow_abbrev=False,

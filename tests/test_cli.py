@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from llm_jepa import UserError, cli
 from llm_jepa.cli import main
 from tests.conftest import expect_refusal
 
@@ -87,3 +89,46 @@ def test_the_real_command_exits_with_2_and_one_line(arguments, tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+class Strange(Exception):
+    """What the code of a model might raise."""
+
+
+@pytest.mark.parametrize("flag", [[], ["--traceback"]])
+def test_an_error_that_nobody_foresaw(flag, monkeypatch, capsys):
+    """One line with its type and exit code 2; with the flag, where it was raised comes first, and hidden causes."""
+
+    def fail(argv):
+        assert argv == ["generate", "x"], "the flag is not for the command"
+        try:
+            raise Strange("the cause")
+        except Strange:
+            raise Strange("first line\nsecond line") from None
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["generate", *flag, "x"]) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("llm-jepa: error: Strange: first line second line") and "--traceback" in line
+    assert bool(before) == bool(flag) and ("the cause" in "".join(before)) == bool(flag)
+
+
+def test_an_error_of_a_data_worker_is_its_own_last_line(monkeypatch, capsys):
+    """torch puts the traceback of the worker into the message."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise self.error
+
+    def fail(argv):
+        list(torch.utils.data.DataLoader(Rows(), num_workers=1))
+
+    monkeypatch.setattr(cli, "_run", fail)
+    for error, line in ((UserError("Row 3 is bad."), "Row 3 is bad."), (IndexError("range"), "IndexError: range")):
+        Rows.error = error
+        assert cli.main([]) == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith(f"llm-jepa: error: {line}") and "\n" not in said

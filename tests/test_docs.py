@@ -312,8 +312,8 @@ def commands(page: Path) -> list[str]:
 COMMANDS = [(page, line) for page in COMMAND_PAGES for line in commands(page)]
 
 
-class Parsed(Exception):
-    """A real parser has accepted its arguments; nothing runs after that."""
+class Parsed(BaseException):
+    """A real parser has accepted its arguments; nothing runs after that. (A command catches every `Exception`.)"""
 
 
 @pytest.fixture

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
+
+TRACEBACK = "--traceback"
+_ASKED_FOR_TRACEBACK = "LLM_JEPA_TRACEBACK"  # in the environment, so that the processes of a launch see it too
 
 
 class UserError(ValueError):
@@ -33,3 +41,45 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """The whole message of an error in one line, at most `limit` characters; its type if it has no message."""
     return (" ".join(str(error).split()) or type(error).__name__)[:limit]
+
+
+@contextmanager
+def traceback_flag(words: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the words of a command line without `--traceback`; if it was there, `print_error` shows tracebacks."""
+    before = os.environ.get(_ASKED_FOR_TRACEBACK, "")
+    if TRACEBACK in words:
+        os.environ[_ASKED_FOR_TRACEBACK] = "1"
+    try:
+        yield [word for word in words if word != TRACEBACK]
+    finally:
+        os.environ[_ASKED_FOR_TRACEBACK] = before
+
+
+def print_error(program: str, error: Exception) -> int:
+    """Print an error as one line on stderr and return the exit code, 2.
+
+    `UserError` and `OSError` (a full disk) speak for themselves. Any other error comes from the code of a model or a
+    library, or is a bug of ours; its line begins with its type and says how to see where it was raised.
+    """
+    if os.environ.get(_ASKED_FOR_TRACEBACK):
+        _show_causes(error)
+        traceback.print_exception(error)
+    # An error in a DataLoader worker carries the worker's traceback before its message.
+    message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+    if isinstance(error, (UserError, OSError)):
+        line = " ".join(message.split())
+    else:
+        lines = [text.strip() for text in message.splitlines() if text.strip()]
+        is_of_worker = any("Original Traceback" in text for text in lines)
+        name = type(error).__name__
+        text = (lines[-1] if is_of_worker else " ".join(lines)).removeprefix(f"{name}: ")[:300]
+        line = f"{name}: {text} (run again with {TRACEBACK} to see where)"
+    print(f"{program}: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _show_causes(error: BaseException | None) -> None:
+    """Undo `from None` along the chain: who asks for a traceback wants to see what a library said."""
+    while error is not None:
+        error.__suppress_context__ = False
+        error = error.__cause__ or error.__context__

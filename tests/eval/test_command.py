@@ -1,4 +1,4 @@
-"""A mistake of the user ends an eval command with one line and exit code 2."""
+"""An error ends an eval command with one line and exit code 2."""
 
 import subprocess
 import sys
@@ -9,30 +9,45 @@ import pytest
 from eval.command import one_line_errors
 from llm_jepa import UserError
 
+ERRORS = {
+    "user": UserError("No folder.\n  Name one."),
+    "disk": OSError("No folder. Name one."),
+    "bug": KeyError("a key"),
+    "silent": ZeroDivisionError(),
+}
+
 
 @one_line_errors("eval.example")
-def main(error: Exception | None) -> int:
-    if error is not None:
-        raise error
+def main(argv: list[str] | None = None) -> int:
+    for word in argv:
+        raise ERRORS[word]
     return 0
 
 
-@pytest.mark.parametrize("error", [UserError("No folder.\n  Name one."), OSError("No folder. Name one.")])
+@pytest.mark.parametrize("error", ["user", "disk"])
 def test_one_line_and_exit_code_2(error, capsys):
-    assert main(error) == 2
+    assert main([error]) == 2
     assert capsys.readouterr().err == "eval.example: error: No folder. Name one.\n"
 
 
-def test_success_and_bugs_pass_through(capsys):
-    assert main(None) == 0
-    with pytest.raises(KeyError):
-        main(KeyError("a bug"))
+def test_success_passes_through():
+    assert main([]) == 0
 
 
-def test_traceback_on_request(monkeypatch):
-    monkeypatch.setenv("LLM_JEPA_TRACEBACK", "1")
-    with pytest.raises(UserError):
-        main(UserError("x"))
+@pytest.mark.parametrize(("error", "line"), [("bug", "KeyError: 'a key'"), ("silent", "ZeroDivisionError:")])
+def test_an_error_that_we_did_not_foresee_is_one_line_with_its_type(error, line, capsys):
+    assert main([error]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"eval.example: error: {line}") and said.count("\n") == 1
+    assert "run again with --traceback" in said
+
+
+@pytest.mark.parametrize("words", [["--traceback", "bug"], ["bug", "--traceback"]])
+def test_traceback_on_request(words, capsys):
+    assert main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and any("test_command.py" in line for line in lines)
+    assert lines[-1].startswith("eval.example: error: KeyError: 'a key'")
 
 
 def test_a_missing_extra_is_one_line_with_the_install_command(tmp_path):

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,12 +25,13 @@ from safetensors.torch import load_file
 
 from llm_jepa import UserError, cli
 from llm_jepa.core.files import write_json
+from llm_jepa.lm import check_model, tokenizer_from
 
 from .command import one_line_errors
 from .figures.groups import embedding_view, refuse_single
 from .figures.inference import Interval, require_scipy
 from .figures.robustness_analysis import SCHEMA, Run, analyse, shortened
-from .figures.robustness_card import write_card
+from .figures.robustness_card import read_card, write_card
 from .figures.robustness_plots import plot_phrasing, plot_worst
 from .figures.robustness_report import PHRASING, SCATTER, differences, report, summary
 from .run import evaluate_model
@@ -152,17 +152,15 @@ def _rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _embed(model: str, rows: Sequence[dict[str, Any]], out: Path, batch_size: int) -> None:
     """Run `llm-jepa embed`. Its result appears under its name only when it is complete."""
-    inputs, partial = out.with_name("prompts.jsonl"), out.with_name("embeddings.partial")
-    partial.unlink(missing_ok=True)
+    inputs = out.with_name("prompts.jsonl")
     inputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = io.StringIO()
-    files = ["--input", str(inputs), "--output", str(partial)]
+    files = ["--input", str(inputs), "--output", str(out)]
     with contextlib.redirect_stderr(messages):
         code = cli.main(["embed", model, *files, "--batch_size", str(batch_size)])
     if code:
         raise UserError(messages.getvalue().strip().removeprefix("llm-jepa: error: "))
     sys.stderr.write(messages.getvalue())
-    os.replace(partial, out)
     inputs.unlink()
 
 
@@ -178,6 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms: dict[str, list[Run]] = {}
     for name, sources in scored.items():
         arms[name] = [read_scored(source) for source in sources]
+    for sources in models.values():
+        for source in sources:  # before the first one is scored
+            check_model(source)
+            tokenizer_from(source)
     if models:
         task = task_named(options.task)
         data = task.load(options.data)
@@ -250,6 +252,7 @@ def _check(options: argparse.Namespace, models: Mapping[str, list[str]], scored:
             for source in sources:
                 if not Path(source).is_dir():
                     raise UserError(f"--write-card writes README.md in a model's folder, but {source} is not a folder.")
+                read_card(source)
 
 
 def _check_groups(groups: Sequence[Group]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,88 @@ from huggingface_hub import EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from llm_jepa import UserError
+from llm_jepa.core.card import NOT_EVALUATED
 
 from .groups import read_answers, robustness
 from .inference import Interval
 from .robustness_analysis import Run
 from .robustness_report import TITLES, number_or_range
+from .tables import markdown_table
 
+BEGIN, END = "<!-- robustness: {} -->", "<!-- end of robustness -->"
 CARD_METRICS = ("accuracy", "worst_of_k", "consistency", "consistent_and_correct", "drop_rate")
 
 
 def write_card(folder: str | Path, run: Run, *, dataset: str, metric: str) -> Path:
-    """Put a run's figures into the `model-index` of its folder's README.md, and keep everything else in the card.
+    """Put a run's figures into its folder's README.md: into the `model-index`, and as a table that a reader sees.
 
-    An entry of the same task, data set and metric is replaced, so writing twice changes nothing. (Comments in the YAML
-    block are lost, because it is parsed and written again.) Values are shares in 0..1, with their 95 % intervals.
+    Everything else in the card stays, but for the sentence that nothing is known about the model. An entry and a table
+    of the same task, data set and metric are replaced, so writing twice changes nothing. (Comments in the YAML block
+    are lost, because it is parsed and written again.) Values of the index are shares in 0..1, with 95 % intervals.
+
+    Raises UserError for metadata that cannot be read.
     """
     path = Path(folder) / "README.md"
     results = _results(run, dataset, metric)
     [new] = eval_results_to_model_index(Path(folder).name, results)
+    card = read_card(folder)
+    index = card.data.get("model-index") or [{"name": Path(folder).name, "results": []}]
     try:
-        card = RepoCard.load(path) if path.is_file() else RepoCard(f"---\n{{}}\n---\n# {Path(folder).name}\n")
-        index = card.data.get("model-index") or [{"name": Path(folder).name, "results": []}]
         _merge(index[0]["results"], new["results"][0])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"The metadata of {path} cannot be read ({error}); correct its first lines.") from None
     card.data["model-index"] = index
+    card.text = _with_table(card.text, run, results, dataset, metric)
     card.save(path)
     return path
+
+
+def read_card(folder: str | Path) -> RepoCard:
+    """The README.md of a model's folder, or an empty card. Raises UserError if its metadata cannot be read."""
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return RepoCard(f"---\n{{}}\n---\n# {Path(folder).name}\n")
+    try:
+        card = RepoCard.load(path)
+        for entry in card.data.get("model-index") or []:
+            entry["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The metadata of {path} cannot be read ({error}); correct its first lines.") from None
+    return card
+
+
+def _with_table(text: str, run: Run, results: list[EvalResult], dataset: str, metric: str) -> str:
+    """The body of a card with the table of these results: in the place of the last one, or at the end."""
+    sentence = r"\s+".join(map(re.escape, NOT_EVALUATED.split()))  # templates break its lines
+    text = re.sub(rf"[ \n]*{sentence}", "", text)
+    # A name of a stranger must not end the comment.
+    begin = BEGIN.format(re.sub(r"[^\w./: ]", "_", f"{run.result['task']}, {metric}, {dataset}"))
+    table = f"{begin}\n{_table(run, results, metric)}\n{END}"
+    before, found, rest = text.partition(begin)
+    if found and END in rest:
+        return f"{before}{table}{rest.partition(END)[2]}"
+    return f"{text.rstrip()}\n\n{table}\n"
+
+
+def _table(run: Run, results: list[EvalResult], metric: str) -> str:
+    """Heading, what was asked, and the figures in per cent."""
+    rows = []
+    for result in results:
+        low, high = (result.metric_args or {}).get("interval_95", (None, None))
+        interval = "" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append([str(result.metric_name), f"{100 * result.metric_value:.1f}", interval])
+    asked = results[0].metric_args or {}
+    data = ", ".join(sha256[:12] for sha256 in run.result["data_sha256"].values())
+    weights = run.result["model"].get("weights_sha256") or "unknown"
+    lines = [
+        f"## {run.result['task']} in several wordings",
+        "",
+        f"{asked['groups']} requests, each in {asked['wordings']} wordings. Data (SHA-256): {data}; weights: "
+        f"{weights[:12]}. Accuracy is `{metric}` over all wordings.",
+        "",
+        markdown_table(["figure", "%", "95 % interval over requests"], rows),
+    ]
+    return "\n".join(lines)
 
 
 def _results(run: Run, dataset: str, metric: str) -> list[EvalResult]:

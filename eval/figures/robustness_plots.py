@@ -117,6 +117,9 @@ def _bars(figure: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _room(ends: Sequence[float]) -> tuple[float, float]:
+    """The limits of an axis in per cent: a little more than the figures; 0 to 100 if they are all the same."""
+    if max(ends) - min(ends) < 1e-9:
+        return -2.0, 102.0
     margin = max(1.0, 0.08 * (max(ends) - min(ends)))
     return max(-2.0, min(ends) - margin), min(102.0, max(ends) + margin)
 

@@ -13,6 +13,9 @@ from transformers import TrainingArguments
 
 from .files import write_whole
 
+# In every fresh card. `eval.robustness --write-card` takes it out again.
+NOT_EVALUATED = "Nothing else is known about this model until it has been evaluated on a task."
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -61,6 +64,7 @@ def write_card(output_dir: str | Path, template: Path, metadata: ModelCardData, 
     """
     path = Path(output_dir) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    card = ModelCard.from_template(metadata, template_path=str(template), name=Path(output_dir).name, **facts)
+    facts |= {"name": Path(output_dir).name, "not_evaluated": NOT_EVALUATED}
+    card = ModelCard.from_template(metadata, template_path=str(template), **facts)
     write_whole(path, f"{card}\n")
     return path

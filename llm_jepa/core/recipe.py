@@ -46,6 +46,22 @@ RENAMED = {
     "predictors": "num_predictor_tokens",
     "stop_gradient_target": "target_encoder: stop_gradient",
     "jepa_ratio": "jepa_dropout (1 - jepa_ratio)",
+    "dataset_train_split": "train_split",
+    "dataset_test_split": "validation_split",
+}
+_ONLY_IN_PYTHON = (
+    "a recipe has lora_r, lora_alpha, lora_dropout and lora_target_modules; for another adapter pass your own "
+    "LoraConfig as peft_config to LLMJEPATrainer in Python"
+)
+_QUANTIZED = "weights are not quantized here; to save memory train an adapter (use_peft: true) on dtype: bfloat16"
+# Options of TRL's command line that are not keys here, and why.
+NOT_OFFERED = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"), _QUANTIZED),
+    "use_bnb_nested_quant": _QUANTIZED,
+    **dict.fromkeys(("lora_target_parameters", "lora_modules_to_save", "lora_task_type"), _ONLY_IN_PYTHON),
+    **dict.fromkeys(("use_rslora", "use_dora"), _ONLY_IN_PYTHON),
+    "dataset_streaming": "the rows are read whole; write the part that you need into a file",
+    "ignore_bias_buffers": "it is for debugging models with DDP; leave it out",
 }
 # Keys that say how a run is watched and stored, not what it computes. They may change when a run is resumed.
 BOOKKEEPING = {
@@ -266,6 +282,8 @@ def _unknown(
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         if key in RENAMED:
             messages.append(f"unknown key {name}: use {RENAMED[key]}")
+        elif key in NOT_OFFERED:
+            messages.append(f"unknown key {name}: {NOT_OFFERED[key]}")
         elif other is not None:
             foreign.setdefault(other, []).append(name)
         elif near:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         generate,
         generate_batches,
     )
-    from .loading import model_from, tokenizer_from
+    from .loading import check_model, model_from, tokenizer_from
     from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
     from .reading import embed_pairs
     from .rows import parse_row
@@ -48,6 +48,7 @@ _HOMES = {
     "add_view_columns": ".views",
     "bank_collator": ".data",
     "build_views": ".views",
+    "check_model": ".loading",
     "choose_batches": ".inference",
     "data_sha256": ".sources",
     "decode_tokens": ".inference",
@@ -80,6 +81,7 @@ __all__ = [
     "add_view_columns",
     "bank_collator",
     "build_views",
+    "check_model",
     "choose_batches",
     "data_sha256",
     "decode_tokens",

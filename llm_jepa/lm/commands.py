@@ -107,7 +107,7 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError(f"--max_new_tokens {options.max_new_tokens} must be 1 or more.")
     if options.system and options.input:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
-    _check_output(options)
+    _check_output(options, ".jsonl", "JSON lines")
     from . import inference
     from .sources import read_rows
 
@@ -149,9 +149,10 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     """Write the embeddings of both views of each row, read as the model was trained to read them."""
-    _check_output(options)
+    _check_output(options, ".safetensors", "two tensors in one file of safetensors")
     from safetensors.torch import save_file
 
+    from ..core.files import written_whole
     from .batching import JEPACollator
     from .limits import check_tokens, check_views
     from .predictor_tokens import predictor_token_ids
@@ -183,20 +184,24 @@ def embed(options: argparse.Namespace) -> None:
     batches = [collator(views[start : start + size]) for start in range(0, len(views), size)]
     layer = how.get("readout_layer", -1)
     context, target, _ = embed_pairs(model, model, batches, layout=layout, layer=layer)  # [N, D] each
-    save_file({"context": context.cpu(), "target": target.cpu()}, options.output)
+    with written_whole(options.output) as temporary:
+        save_file({"context": context.cpu(), "target": target.cpu()}, temporary)
     print(f"Wrote context and target {tuple(context.shape)} to {options.output}")
 
 
 VERBS = {"generate": (add_generate_arguments, generate), "embed": (add_embed_arguments, embed)}
 
 
-def _check_output(options: argparse.Namespace) -> None:
+def _check_output(options: argparse.Namespace, suffix: str, kind: str) -> None:
+    """Raises UserError for a file that cannot be written, or whose name promises another format than `kind`."""
     if options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size} must be 1 or more.")
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise UserError(f"No folder for --output {options.output}; make it first.")
     if options.output and Path(options.output).exists():
         raise UserError(f"--output {options.output} exists; name a new file.")
+    if options.output and Path(options.output).suffix != suffix:
+        raise UserError(f"--output {options.output}: this command writes {kind}; name a file that ends in {suffix}.")
 
 
 def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

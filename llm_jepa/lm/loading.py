@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -21,6 +28,11 @@ from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
 from .rows import parse_row
 from .sources import read_rows
+
+OTHER_FAMILIES = {  # model_type -> what it is, and what to do with it
+    "vl_jepa": "a VL-JEPA, not a causal LM: caption a video with llm-jepa watch, or use llm_jepa.vl.VLJEPA in Python "
+    "(classify, answer, retrieve, embed).",
+}
 
 
 def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -87,15 +99,29 @@ def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokeni
         raise UserError(f"Cannot load a tokenizer from {source!r}{_no_folder(source)}: {first_line(error)}") from None
 
 
-def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTrainedModel:
-    """A causal LM from a folder or the Hub. Raises UserError for another kind of model, or if weights do not fit."""
+def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
+    """The config of a causal LM in a folder or on the Hub. Reads no weights, so a wrong path is found at once.
+
+    Raises UserError for another kind of model, and if there is none.
+    """
     _check_folder(source)
     try:
+        options, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        if other := OTHER_FAMILIES.get(options.get("model_type", "")):
+            raise UserError(f"{source!r} is {other}")
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot load a model from {source!r}{_no_folder(source)}: {first_line(error)}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source!r} is a {config.model_type} model, not a causal LM; choose one that generates.")
+    return config
+
+
+def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTrainedModel:
+    """A causal LM from a folder or the Hub. Raises UserError for another kind of model, or if weights do not fit."""
+    config = check_model(source, revision=revision)
     logging.disable_progress_bar()  # hides the bar of every weight file; training has its own
     options["attn_implementation"] = options.get("attn_implementation") or default_attention(config)
     try:
@@ -150,5 +176,10 @@ def _check_folder(source: str) -> None:
     looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or starts_here
     if looks_local and not path.is_dir():
         raise UserError(f"No model folder at {source}; check the path (it is relative to the current folder).")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source} holds an adapter, not a whole model: name the folder of the finished run, which holds the "
+            "merged model, or load it with the lines in its README.md and merge it."
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"The folder {source} has no config.json, so it is not a saved model.")

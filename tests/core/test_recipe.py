@@ -14,12 +14,14 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl import ModelConfig, ScriptArguments
 
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.recipe import (
     BOOKKEEPING,
     EXTENDS,
     MAX_FILES,
+    NOT_OFFERED,
     RENAMED,
     coerce,
     recipe_fields,
@@ -242,6 +244,21 @@ def test_every_unknown_key_is_named_at_once(file):
 def test_an_unknown_override_is_named_as_it_was_written(file):
     """unknown key '--learnin_rate', not --unknown key 'learnin_rate'."""
     assert "--unknown" not in refused(parse, file(minimal()), ["--learnin_rate", "1"])
+
+
+TRL_KEYS = sorted(
+    field.name for group in (ModelConfig, ScriptArguments) for field in dataclasses.fields(group) if field.init
+)
+
+
+@pytest.mark.parametrize("key", TRL_KEYS)
+def test_every_option_of_the_command_line_of_trl_is_a_key_or_says_why_not(key, file):
+    """Who comes from TRL types them. "Did you mean logging_nan_inf_filter?" does not help who wrote load_in_4bit."""
+    if key in recipe_fields(LM):
+        assert key not in NOT_OFFERED and key not in RENAMED
+        return
+    message = refused(parse, file(minimal()), [f"--{key}", "true"])
+    assert message.endswith(NOT_OFFERED.get(key) or f"use {RENAMED[key]}") and f"'--{key}'" in message
 
 
 @pytest.mark.parametrize("old", sorted(RENAMED))

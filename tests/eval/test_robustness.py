@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 
 from eval import robustness
 from eval.figures.groups import embedding_view
+from eval.figures.inference import bootstrap
 from eval.figures.robustness_plots import plot_phrasing, plot_worst
 from eval.figures.robustness_report import report
 from eval.robustness import analyse, main, parse_arms, read_scored
 from llm_jepa import UserError
+from llm_jepa.core.card import NOT_EVALUATED
 from llm_jepa.lm.from_scratch import random_model, train_tokenizer
 from tests.conftest import FAMILIES
 
@@ -348,6 +351,38 @@ def test_embeddings_are_those_of_the_prompts_by_group(command, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_models_of_one_score_are_shown_on_the_whole_scale(right, tmp_path):
+    """All at 0 or all at 100: an axis of 2 points around them would say nothing."""
+    runs = {n: [read_scored(scored(tmp_path / n, groups=4, right=lambda g, w: right))] for n in ("a", "b")}
+    analysis = analyse(runs, baseline="a", metric="exact")
+    for axes, sides in ((plot_worst(analysis).axes[0], "xy"), (plot_phrasing(analysis).axes[0], "y")):
+        for side in sides:
+            low, high = getattr(axes, f"get_{side}lim")()
+            ticks = [tick for tick in getattr(axes, f"get_{side}ticks")() if low <= tick <= high]
+            assert -5 < low <= 0 and 100 <= high < 105 and (ticks[0], ticks[-1]) == (0, 100)
+
+
+def test_the_command_names_the_file_that_it_leaves(command, tmp_path):
+    code, output, _ = command("--models", "@a", "--embeddings")
+    assert code == 0 and f"to {tmp_path / 'out' / 'a' / 'embeddings.safetensors'}" in output
+    assert "partial" not in output and "tmp." not in output
+
+
+@pytest.mark.parametrize("wrong", ["a folder", "its tokenizer", "its card"])
+def test_a_model_that_cannot_be_used_is_found_before_another_is_scored(wrong, command, folder, tmp_path):
+    second = tmp_path / "second"
+    if wrong != "a folder":
+        shutil.copytree(folder / "b", second)
+    if wrong == "its tokenizer":
+        (second / "tokenizer.json").write_text("{}")
+    if wrong == "its card":
+        (second / "README.md").write_text("---\nmodel-index: nonsense\n---\n# x\n")
+    code, output, error = command("--models", "@a", str(second), *(["--write-card"] if wrong == "its card" else []))
+    assert code == 2 and error.count("\n") == 1 and "second" in error
+    assert not output and not (tmp_path / "out").exists()
+
+
 # -- model card --------------------------------------------------------------------------------------------------------
 
 CARD = """---
@@ -386,7 +421,7 @@ def test_a_card_keeps_everything_else_and_is_the_same_after_a_second_run(tmp_pat
     path = robustness.write_card(model, run, dataset="nl_rx", metric="exact")
     text = path.read_text()
     old, new = (yaml.safe_load(t.split("---\n")[1]) for t in (CARD, text))
-    assert text.split("---\n", 2)[2] == CARD.split("---\n", 2)[2]
+    assert text.split("---\n", 2)[2].startswith(CARD.split("---\n", 2)[2])
     assert {k: v for k, v in new.items() if k != "model-index"} == {k: v for k, v in old.items() if k != "model-index"}
     squad, ours = new["model-index"][0]["results"]
     assert squad == old["model-index"][0]["results"][0] and new["model-index"][0]["name"] == "my-model"
@@ -410,11 +445,46 @@ def test_the_command_writes_cards_of_folders_with_and_without_one(command, folde
         assert command("--models", "@a", "@b", "--write-card")[0] == 0
     for name, text in (("a", "# a\n"), ("b", "# No metadata here\n")):
         card = ModelCard.load(folder / name / "README.md")
-        assert card.text == text and card.data.model_name == name
+        assert card.text.startswith(text) and card.data.model_name == name
+        assert card.text.count("<!-- robustness: ") == card.text.count("in several wordings") == 1
         values = {r.metric_type: r.metric_value for r in card.data.eval_results}
         result = json.loads((tmp_path / "out" / "results.json").read_text())
         assert values["accuracy"] == round(result["models"][name]["metrics"]["accuracy"]["estimate"], 4)
         assert len(card.data.eval_results) <= 5
+
+
+def test_a_reader_sees_the_figures_and_no_longer_that_nothing_is_known(tmp_path):
+    """The table is replaced in its place; one of other data or another metric comes after it. In percent, with its
+    interval."""
+    run = read_scored(scored(tmp_path / "scored"))
+    sentence = NOT_EVALUATED.replace(" model until", "\nmodel until")
+    (tmp_path / "README.md").write_text(f"---\n{{}}\n---\n# m\n\nPairs (8). {sentence}\n\nVersions: 1.\n")
+    path = robustness.write_card(tmp_path, run, dataset="nl_rx", metric="exact")
+    text = path.read_text()
+    assert "Nothing else" not in text and "Pairs (8).\n\nVersions: 1.\n\n<!-- robustness: " in text
+    interval = robustness_card_interval(run)
+    assert f"| accuracy (exact) | 62.5 | {interval} |" in text and "4 requests, each in 2 wordings" in text
+    path.write_text(text.replace("| 62.5 |", "| 99.9 |") + "\nMy own words.\n")
+    robustness.write_card(tmp_path, run, dataset="nl_rx", metric="exact")
+    assert path.read_text() == text + "\nMy own words.\n"
+    robustness.write_card(tmp_path, run, dataset="x --> <script>", metric="exact")
+    both = path.read_text()
+    assert both.count("| accuracy (exact) | 62.5 |") == 2 and both.index("My own") < both.rindex("<!-- robustness")
+    assert "--> <script>" not in both.split("---\n", 2)[2]
+
+
+def robustness_card_interval(run) -> str:
+    """Of the accuracy by the bootstrap, as the index of the card has it."""
+    right = [[score["scores"]["exact"] for score in run.samples[2 * g : 2 * g + 2]] for g in range(4)]
+    low, high = bootstrap(right)[1:]
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def test_every_fresh_card_has_the_sentence_that_goes(tmp_path):
+    """In the words of the constant, or it would stay for ever."""
+    for family in ("lm", "vl"):
+        template = Path(robustness.__file__).parents[1] / "llm_jepa" / family / "card.md.jinja"
+        assert "{{ not_evaluated }}" in template.read_text() and "Nothing else is known" not in template.read_text()
 
 
 def test_a_card_that_cannot_be_read_is_refused_and_left(tmp_path):

@@ -17,7 +17,7 @@ from llm_jepa.cli import main
 from llm_jepa.lm.adapter import save_adapter
 from llm_jepa.lm.inference import generate
 from llm_jepa.lm.trainer import LLMJEPATrainer
-from tests.conftest import FLOAT32, config, tiny_model
+from tests.conftest import FLOAT32, config, expect_refusal, tiny_model
 
 RECIPE = {
     "family": "lm",
@@ -122,6 +122,7 @@ def test_modules_that_peft_trains_whole_are_saved(tokenizer, dataset):
         torch.testing.assert_close(names["model"](ids).logits, trainer.model.eval()(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # of the earlier version
 @pytest.mark.parametrize("written_by", ["us", "an earlier version"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resumed_run_is_the_uninterrupted_run(written_by, tied, tokenizer, monkeypatch):
@@ -188,3 +189,11 @@ def test_an_adapter_of_random_weights_says_that_it_is_useless_alone(folder):
     )  # fmt: skip
     card = Path("run/adapter/README.md").read_text()
     assert "cannot be used alone" in card and "```" not in card
+
+
+def test_the_commands_say_that_a_folder_holds_an_adapter(tokenizer, capsys):
+    """Of the adapter and of a checkpoint; a Hub user would try it."""
+    base_model(tokenizer)
+    train()
+    for folder in ("run/adapter", "run/checkpoint-2"):
+        expect_refusal(capsys, ["generate", folder, "--prompt", "x"], "holds an adapter, not a whole model")

@@ -399,7 +399,9 @@ def test_predictor_tokens_missing_from_the_tokenizer(trained, tmp_path, rows, ca
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(rows[0]) + "\n")
     expect_refusal(
-        capsys, ["embed", str(tmp_path), "--input", str(data), "--output", str(tmp_path / "o")], "lacks <|predictor_1|>"
+        capsys,
+        ["embed", str(tmp_path), "--input", str(data), "--output", str(tmp_path / "o.safetensors")],
+        "lacks <|predictor_1|>",
     )
 
 

@@ -187,6 +187,15 @@ def test_importing_the_package_is_enough_for_the_auto_classes(ours_comes, word, 
     assert (done.returncode, done.stdout.strip()) == (0, kind), done.stderr[-1000:]
 
 
+@pytest.mark.parametrize(
+    "argv", [["generate", "--prompt", "x"], ["embed", "--input", "x.jsonl", "--output", "o.safetensors"]]
+)
+def test_commands_of_language_models_say_what_a_vl_jepa_is(argv, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    expect_refusal(capsys, [argv[0], str(trained), *argv[1:]], "is a VL-JEPA, not a causal LM: caption a video with")
+
+
 def test_without_pillow_transformers_is_still_importable():
     """The extra `vl` may be missing where the package is used for language models."""
     code = "import sys; sys.modules['PIL'] = None; import llm_jepa.vl; from transformers import AutoProcessor, pipeline"

@@ -118,7 +118,7 @@ def evaluate_model(
     remaining = [questions[i] for i in todo]
     answers = _answers(lm, tokenizer, remaining, [encoded[i] for i in todo], batch_size, new_tokens)
     with tqdm(total=len(questions), initial=len(rows), desc=task.name, disable=not progress, unit="answer") as bar:
-        for batch in _explain_index_error(answers, too_long, len(questions), new_tokens):
+        for batch in answers:
             fresh = [_sample(task, remaining[i], answer) for i, answer in sorted(batch.items())]
             rows.update({(row["group"], row["wording"]): row for row in fresh})
             if files is not None:
@@ -211,21 +211,6 @@ def _options(question: Question) -> list[str]:
     # After a plain text a word begins with a space; after the header of a chat template it does not.
     space = " " if isinstance(question.prompt, str) else ""
     return [space + label for label in question.choices or ()]
-
-
-def _explain_index_error(
-    answers: Iterator[dict[int, Answer]], too_long: int, num_questions: int, max_new_tokens: int
-) -> Iterator[dict[int, Answer]]:
-    """The answers. If the model's table of positions ends before a long prompt does, raises UserError."""
-    try:
-        yield from answers
-    except IndexError as error:
-        if not too_long:
-            raise
-        raise UserError(
-            f"The model has no positions for {too_long} of {num_questions} prompts and {max_new_tokens} new tokens; "
-            "lower max_new_tokens, or leave these prompts out."
-        ) from error
 
 
 def _sample(task: Task, question: Question, answer: Answer) -> Row:

@@ -18,12 +18,16 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from ..core.losses import at_least_float32
+from .limits import check_sequences, position_limit
 from .views import end_of_turn_ids, render_chat
+
+logger = logging.get_logger(__name__)
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages
 # transformers 5.24 renamed it and warns about the old name.
@@ -51,7 +55,8 @@ def generate(
     left padded and sorted by length; decoding stops at the template's end of turn and at eos. Predictor tokens are
     never generated (`suppress_tokens` of the model's generation config).
 
-    Raises UserError for an empty prompt, or messages without a chat template.
+    Raises UserError for an empty prompt, messages without a chat template, or a prompt that the model cannot read
+    (a token without a row, more tokens than learned positions).
     """
     encoded = encode(tokenizer, prompts)
     batches = generate_batches(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -84,6 +89,7 @@ def generate_batches(
     A batch does not wait for a few slow rows: they are put aside and finished together in later batches.
     The model's training mode is restored when the iteration ends, is closed or raises.
     """
+    positions = _positions_for(model, encoded, max_new_tokens)
     # Longest first, so that a batch that does not fit into memory comes at the start.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     fresh = [_Row(index, encoded[index], []) for index in order]
@@ -95,17 +101,37 @@ def generate_batches(
         while fresh or slow:
             queue = slow if len(slow) >= batch_size or not fresh else fresh
             batch, queue[:] = queue[:batch_size], queue[batch_size:]
-            room = [max_new_tokens - len(row.answer) for row in batch]
+            room = [min(max_new_tokens, positions - len(row.prompt)) - len(row.answer) for row in batch]
             more_to_come = bool(fresh or slow)
             finished = {}
-            for row, new in zip(batch, _continue(model, batch, room, stop, pad, prefix, more_to_come), strict=True):
+            news = _continue(model, batch, room, stop, pad, prefix, more_to_come)
+            for row, new, limit in zip(batch, news, room, strict=True):
                 answer = row.answer + new
-                if len(answer) == max_new_tokens or not set(stop).isdisjoint(new):
+                if len(new) == limit or not set(stop).isdisjoint(new):
                     finished[row.number] = decode_tokens(tokenizer, answer, stop)
                 else:
                     slow.append(_Row(row.number, row.prompt, answer))
             if finished:
                 yield finished
+
+
+def _positions_for(model: PreTrainedModel, encoded: Sequence[list[int]], max_new_tokens: int) -> int:
+    """How long a prompt and its answer may be together. Warns of prompts whose answers may be cut by that.
+
+    Raises UserError for prompts that the model cannot read.
+    """
+    check_sequences(model.config, encoded, "prompts", "shorten them, or leave them out")
+    limit = position_limit(model.config)
+    if limit is None:
+        return max(map(len, encoded), default=0) + max_new_tokens
+    # The last token of an answer is not read.
+    cut = sum(len(ids) + max_new_tokens > limit + 1 for ids in encoded)
+    if cut:
+        logger.warning(
+            f"{cut} of {len(encoded)} prompts leave room for fewer than max_new_tokens={max_new_tokens} in the {limit} "
+            "positions of the model; their answers end there at the latest."
+        )
+    return limit + 1
 
 
 def _continue(
@@ -131,12 +157,16 @@ def _continue(
     if cache is not None:
         cache.batch_repeat_interleave(len(batch))
     suppressed = suppressed_ids(model) or None  # a processor of no tokens would still cost a pass over the logits
+    steps = max(room)
+    limit = position_limit(model.config)
+    if limit is not None:  # a row that has ended still counts on while others run
+        steps = min(steps, limit + 1 - length)
     few_left = _FewRowsLeft(length, room, stop, model.device)
     with torch.inference_mode():
         output = generate_as_asked(
             model,
             GenerationConfig(
-                max_new_tokens=max(room), eos_token_id=stop or None, pad_token_id=pad, suppress_tokens=suppressed
+                max_new_tokens=steps, eos_token_id=stop or None, pad_token_id=pad, suppress_tokens=suppressed
             ),
             input_ids=torch.tensor(ids).to(model.device),  # [B, L]
             attention_mask=torch.tensor(mask).to(model.device),
@@ -251,6 +281,8 @@ def choose_batches(
     for index, options in enumerate(choices):
         for number, choice in enumerate(options):
             rows.append(_ChoiceRow(index, number, tokenizer(choice, add_special_tokens=False)["input_ids"]))
+    texts = [encoded[row.question] + row.ids for row in rows]
+    check_sequences(model.config, texts, "prompts with a choice", "shorten them, or leave them out")
     rows.sort(key=lambda row: (-len(encoded[row.question]) - len(row.ids), row.question, row.choice))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     known: dict[int, dict[int, float]] = {}  # question -> choice -> log-likelihood

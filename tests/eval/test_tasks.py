@@ -464,7 +464,7 @@ def test_prompts_beyond_the_models_positions_are_counted(tokenizer, tmp_path):
             if family == "llama":
                 assert run_it()[0]["beyond_token_limit"] == 2
             else:
-                with pytest.raises(UserError, match="no positions for 2 of 3 prompts"):
+                with pytest.raises(UserError, match="2 of 3 prompts are longer than the 256 positions"):
                     run_it()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import json
 import lzma
@@ -13,10 +14,14 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from trl import SFTConfig, SFTTrainer
 
 from llm_jepa import UserError
 from llm_jepa.lm.rows import parse_row
 from llm_jepa.lm.sources import data_sha256, read_rows
+from llm_jepa.lm.views import build_views
+from tests.conftest import tiny_model
+from tests.lm.test_views import PUBLISHED, base_tokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 scalars = st.one_of(
@@ -140,6 +145,89 @@ def test_the_hash_of_plain_rows_is_what_it_was(tmp_path):
     sums = {data_sha256(read_rows(str(tmp_path / name))) for name in ("a.jsonl", "a.parquet")}
     assert sums == {data_sha256(Dataset.from_list(rows))} == {data_sha256(rows)}
     assert sums.pop().startswith("3582bad6772f842a")
+
+
+# -- the LM row of rows that were read --------------------------------------------------------------------------------
+
+
+def tool_row(arguments: dict, properties: dict, answer: str) -> dict:
+    """A call with its result, then the answer; `tools` describes the function."""
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "f", "content": "3"},
+    ]
+    schema = {"type": "object", "properties": properties, "required": []}
+    tool = {"type": "function", "function": {"name": "f", "description": "Do.", "parameters": schema}}
+    return {"prompt": turns, "completion": [{"role": "assistant", "content": answer}], "tools": [tool]}
+
+
+TOOL_ROWS = [
+    tool_row({"x": 1}, {"x": {"type": "integer"}}, "ok"),
+    tool_row({"y": 2, "x": 1.5}, {"y": {"type": "integer"}, "x": {"type": "number"}}, "fine"),
+    tool_row({"x": "a", "z": [1, None, {"k": True}]}, {"x": {"type": "string"}}, "done"),
+]
+TOOL_ROWS.append({**TOOL_ROWS[0], "prompt": TOOL_ROWS[0]["prompt"][:1]})  # no call: every template renders this
+NEEDS_CONTENT_PARTS = {
+    f"{name}{ending}" for name in ("idefics3", "llava_next", "smolvlm") for ending in ("", "_training")
+}
+
+
+@pytest.fixture(scope="module")
+def trl(tmp_path_factory):
+    """A trainer of TRL, whose tokenisation is called with other tokenizers."""
+    tokenizer = copy.deepcopy(base_tokenizer())
+    options = {"max_length": None, "bf16": False, "use_cpu": True, "report_to": "none"}
+    return SFTTrainer(
+        tiny_model(tokenizer),
+        SFTConfig(output_dir=str(tmp_path_factory.mktemp("trl")), **options),
+        train_dataset=Dataset.from_list([{"prompt": "a", "completion": "b"}]),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def tool_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tools") / "rows.jsonl"
+    path.write_bytes(lines(TOOL_ROWS))
+    return str(path), load_dataset("json", data_files=str(path), split="train")
+
+
+def test_rows_with_tools_are_those_of_the_loader_of_trl(tool_file):
+    path, theirs = tool_file
+    assert same(list(read_rows(path)), TOOL_ROWS) and list(theirs) == TOOL_ROWS
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PUBLISHED.glob("*.jinja")))
+def test_rows_with_tools_are_trained_as_trl_trains_them(name, trl, tool_file):
+    """From the same file to the same token ids, for every template that TRL ships; or both refuse the row.
+
+    Phi-3's template leaves tool turns out, and three others need content parts: TRL trains on what is left of the row,
+    and we refuse it.
+    """
+    path, their_rows = tool_file
+    tokenizer = copy.deepcopy(base_tokenizer())
+    tokenizer.chat_template = (PUBLISHED / f"{name}.jinja").read_text()
+    equal = 0
+    for index, row in enumerate(read_rows(path)):
+        try:
+            prepared = trl._prepare_dataset(their_rows.select([index]), tokenizer, trl.args, False, None, "train")
+            theirs = prepared[0]["input_ids"]
+        except Exception:  # a template may raise anything
+            theirs = None
+        try:
+            ours = build_views(row, tokenizer).input_ids
+        except UserError:
+            ours = None
+        if ours is None and theirs is not None:
+            contents = [turn["content"] for turn in [*row["prompt"], *row["completion"]]]
+            text = tokenizer.decode(theirs)
+            assert any(content not in text for content in contents), "TRL trains on a row without one of its turns"
+        else:
+            assert ours == theirs, f"row {index}"
+            equal += ours is not None
+    assert equal or name in NEEDS_CONTENT_PARTS, "every row was refused: this proves nothing"
 
 
 # -- CSV --------------------------------------------------------------------------------------------------------------

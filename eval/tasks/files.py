@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,7 @@ def _group(row: dict[str, Any], where: str, rewrite: Callable[[str], str]) -> Gr
     wordings = tuple(map(str, row.get("wordings", range(len(prompts)))))
     if len(wordings) != len(prompts) or len(set(wordings)) < len(wordings):
         raise UserError(f"{where}: 'wordings' must give each of the {len(prompts)} prompts a different name.")
-    answer = str(row["answer"])
+    answer = _as_written(row["answer"])
     try:
         extra = _how_to_grade(row, answer)
         texts = tuple(rewrite(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
@@ -68,7 +69,7 @@ def _how_to_grade(row: dict[str, Any], answer: str) -> dict[str, Any]:
     if choices is not None:
         if grader is not None:
             raise ValueError("the row has 'choices' and 'grader'; remove one. A choice is right if it is the answer.")
-        return one_of(tuple(map(str, choices)))("", answer)
+        return one_of(tuple(map(_as_written, choices)))("", answer)
     if grader is None:
         graders.check_gold("exact", answer)
         return {}
@@ -76,6 +77,11 @@ def _how_to_grade(row: dict[str, Any], answer: str) -> dict[str, Any]:
         raise ValueError(f"there is no grader {grader!r}{nearest(str(grader), graders.BY_NAME)}")
     graders.check_gold(grader, answer)
     return {"grader": grader}
+
+
+def _as_written(value: Any) -> str:
+    """A text, or how the file spells another value: 5, 0.5, true."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _is_prompt(prompt: Any) -> bool:

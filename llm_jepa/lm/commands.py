@@ -70,6 +70,7 @@ def _merge_adapter(trainer: JEPATrainer) -> None:
 def dry_run(recipe: Recipe) -> None:
     """Print the first row as the trainer would pack it, and the cost in tokens. Trains and writes nothing."""
     from ..core.run import data_seed
+    from .data import warn_of_rows
     from .dry_run import describe_row, token_cost
     from .loading import load_data, load_tokenizer
     from .predictor_tokens import predictor_token_names
@@ -80,6 +81,7 @@ def dry_run(recipe: Recipe) -> None:
     tokenizer.pad_token = training.pad_token or tokenizer.pad_token or tokenizer.eos_token
     predictors = predictor_token_names(training.num_predictor_tokens) if training.uses_views else []
     tokenizer.add_tokens(predictors, special_tokens=True)
+    warn_of_rows(rows, "train")
     print("# The first row, packed\n" + describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty()))
     print("\n# Cost\n" + token_cost(rows, tokenizer, training))
 
@@ -143,12 +145,15 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", nargs="+", required=True,
         help="files or a folder of rows with 'prompt' and 'completion', or 'messages'; or only 'prompt' or 'text'",
     )  # fmt: skip
-    parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, both [N, D]")
+    parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, [N, D] each")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
 
 
 def embed(options: argparse.Namespace) -> None:
-    """Write the embeddings of both views of each row, read as the model was trained to read them."""
+    """Write the embeddings of both views of each row, read as the model was trained to read them.
+
+    If a row has only a prompt or a text, only the embeddings of the prompts are written.
+    """
     _check_output(options, ".safetensors", "two tensors in one file of safetensors")
     from safetensors.torch import save_file
 
@@ -158,6 +163,7 @@ def embed(options: argparse.Namespace) -> None:
     from .predictor_tokens import predictor_token_ids
     from .probe import choose_layout
     from .reading import embed_pairs
+    from .rows import stand_in_answer
     from .sources import read_rows
     from .views import add_view_columns
 
@@ -171,10 +177,11 @@ def embed(options: argparse.Namespace) -> None:
     predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    views = [
-        add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"])
-        for index, row in enumerate(rows)
-    ]
+    views, unanswered = [], 0
+    for index, row in enumerate(rows):
+        has_answer, row = stand_in_answer(row, tokenizer.eos_token)
+        unanswered += not has_answer
+        views.append(add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"]))
     check_views(model.config, views, "rows", len(predictors), "shorten them to {room} tokens, or leave them out")
     for row in views:
         check_tokens(model.config, [predictors, row["input_ids"], *row["contexts"], *row["targets"]], "rows")
@@ -184,9 +191,13 @@ def embed(options: argparse.Namespace) -> None:
     batches = [collator(views[start : start + size]) for start in range(0, len(views), size)]
     layer = how.get("readout_layer", -1)
     context, target, _ = embed_pairs(model, model, batches, layout=layout, layer=layer)  # [N, D] each
+    embeddings = {"context": context.cpu(), "target": target.cpu()}
+    if unanswered:
+        del embeddings["context" if how.get("direction") == "reverse" else "target"]  # the view of the completion
+        print(f"{unanswered} of {len(rows)} rows have no completion, so only the prompts are embedded.")
     with written_whole(options.output) as temporary:
-        save_file({"context": context.cpu(), "target": target.cpu()}, temporary)
-    print(f"Wrote context and target {tuple(context.shape)} to {options.output}")
+        save_file(embeddings, temporary)
+    print(f"Wrote {' and '.join(embeddings)} {tuple(context.shape)} to {options.output}")
 
 
 VERBS = {"generate": (add_generate_arguments, generate), "embed": (add_embed_arguments, embed)}

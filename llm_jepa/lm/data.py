@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,6 +15,7 @@ from ..core.errors import UserError
 from .arguments import LLMJEPAConfig
 from .batching import JEPACollator
 from .limits import check_views
+from .rows import USED_COLUMNS
 from .views import Views, add_view_columns
 
 logger = logging.get_logger(__name__)
@@ -88,6 +89,40 @@ def make_bank(dataset: Any, collator: JEPACollator, args: LLMJEPAConfig) -> list
     return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
+def warn_of_rows(dataset: Dataset, name: str) -> None:
+    """Warn if a chat template renders only some of the rows, and about columns that nothing reads."""
+    plain, both = _count_formats(dataset)
+    chats = len(dataset) - plain
+    if plain and chats:
+        logger.warning(
+            f"{chats} of {len(dataset)} {name} rows are conversations, rendered with the chat template, and {plain} "
+            "are plain texts, trained as they are. If that is not meant, write all of them in one form."
+        )
+    ignored = [column for column in dataset.column_names if column not in USED_COLUMNS]
+    if both:
+        ignored.append(f"prompt and completion of {both} rows that have messages")
+    if ignored:
+        logger.warning(
+            f"The {name} rows have columns that are not used: {', '.join(ignored)}. Used are "
+            f"{', '.join(USED_COLUMNS)}; other wordings belong into views."
+        )
+
+
+def _count_formats(dataset: Dataset) -> tuple[int, int]:
+    """The number of rows that are plain texts, and of rows that have both messages and a prompt."""
+    columns = [column for column in ("messages", "prompt") if column in dataset.column_names]
+    if columns == ["messages"]:
+        return 0, 0
+    if columns == ["prompt"] and dataset.features["prompt"] == Value("string"):  # no need to look at each row
+        return len(dataset), 0
+    plain = both = 0
+    for row in dataset.select_columns(columns):
+        has_messages, prompt = row.get("messages") is not None, row.get("prompt")
+        plain += not has_messages and isinstance(prompt, str)
+        both += has_messages and prompt is not None
+    return plain, both
+
+
 def view_columns(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,6 +135,7 @@ def view_columns(
 
     Raises UserError for a row without views, and for one longer than the model has positions.
     """
+    warn_of_rows(dataset, name)
     dataset = dataset.map(
         add_view_columns,
         with_indices=True,

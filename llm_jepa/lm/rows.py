@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ..core.errors import UserError
 
 Message = dict[str, Any]
+USED_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "views")
 
 
 class ParsedRow(NamedTuple):
@@ -42,6 +43,23 @@ def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
     return ParsedRow(prompt, completion, _render_kwargs(row, where), contexts, targets)
 
 
+def stand_in_answer(row: dict[str, Any], eos: str | None) -> tuple[bool, dict[str, Any]]:
+    """(whether the row has a completion, the row with a stand-in if not), to embed the prompt alone.
+
+    The context view does not see the completion. In a plain text, the stand-in begins with the eos token, so that it
+    shares no token with the prompt. A row {"text"} is a prompt.
+    """
+    messages, completion = row.get("messages"), row.get("completion")
+    stand_in = {"role": "assistant", "content": "x"}
+    if messages:
+        is_answered = not _are_turns(messages) or messages[-1].get("role") == "assistant"
+        return is_answered, row if is_answered else {**row, "messages": [*messages, stand_in]}
+    prompt = row.get("prompt") or row.get("text")
+    if not prompt or completion not in (None, "", []):
+        return True, row
+    return False, {**row, "prompt": prompt, "completion": f"{eos or ' '}x" if isinstance(prompt, str) else [stand_in]}
+
+
 def _sides(row: dict[str, Any], where: str) -> tuple[Any, Any]:
     """Prompt and completion as the row has them."""
     messages = row.get("messages")
@@ -68,6 +86,12 @@ def _check_turns(prompt: list[Message], completion: list[Message], where: str) -
             f"{where}: the completion must be one assistant turn, got roles "
             f"{[m.get('role') for m in completion]}; put earlier turns into the prompt."
         )
+    for message in (*prompt, *completion):
+        if isinstance(message.get("content"), list):
+            raise UserError(
+                f"{where}: the {message.get('role')} turn holds a list of content parts, and these models read text "
+                "alone; join its text parts into one string, or remove the row."
+            )
     for message in (prompt[-1], completion[0]):
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
@@ -99,6 +123,11 @@ def _other_wordings(views: Any, where: str) -> tuple[list[str], list[str]]:
             f"found {kind}."
         )
     for name, texts in views.items():
+        if isinstance(texts, list) and any(isinstance(text, dict) or text and _are_turns(text) for text in texts):
+            raise UserError(
+                f"{where}: 'views' has {name} that are messages; give the text alone. A context stands in for the "
+                "content of the prompt's last turn, a target for the content of the completion; the other turns stay."
+            )
         if texts is not None and not _are_texts(texts):
             raise UserError(
                 f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import gzip
 import importlib.util
 import json
 import sqlite3
@@ -17,7 +18,7 @@ from datasets import Dataset
 
 from eval import graders, run
 from eval.run import evaluate_model
-from eval.tasks import TASKS, Data, Group
+from eval.tasks import TASKS, Data, Group, nl_rx
 from llm_jepa import UserError
 from llm_jepa.lm.inference import choose_batches, encode, generate
 from llm_jepa.synthetic import nl_rx as generator
@@ -98,11 +99,51 @@ def test_user_groups(tmp_path):
         {"id": "x", "prompts": ["a b", "b a"], "answer": 5, "grader": "number"},
         {"id": 7, "prompts": ["c"], "wordings": ["plain"], "answer": "no", "choices": ["yes", "no"]},
     ]
-    rows = [{**row, "answer": str(row["answer"]), "id": str(row["id"])} for row in rows]
     data = TASKS["groups"].load(write(tmp_path / "g.jsonl", rows))
     assert data.groups[0] == Group("x", ("a b", "b a"), ("0", "1"), "5", {"grader": "number"})
     assert data.groups[1] == Group("7", ("c",), ("plain",), "no", {"choices": ("yes", "no")})
     assert TASKS["groups"].grade(data.groups[0], "so 5.0", True).scores["correct"] == 1
+
+
+def test_golds_and_prompts_of_groups_are_as_written(tmp_path):
+    """A neighbour's 0.5 made the gold of `{"answer": 5}` "5.0", and its turn with a name gave every turn one."""
+    turn = {"role": "user", "content": "q"}
+    answers = [5, 0.5, "5.0", True, "None", 10**20]
+    prompts = [[turn] if i % 2 else [{**turn, "name": "n"}] for i in range(len(answers))]
+    rows = [{"id": i, "prompts": [prompts[i]], "answer": answer} for i, answer in enumerate(answers)]
+    rows.append({"id": "yes", "prompts": ["a"], "answer": True, "choices": [True, False, "maybe"]})
+    groups = TASKS["groups"].load(write(tmp_path / "g.jsonl", rows)).groups
+    assert [group.answer for group in groups] == ["5", "0.5", "5.0", "true", "None", "1" + "0" * 20, "true"]
+    assert [group.prompts[0] for group in groups[:-1]] == prompts
+    assert groups[-1].extra == {"choices": ("true", "false", "maybe")}
+    assert all(TASKS["groups"].grade(group, group.answer, True).scores["correct"] == 1 for group in groups[:-1])
+
+
+def test_tasks_read_every_container(tmp_path):
+    """A file, a compressed one, a pattern, two kinds of folders, and a CSV with the answer None."""
+    rows = [{"question": "how many?", "answer": "two #### 2"}, {"question": "and now?", "answer": "#### 1,000"}]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "other.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    sources = [
+        write(tmp_path / "a.jsonl", rows),
+        tmp_path / "other.jsonl.gz",
+        tmp_path / "[a].jsonl",
+        tmp_path / "saved",
+    ]
+    write(tmp_path / "hub" / "data-test.jsonl", rows)
+    for source in (*sources, tmp_path / "hub"):
+        data = TASKS["gsm8k"].load(str(source))
+        assert [group.answer for group in data.groups] == ["two #### 2", "#### 1,000"] and data.sha256, source
+    with open(tmp_path / "b.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], ["who?", "None"], ["where?", "NA"]])
+    assert [group.answer for group in TASKS["nq_open"].load(str(tmp_path / "b.csv")).groups] == ["None", "NA"]
+
+
+def test_a_line_separator_in_a_text_does_not_end_a_row(tmp_path):
+    """U+2028 is a character of JSON texts, and a line break for `str.splitlines`."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(messages("s", "a\u2028b", "c"), ensure_ascii=False), encoding="utf-8")
+    assert nl_rx.read_conversations(tmp_path / "a.jsonl")[0][1]["content"] == "a\u2028b"
 
 
 def test_cloze_prompts_end_where_the_answer_begins(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,93 @@ def test_embed_writes_what_the_model_computes(trained, tmp_path, rows):
             torch.testing.assert_close(saved[name][i], hidden, rtol=FLOAT32, atol=FLOAT32)
 
 
+def test_embed_of_prompts_alone_is_the_context_of_whole_rows(trained, tmp_path, rows, capsys):
+    """Whatever the completion is: as text, as turns, as messages that end with a question, as {"text"}."""
+    whole = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows[:3]]
+    texts = [{"prompt": row["messages"][1]["content"], "completion": " yes"} for row in rows[:3]]
+    for name, pairs, alone in [
+        ("turns", whole, [{"prompt": row["prompt"]} for row in whole]),
+        ("messages", whole, [{"messages": row["prompt"]} for row in whole]),
+        ("some", whole, [{"prompt": whole[0]["prompt"]}, *whole[1:]]),
+        ("prompt", texts, [{"prompt": row["prompt"]} for row in texts]),
+        ("text", texts, [{"text": row["prompt"]} for row in texts]),
+    ]:
+        saved = []
+        for kind, written in (("whole", pairs), ("alone", alone)):
+            data, out = tmp_path / f"{name}-{kind}.jsonl", tmp_path / f"{name}-{kind}.safetensors"
+            data.write_text("".join(json.dumps(row) + "\n" for row in written))
+            assert main(["embed", str(trained), "--input", str(data), "--output", str(out)]) == 0
+            saved.append(load_file(out))
+        count = 1 if name == "some" else 3
+        said = capsys.readouterr().out
+        assert f"{count} of 3 rows have no completion" in said and "Wrote context (3, " in said
+        assert set(saved[0]) == {"context", "target"} and set(saved[1]) == {"context"}
+        torch.testing.assert_close(saved[1]["context"], saved[0]["context"], rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_embed_of_prompts_alone_for_a_model_of_the_reverse_direction(trained, tmp_path, rows):
+    """There, the prompt is the target: what is predicted from the completion is not written."""
+    shutil.copytree(trained, tmp_path / "reverse", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((trained / "config.json").read_text())
+    config["llm_jepa"]["direction"] = "reverse"
+    (tmp_path / "reverse" / "config.json").write_text(json.dumps(config))
+    saved = []
+    for name, written in (("whole", rows[:3]), ("alone", [{"messages": row["messages"][:-1]} for row in rows[:3]])):
+        data, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.safetensors"
+        data.write_text("".join(json.dumps(row) + "\n" for row in written))
+        assert main(["embed", str(tmp_path / "reverse"), "--input", str(data), "--output", str(out)]) == 0
+        saved.append(load_file(out))
+    assert set(saved[1]) == {"target"}
+    torch.testing.assert_close(saved[1]["target"], saved[0]["target"], rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_embed_without_a_prompt_is_refused(trained, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "x"}\n')
+    command = ["embed", str(trained), "--input", str(data), "--output", str(tmp_path / "o")]
+    expect_refusal(capsys, command, "row 0: found the columns ['question'], need 'prompt'")
+
+
+def test_rows_in_two_formats_and_columns_that_nothing_reads_are_said_once(recipe, tmp_path, rows, monkeypatch):
+    """At training and in the dry run: a third of the rows would be trained without the template, silently."""
+    mixed = rows[:8] + [{"prompt": f"p{i}", "completion": "c"} for i in range(4)]
+    mixed[0] = {**mixed[0], "prompt": "p", "paraphrases": ["x"], "id": 7}
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    path = recipe(train_data=str(data), validation_data=str(tmp_path / "train.jsonl"))
+    for words in (["train", path, "--dry-run"], ["train", path]):
+        messages = []
+        monkeypatch.setattr("llm_jepa.lm.data.logger.warning", messages.append)
+        assert main(words) == 0
+        formats = [message for message in messages if "are conversations" in message]
+        unused = [message for message in messages if "not used" in message]
+        assert len(formats) == len(unused) == 1, "one line each, and none about the validation rows"
+        assert "8 of 12 train rows" in formats[0] and "4 are plain texts" in formats[0]
+        assert "paraphrases, id, prompt and completion of 1 rows that have messages" in unused[0]
+        assert "other wordings belong into views" in unused[0]
+
+
+def test_rows_with_a_byte_order_mark_train(recipe, tmp_path):
+    path = recipe()
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "train.jsonl").read_bytes())
+    assert main(["train", path, "--train_data", str(tmp_path / "bom.jsonl"), "--max_steps", "1"]) == 0
+
+
+def test_training_data_are_a_list_or_a_pattern(recipe, tmp_path):
+    """The same rows from one file and from two: the same data hash, so that the run resumes."""
+    path = recipe(max_steps=1)
+    assert main(["train", path]) == 0
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part-0.jsonl").write_text("".join(lines[:20]))
+    (tmp_path / "part-1.jsonl").write_text("".join(lines[20:]))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    for data in (f"{tmp_path}/part-*.jsonl", f"[{tmp_path}/part-0.jsonl, {tmp_path}/part-1.jsonl]"):
+        out = ["--output_dir", str(tmp_path / f"run{len(data)}")]
+        assert main(["train", path, "--train_data", data, *out]) == 0
+        again = json.loads((tmp_path / f"run{len(data)}" / "run.json").read_text())
+        assert again == run
+
+
 def test_dry_run_shows_recipe_row_and_cost_and_trains_nothing(recipe, tmp_path, capsys):
     assert main(["train", recipe(), "--dry-run", "--jepa_weight", "0.25"]) == 0
     out = capsys.readouterr().out
@@ -213,6 +301,18 @@ BAD_ROWS = {
     "content is no text": (
         [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}],
         "has no text content",
+    ),
+    "content parts in one turn": (
+        [{"messages": [{"role": "system", "content": [{"type": "text", "text": "s"}]}, *MESSAGES["messages"]]}],
+        "row 0: the system turn holds a list of content parts",
+    ),
+    "views as messages": (
+        [{**MESSAGES, "views": {"contexts": [[{"role": "user", "content": "x"}]]}}],
+        "row 0: 'views' has contexts that are messages; give the text alone",
+    ),
+    "views as one conversation": (
+        [{**MESSAGES, "views": {"targets": [{"role": "assistant", "content": "x"}]}}],
+        "row 0: 'views' has targets that are messages",
     ),
     "second row is bad": ([MESSAGES, {"messages": []}], "row 1"),
 }

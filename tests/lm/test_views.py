@@ -785,7 +785,7 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
         ({"prompt": [USER], "completion": "over"}, "both"),
         ({"prompt": "x", "completion": [ANSWER]}, "both"),
         ({"prompt": "x", "completion": 4}, "both"),
-        ({"prompt": 3, "completion": 4}, "both"),  # a CSV of numbers
+        ({"prompt": 3, "completion": 4}, "both"),  # numbers
         ({"prompt": {"role": "user"}, "completion": {"role": "assistant"}}, "both"),
         ({"prompt": ["x"], "completion": ["over"]}, ""),
         ({"prompt": [USER], "completion": ["over"]}, ""),
@@ -798,7 +798,7 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
         ({"prompt": [USER], "completion": [{"role": "assistant", "content": None}]}, "assistant turn has no text"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "completion": [ANSWER]},
-            "user turn has no text",
+            "user turn holds a list of content parts",
         ),
         ({"messages": []}, "'messages' must be a list"),
         ({"messages": "x"}, "'messages' must be a list"),

@@ -125,15 +125,10 @@ def test_tasks_read_every_container(tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "other.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    sources = [
-        write(tmp_path / "a.jsonl", rows),
-        tmp_path / "other.jsonl.gz",
-        tmp_path / "[a].jsonl",
-        tmp_path / "saved",
-    ]
+    write(tmp_path / "a.jsonl", rows)
     write(tmp_path / "hub" / "data-test.jsonl", rows)
-    for source in (*sources, tmp_path / "hub"):
-        data = TASKS["gsm8k"].load(str(source))
+    for source in ("a.jsonl", "other.jsonl.gz", "[a].jsonl", "saved", "hub"):
+        data = TASKS["gsm8k"].load(str(tmp_path / source))
         assert [group.answer for group in data.groups] == ["two #### 2", "#### 1,000"] and data.sha256, source
     with open(tmp_path / "b.csv", "w", newline="") as file:
         csv.writer(file).writerows([["question", "answer"], ["who?", "None"], ["where?", "NA"]])

@@ -164,7 +164,7 @@ def test_embed_of_prompts_alone_for_a_model_of_the_reverse_direction(trained, tm
 def test_embed_without_a_prompt_is_refused(trained, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "x"}\n')
-    command = ["embed", str(trained), "--input", str(data), "--output", str(tmp_path / "o")]
+    command = ["embed", str(trained), "--input", str(data), "--output", str(tmp_path / "o.safetensors")]
     expect_refusal(capsys, command, "row 0: found the columns ['question'], need 'prompt'")
 
 

@@ -23,6 +23,7 @@ from ..core.diagnostics import evaluating
 from ..core.errors import UserError, first_line
 from .attention import Attention, attention_of_views, model_inputs
 from .batching import JEPACollator, Layout, PackedExample, Place
+from .reading import without_router_loss
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +96,7 @@ def why_inexact(model: PreTrainedModel, layout: Layout, num_predictor_tokens: in
     if layout == "packed" and spans:
         return f"its {spans[0]} counts tokens of the row"
     sample = _Sample.draw(config.vocab_size, layout, num_predictor_tokens, model.device)
-    with evaluating(model), _narrow_windows(config), _full_float32():
+    with evaluating(model), without_router_loss(model), _narrow_windows(config), _full_float32():
         try:
             states = sample.states(model, sample.batch["input_ids"])  # [R * L, D]
             leak = _leak(model, sample, states, config.vocab_size)

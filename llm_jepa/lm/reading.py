@@ -67,7 +67,7 @@ def embed_pairs(
     """
     attention = attention_of_views(layout)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    with evaluating(model):
+    with evaluating(model), without_router_loss(base):
         for cpu_batch in batches:
             batch = {key: value.to(base.device) for key, value in cpu_batch.items()}
             inputs = model_inputs(batch, base, attention)
@@ -79,6 +79,20 @@ def embed_pairs(
 
 
 # -- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def without_router_loss(model: PreTrainedModel) -> Iterator[None]:
+    """Compute no router loss inside, whatever the config says: it takes the mask of a packed row for padding."""
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before:
+            config.output_router_logits = before
 
 
 @contextlib.contextmanager

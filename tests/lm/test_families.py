@@ -163,6 +163,18 @@ def test_weight_zero_is_plain_sft_with_experts(family, accumulation, rows, token
     assert_same_weights(trained, wanted, bound=TOLERANCE, start=before)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_with_a_router_loss_get_packed_rows(family, dataset, tokenizer, tmp_path):
+    """The model's own router loss would fail on the mask of packed rows; probe and diagnostics do not ask for it."""
+    model = family_model(tokenizer, family, torch.float32)
+    args = config(tmp_path, max_steps=1, diagnostics_pairs=8, eval_strategy="no")
+    trainer = LLMJEPATrainer(model, args, dataset, dataset.select(range(8)), tokenizer)
+    assert trainer.aux_loss_enabled and trainer.layout == "packed"
+    trainer.train()
+    assert trainer.start_diagnostics and trainer.state.log_history[1]["aux_loss"] > 0
+    assert model.config.output_router_logits, "TRL's setting is put back"
+
+
 def test_a_family_without_a_router_loss_is_refused_in_a_line(dataset, tokenizer, tmp_path):
     """llama4 brings a coefficient, and transformers no function: an AttributeError in the first step."""
     model = family_model(tokenizer, "llama4_text", torch.float32)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
 
+from llm_jepa import UserError
 from llm_jepa.core.errors import print_error, traceback_flag
 
 Words = Sequence[str] | None  # of a command line; None: those of this process
@@ -29,3 +33,24 @@ def one_line_errors(name: str) -> Callable[[Callable[[Words], int]], Callable[..
         return guarded
 
     return decorate
+
+
+def require(*packages: str) -> None:
+    """Raises ModuleNotFoundError for a missing package, for which `one_line_errors` prints the install command.
+
+    Commands call it, and `check_writable`, before the work that would be lost.
+    """
+    for package in packages:
+        import_module(package)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raises UserError for a file that could not be written. Writes nothing itself. None is left out."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; choose another file.")
+        nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not (path.exists() or nearest.is_dir()) or not os.access(nearest, os.W_OK):
+            raise UserError(f"{path} cannot be written ({nearest} is in the way); choose another file.")

@@ -34,7 +34,7 @@ from llm_jepa.lm import (
 )
 from llm_jepa.synthetic import nl_rx as generator
 
-from .command import one_line_errors
+from .command import one_line_errors, require
 from .run import score_model
 from .tasks.nl_rx import METRICS, WORDINGS
 
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="training steps of each arm (default: as in its recipe)")
     parser.add_argument("--test", type=int, default=300, help="number of test requests, each in two wordings")
     options = parser.parse_args(argv)
+    require("matplotlib")
     torch.set_num_threads(1)
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llm_jepa import UserError
 
-from .command import one_line_errors
+from .command import one_line_errors, require
 from .pages import cost, experiments, nl_rx, vl
 from .pages.cards import cards
 from .pages.families import families_table
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether every file is up to date")
     options = parser.parse_args(argv)
+    require("scipy")
     fresh = rendered_files()
     stale = [path for path, text in fresh.items() if not path.is_file() or path.read_text() != text]
     names = ", ".join(path.name for path in stale)

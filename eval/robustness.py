@@ -27,9 +27,9 @@ from llm_jepa import UserError, cli
 from llm_jepa.core.files import write_json
 from llm_jepa.lm import check_model, tokenizer_from
 
-from .command import one_line_errors
+from .command import one_line_errors, require
 from .figures.groups import embedding_view, refuse_single
-from .figures.inference import Interval, require_scipy
+from .figures.inference import Interval
 from .figures.robustness_analysis import SCHEMA, Run, analyse, shortened
 from .figures.robustness_card import read_card, write_card
 from .figures.robustness_plots import plot_phrasing, plot_worst
@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace, models: Mapping[str, list[str]], scored: Mapping[str, list[str]]) -> None:
     """Raises UserError for options that cannot work, before anything is computed."""
-    require_scipy()
+    require("scipy", "matplotlib")
     if not models and not scored:
         raise UserError("No model is given; use --models DIR ... or --samples DIR ...")
     for name in ("limit", "batch_size"):

@@ -11,6 +11,8 @@ from typing import Any
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
 
+from .command import check_writable
+
 Row = dict[str, Any]
 
 
@@ -25,8 +27,7 @@ class RunFiles:
         self.out = out
         self.samples = samples or out.with_suffix(".samples.jsonl")
         self.partial = self.samples.with_name(self.samples.name + ".partial")
-        for path in (self.out, self.samples):
-            _check_writable(path)
+        check_writable(self.out, self.samples)
 
     def finished(self, run: Row) -> tuple[Row, list[Row]] | None:
         """(result, samples) if the run was finished before. Raises UserError if `out` holds another run."""
@@ -104,11 +105,3 @@ def _write_lines(path: Path, rows: Sequence[Row]) -> None:
     temporary.write_text("")
     _append(temporary, rows)
     os.replace(temporary, path)
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; choose another file.")
-    nearest = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not (path.exists() or nearest.is_dir()) or not os.access(nearest, os.W_OK):
-        raise UserError(f"{path} cannot be written ({nearest} is in the way); choose another file.")

@@ -33,7 +33,7 @@ from llm_jepa.core.files import file_sha256, write_json
 from llm_jepa.lm import Prompt, build_views, random_model, read_rows, train_tokenizer
 from llm_jepa.synthetic import nl_rx as generator
 
-from ..command import one_line_errors
+from ..command import check_writable, one_line_errors
 from ..experiments.small_runs import SHARED
 from ..graders.regexes import RegexError, language
 from ..provenance import environment
@@ -155,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--data", type=Path, help="NL-RX folder (default: generated rows)")
     options = parser.parse_args(argv)
+    check_writable(options.out)
     torch.set_num_threads(1)
     steps, num_prompts, repetitions = (250, 512, 3) if options.quick else (1000, 2048, 5)
     result: dict[str, Any] = {"quick": options.quick, "bound": BOUND, "data": None}

@@ -40,7 +40,7 @@ from llm_jepa.core.files import write_json
 from llm_jepa.synthetic import shapestream as world
 from llm_jepa.vl import PrefixDecoder, PrefixDecoderConfig, Segment, VLJEPAModel, segment_uniform
 
-from ..command import one_line_errors
+from ..command import check_writable, one_line_errors
 from ..provenance import environment
 from ..vl.selective_decoding import online
 
@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only the small shape and two streams")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)
+    check_writable(options.out)
     shapes = [small()] if options.quick else [small(), paper()]
     results = [training(shape, 3 if options.quick or shape.batch < 8 else 7) for shape in shapes]
     stream = streaming(2 if options.quick else 12)

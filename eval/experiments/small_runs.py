@@ -16,16 +16,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a 0.7M-parameter model runs slower on several threads
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError, generate
+from llm_jepa.core.strict_yaml import load_yaml
 from llm_jepa.lm import bank_collator, training_collator
 
 from .. import graders
 
-SHARED = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "lm" / "tiny-llama" / "_shared.yaml").read_text())
+SHARED = load_yaml((Path(__file__).parents[2] / "recipes" / "lm" / "tiny-llama" / "_shared.yaml").read_text())
 BATCH = SHARED["per_device_train_batch_size"]
 MAX_NEW_TOKENS = 48
 OPTIMISER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "activation_checkpointing")

@@ -2,6 +2,8 @@
 
 The unit of resampling is the group (one meaning, all its wordings), because the rows of a group are not independent. A
 seed is a training run; differences over seeds compare runs that share seed and data order.
+
+scipy is in the extra `eval`. It is imported where it is used, because scoring a model does not need it.
 """
 
 from __future__ import annotations
@@ -15,18 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llm_jepa import UserError
 
-try:
-    from scipy import optimize, stats
-except ModuleNotFoundError:  # the package works without the extra; `require_scipy` says what to install
-    optimize = stats = None
-
 Array = NDArray[np.float64]
-
-
-def require_scipy() -> None:
-    """Raises UserError if scipy is missing. Commands call it before they score anything."""
-    if stats is None:
-        raise UserError('The tests and intervals need scipy: pip install "llm-jepa[eval]".')
 
 
 class Interval(NamedTuple):
@@ -96,6 +87,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
     only_a, only_b = int(((one == 1) & (other == 0)).sum()), int(((one == 0) & (other == 1)).sum())
     if only_a == only_b:  # also without any discordant pair, for which binomtest has no p
         return McNemar(only_a, only_b, 1.0)
+    from scipy import stats
+
     return McNemar(only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue))
 
 
@@ -144,6 +137,8 @@ def t_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
     x = _by_seed(values)
     if _all_equal(x):
         return Interval(float(x[0]), float(x[0]), float(x[0]))
+    from scipy import stats
+
     low, high = stats.ttest_1samp(x, 0.0).confidence_interval(level)
     return Interval(float(x.mean()), float(low), float(high))
 
@@ -156,6 +151,8 @@ def t_test(values: ArrayLike) -> float:
     x = _by_seed(values)
     if _all_equal(x):
         return float(x[0] == 0)
+    from scipy import stats
+
     return float(stats.ttest_1samp(x, 0.0).pvalue)
 
 
@@ -193,6 +190,8 @@ def detectable_difference(
     """
     if num_seeds < 2:
         raise UserError(f"num_seeds={num_seeds}: a spread over seeds needs two.")
+    from scipy import optimize, stats
+
     df = num_seeds - 1
     critical = stats.t.ppf(1 - 0.025 / num_tests, df)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm_jepa import UserError
-
 from .robustness_report import most_runs, wordings_of_a_group
 
 if TYPE_CHECKING:
@@ -89,10 +87,8 @@ def plot_phrasing(analysis: Mapping[str, Any]) -> Figure:
 
 
 def _canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('The plots need matplotlib: pip install "llm-jepa[eval]".') from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color="#e5e5e5", linewidth=0.8)

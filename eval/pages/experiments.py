@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-import yaml
+from llm_jepa.core.strict_yaml import load_yaml
 
 from ..experiments import paraphrases, replication
 from ..experiments.paraphrases import analysis as paraphrase_analysis
@@ -15,7 +15,7 @@ from . import render, short_commits
 @functools.cache  # the hierarchical bootstrap takes seconds
 def paraphrase_tables() -> str:
     """Markdown: the plan's analysis of the confirmatory runs, and the uses of the embeddings."""
-    plan = yaml.safe_load(paraphrases.PLAN.read_text())
+    plan = load_yaml(paraphrases.PLAN.read_text())
     runs = paraphrase_analysis.confirmed(plan)
     figures = paraphrase_analysis.analyse(plan)
     return render(
@@ -33,7 +33,7 @@ def paraphrase_tables() -> str:
 @functools.cache
 def replication_tables() -> str:
     """Markdown: the plan's analysis of the seeds that every arm has."""
-    plan = yaml.safe_load(replication.PLAN.read_text())
+    plan = load_yaml(replication.PLAN.read_text())
     figures = replication_analysis.analyse(plan, replication.RESULTS)
     return render(
         "replication",

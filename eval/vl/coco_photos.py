@@ -49,7 +49,7 @@ from llm_jepa.vl import (
     train_y_decoder,
 )
 
-from ..command import one_line_errors
+from ..command import check_writable, one_line_errors
 from ..graders.cider import cider_d
 from ..provenance import environment, weights_sha256
 
@@ -239,6 +239,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @one_line_errors("eval.vl.coco_photos")
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    check_writable(options.out)
     torch.set_num_threads(1)
     start = time.process_time()
     photos = load_photos(options.data)

@@ -26,7 +26,7 @@ from llm_jepa.core.files import file_sha256, write_json
 from llm_jepa.stream.segments import boundary_f1
 from llm_jepa.vl import VLJEPA, Segment, open_frames, segment_offline, segment_uniform
 
-from ..command import one_line_errors
+from ..command import check_writable, one_line_errors
 from ..provenance import environment
 from .coco_photos import build, class_rows, encode_images, load_photos, train_predictor
 from .selective_decoding import online
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    check_writable(options.out)
+    segments_sha256 = file_sha256(options.data / "clips" / "segments.json")  # before the training
     torch.set_num_threads(1)
     model = build(options.data, options.text_encoder, seed=options.seed)
     photos = load_photos(options.data)
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fps": FPS,
         "tolerance_s": TOLERANCE_S,
         "settings": {"steps": options.steps, "seed": options.seed},
-        "segments_sha256": file_sha256(options.data / "clips" / "segments.json"),
+        "segments_sha256": segments_sha256,
         "environment": environment(),
     }
     if options.out:

@@ -42,7 +42,7 @@ from llm_jepa.vl import (
 )
 from llm_jepa.vl.watch import MIN_DURATION
 
-from ..command import one_line_errors
+from ..command import check_writable, one_line_errors, require
 from ..provenance import environment, weights_sha256
 from .shapestream_figures import QUERY, SIZE
 
@@ -239,6 +239,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("slot accuracy of the nearest decode")
     axes[0].legend()
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -298,6 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--plot", type=Path, help="PNG file for the curves")
     options = parser.parse_args(argv)
+    check_writable(options.out, options.plot)
+    if options.plot:
+        require("matplotlib")
     torch.set_num_threads(1)
     model = VLJEPA.from_pretrained(options.model)
     memory = grammar(model)

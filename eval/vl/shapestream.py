@@ -45,7 +45,7 @@ from llm_jepa.vl import (
     plain_frames,
 )
 
-from ..command import one_line_errors
+from ..command import check_writable, one_line_errors
 from ..provenance import environment, weights_sha256
 from .shapestream_figures import QUERY, SIZE, measure
 
@@ -383,6 +383,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @one_line_errors("eval.vl.shapestream")
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    check_writable(options.result)
     torch.set_num_threads(1)
     start = time.process_time()
     rows = training_rows(options)

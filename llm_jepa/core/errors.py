@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 TRACEBACK = "--traceback"
+EXTRAS = {"PIL": "vl", "av": "vl", "matplotlib": "eval", "scipy": "eval", "evaluate": "eval"}  # package -> our extra
 _ASKED_FOR_TRACEBACK = "LLM_JEPA_TRACEBACK"  # in the environment, so that the processes of a launch see it too
 
 
@@ -58,7 +59,8 @@ def traceback_flag(words: Sequence[str]) -> Iterator[list[str]]:
 def print_error(program: str, error: Exception) -> int:
     """Print an error as one line on stderr and return the exit code, 2.
 
-    `UserError` and `OSError` (a full disk) speak for themselves. Any other error comes from the code of a model or a
+    `UserError` and `OSError` (a full disk) speak for themselves, and a package of an extra gets the command that
+    installs it. Any other error comes from the code of a model or a
     library, or is a bug of ours; its line begins with its type and says how to see where it was raised.
     """
     if os.environ.get(_ASKED_FOR_TRACEBACK):
@@ -68,6 +70,8 @@ def print_error(program: str, error: Exception) -> int:
     message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
     if isinstance(error, (UserError, OSError)):
         line = " ".join(message.split())
+    elif isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in EXTRAS:
+        line = f'this needs {package}: pip install "llm-jepa[{EXTRAS[package]}]"'
     else:
         lines = [text.strip() for text in message.splitlines() if text.strip()]
         is_of_worker = any("Original Traceback" in text for text in lines)

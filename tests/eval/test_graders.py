@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -386,6 +389,34 @@ def test_paraphrase_consistency_metric(load):
         metric.compute(**columns, references=["4"] * 5, grader="numbr")
     with pytest.raises(UserError, match="'four' is not a number"):
         metric.compute(**columns, references=["four"] * 5, grader="number")
+
+
+@pytest.mark.parametrize("other_package", [False, True])
+def test_a_metric_elsewhere_says_where_it_belongs(other_package, tmp_path):
+    """In one interpreter for all metrics, far from the repository; with another package named eval installed, too."""
+    pytest.importorskip("evaluate")
+    if other_package:
+        (tmp_path / "eval").mkdir()
+        (tmp_path / "eval" / "__init__.py").write_text("")
+    metrics = Path(graders.__file__).parents[1] / "metrics"
+    names = sorted(path.name for path in metrics.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    assert len(names) == 3
+    code = f"""
+import evaluate
+for name in {names!r}:
+    try:
+        evaluate.load({str(metrics)!r} + "/" + name)
+    except ImportError as error:
+        print(error)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_EVALUATE_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr[-1000:]
+    for name, line in zip(names, lines, strict=True):
+        assert line.startswith(f"The metric {name} is a part of the repository of llm_jepa")
+        assert "run Python in the root of the repository" in line and "'eval'" not in line
 
 
 def test_metrics_are_classes_like_others():

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
 
-from ...command import one_line_errors
+from ...command import check_writable, one_line_errors, require
 from ...provenance import environment
 from . import __doc__ as about
 from .data import DATA_SETS, SHAPES, load_data
@@ -103,9 +103,9 @@ def _check(options: argparse.Namespace) -> None:
     for option, folder in (("--nl-rx", options.nl_rx), ("--spider", options.spider)):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{option}: no folder at {folder}.")
-    for path in (options.out, options.plot):
-        if path is not None and path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it.")
+    check_writable(options.out, options.plot)
+    if options.plot is not None:
+        require("matplotlib")
 
 
 @one_line_errors("eval.step_cost")

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
+from llm_jepa.core.strict_yaml import load_yaml
 
-from ...command import one_line_errors
+from ...command import one_line_errors, require
 from . import PLAN, RESULTS
 from . import __doc__ as about
 from .analysis import analyse, confirmed, draw, space_table, table
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/paraphrases"), help="folder of base model and views")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one core each")
     options = parser.parse_args(argv)
-    plan = yaml.safe_load(PLAN.read_text())
+    plan = load_yaml(PLAN.read_text())
     if options.step == "prepare":
         if options.data is None:
             raise UserError("prepare needs --data FOLDER with " + ", ".join(FILES) + ".")
@@ -42,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.step == "confirm":
         confirm(options.work, plan, options.jobs)
     else:
+        require("scipy", "matplotlib")
         figures, runs = analyse(plan), confirmed(plan)
         write_json(RESULTS / "summary.json", figures)
         draw(runs, RESULTS / "turk.png")

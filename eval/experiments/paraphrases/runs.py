@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
+from llm_jepa.core.strict_yaml import dump_yaml
 
 from ...provenance import environment, weights_sha256
 from .. import small_runs
@@ -94,7 +94,7 @@ def select(work: Path, plan: dict[str, Any], jobs: int) -> None:
             values = {name: getattr(option, name) for name in stage["values"]}
             print(f"{stage['arm']} {values}: turk equal {100 * mean:.1f}")
         settings = max(means, key=lambda option: means[option])
-    print("settled:\n" + yaml.safe_dump(asdict(settings), sort_keys=False))
+    print("settled:\n" + dump_yaml(asdict(settings)))
 
 
 def _cells_of_stage(stage: dict[str, Any], settings: Settings, seeds: list[int]) -> dict[Settings, list[Cell]]:

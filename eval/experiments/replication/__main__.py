@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAMLError
 
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
+from llm_jepa.core.strict_yaml import load_yaml
 
-from ...command import one_line_errors
+from ...command import one_line_errors, require
 from ...tasks import nl_rx
 from . import PLAN, RESULTS
 from . import __doc__ as about
@@ -23,10 +24,10 @@ from .runs import TRAIN, compare, select
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan: dict[str, Any] = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        plan: dict[str, Any] = load_yaml(path.read_text())
+    except (OSError, YAMLError) as error:
         raise UserError(f"{path} cannot be read as a plan: {error}") from None
-    wanted = yaml.safe_load(PLAN.read_text()).keys()
+    wanted = load_yaml(PLAN.read_text()).keys()
     if not isinstance(plan, dict) or plan.keys() != wanted:
         raise UserError(f"{path} is not a plan: its keys must be {', '.join(wanted)}.")
     return plan
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     plan, out = _read_plan(options.plan or PLAN), options.out or RESULTS
     if options.step == "analyse":
+        require("scipy")
         figures = analyse(plan, out)
         write_json(out / "summary.json", figures)
         print(f"{table(figures)}\n\nOver {seeds_of(figures, plan)}.")

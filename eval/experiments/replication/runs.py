@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_jepa import LLMJEPATrainer, UserError
 from llm_jepa.core.files import file_sha256, write_json
+from llm_jepa.core.strict_yaml import dump_yaml
 from llm_jepa.lm import add_view_columns, model_from, random_model, read_rows, tokenizer_from, train_tokenizer
 
 from ...provenance import environment
@@ -203,7 +203,7 @@ def select(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -
     weights = {}
     for arm, values in plan["weights"].items():
         _, weights[arm] = best(arm, [(rate, weight) for weight in values])
-    print("settled:\n" + yaml.safe_dump({"learning_rate": rate, "weights": weights}, sort_keys=False))
+    print("settled:\n" + dump_yaml({"learning_rate": rate, "weights": weights}))
 
 
 def _selection_cell(arm: str, option: tuple[float, float], seed: int, steps: int, start: str, out: Path) -> Cell:

@@ -3,8 +3,9 @@
     metric = evaluate.load("eval/metrics/sql_execution")
     metric.compute(predictions=["SELECT 1"], references=["SELECT 2 - 1"], db_ids=["shop"], databases="spider/database")
 
-Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. Keep one module
-a line in the imports: the scanner of `evaluate` reads no other form.
+Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. The imports of
+ours are indented to hide them from the scanner of `evaluate`, which would say "pip install 'eval'", another package.
+Keep one module a line in the others: the scanner reads no other form.
 """
 
 import statistics
@@ -12,8 +13,15 @@ import statistics
 import datasets
 import evaluate  # type: ignore[import-untyped]
 
-from eval.graders import sql_execution
-from eval.graders.sql import Databases
+try:
+    from eval.graders import sql_execution
+    from eval.graders.sql import Databases
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        "The metric sql_execution is a part of the repository of llm_jepa, and Python cannot see it here "
+        f"(no module {missing.name}): run Python in the root of the repository, or put that folder on PYTHONPATH. "
+        "Do not pip install eval, which is another package."
+    ) from None
 
 DESCRIPTION = """\
 execution: share of predictions that run and return the rows of their reference (in order, if it asks for an order).

@@ -63,9 +63,7 @@ def print_error(program: str, error: Exception) -> int:
     installs it. Any other error comes from the code of a model or a
     library, or is a bug of ours; its line begins with its type and says how to see where it was raised.
     """
-    if os.environ.get(_ASKED_FOR_TRACEBACK):
-        _show_causes(error)
-        traceback.print_exception(error)
+    show_traceback(error)
     # An error in a DataLoader worker carries the worker's traceback before its message.
     message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
     if isinstance(error, (UserError, OSError)):
@@ -82,8 +80,12 @@ def print_error(program: str, error: Exception) -> int:
     return 2
 
 
-def _show_causes(error: BaseException | None) -> None:
-    """Undo `from None` along the chain: who asks for a traceback wants to see what a library said."""
-    while error is not None:
-        error.__suppress_context__ = False
-        error = error.__cause__ or error.__context__
+def show_traceback(error: BaseException) -> None:
+    """Print where an error was raised, with all of its causes, if `--traceback` asked for it."""
+    if not os.environ.get(_ASKED_FOR_TRACEBACK):
+        return
+    link: BaseException | None = error
+    while link is not None:
+        link.__suppress_context__ = False  # undo `from None`: what a library said is wanted now
+        link = link.__cause__ or link.__context__
+    traceback.print_exception(error)

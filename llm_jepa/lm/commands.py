@@ -177,6 +177,7 @@ def embed(options: argparse.Namespace) -> None:
     predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # no state sees the padding
     views, unanswered = [], 0
     for index, row in enumerate(rows):
         has_answer, row = stand_in_answer(row, tokenizer.eos_token)
@@ -186,7 +187,7 @@ def embed(options: argparse.Namespace) -> None:
     for row in views:
         check_tokens(model.config, [predictors, row["input_ids"], *row["contexts"], *row["targets"]], "rows")
     readout = {key: how[key] for key in ("readout", "predictor_position", "direction") if key in how}
-    collator = JEPACollator(tokenizer.pad_token_id, predictors, layout=layout, **readout)
+    collator = JEPACollator(pad, predictors, layout=layout, **readout)
     size = options.batch_size
     batches = [collator(views[start : start + size]) for start in range(0, len(views), size)]
     layer = how.get("readout_layer", -1)

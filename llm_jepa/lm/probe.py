@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..core.diagnostics import evaluating
-from ..core.errors import UserError, first_line
+from ..core.errors import UserError, first_line, show_traceback
 from .attention import Attention, attention_of_views, model_inputs
 from .batching import JEPACollator, Layout, PackedExample, Place
 from .reading import without_router_loss
@@ -102,6 +102,7 @@ def why_inexact(model: PreTrainedModel, layout: Layout, num_predictor_tokens: in
             leak = _leak(model, sample, states, config.vocab_size)
             error = _error(model, sample, states)
         except Exception as reason:  # whatever a model raises that cannot take these inputs
+            show_traceback(reason)
             return f"{type(reason).__name__}: {first_line(reason)[:80]}"
     tolerance = max(1e-4, torch.finfo(model.dtype).eps ** 0.5)
     # The matrix products of experts are grouped over all tokens, so another token changes their last bits.

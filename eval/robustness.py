@@ -35,7 +35,7 @@ from .figures.robustness_card import read_card, write_card
 from .figures.robustness_plots import plot_phrasing, plot_worst
 from .figures.robustness_report import PHRASING, SCATTER, differences, report, summary
 from .run import evaluate_model
-from .tasks import TASKS, Data, Group, Task, task_named
+from .tasks import TASKS, Data, Group, Task, task_named, turns_of
 
 RESULTS, SAMPLES, REPORT = "results.json", "samples.jsonl", "report.md"
 Sources = dict[str, list[str]]  # of each arm
@@ -143,10 +143,14 @@ def _rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for group in groups:
         for prompt in group.prompts:
-            if isinstance(prompt, str):
-                rows.append({"prompt": prompt, "completion": group.answer})
-            else:
-                rows.append({"messages": [*prompt, {"role": "assistant", "content": group.answer}]})
+            turns = turns_of(prompt)
+            if isinstance(turns, str):
+                rows.append({"prompt": turns, "completion": group.answer})
+                continue
+            row: dict[str, Any] = {"messages": [*turns, {"role": "assistant", "content": group.answer}]}
+            if isinstance(prompt, dict):
+                row["chat_template_kwargs"] = prompt["chat_template_kwargs"]
+            rows.append(row)
     return rows
 
 

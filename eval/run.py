@@ -25,9 +25,12 @@ from llm_jepa import UserError
 from llm_jepa.lm import (
     Generation,
     Prompt,
+    PromptForm,
+    answer_row,
     choose_batches,
     encode,
     end_of_turn_ids,
+    form_from,
     generate_batches,
     model_from,
     tokenizer_from,
@@ -36,7 +39,7 @@ from llm_jepa.lm import (
 from .command import one_line_errors
 from .provenance import environment, weights_sha256
 from .run_files import Row, RunFiles
-from .tasks import TASKS, Data, Group, Task, last_text, task_named
+from .tasks import TASKS, Data, Group, Task, last_text, task_named, turns_of
 
 SCHEMA = 1
 
@@ -95,8 +98,10 @@ def evaluate_model(
     questions = [Question(group, at) for group in groups for at in range(len(group.prompts))]
     files = None if out is None else RunFiles(out, samples)
     tokenizer = tokenizer_from(model)
-    _warn_of_plain_prompts(questions, tokenizer)
-    encoded = encode(tokenizer, [question.prompt for question in questions])
+    form = form_from(model)
+    _warn_of_other_prompts(questions, tokenizer, form)
+    encoded = encode(tokenizer, [question.prompt for question in questions], form)
+    _warn_of_untrained_starts(questions, encoded, tokenizer, form)
     lm = model_from(model, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     new_tokens = max_new_tokens or task.max_new_tokens
     decoding = {
@@ -197,8 +202,8 @@ def _answers(
     chosen = [i for i, question in enumerate(questions) if question.choices is not None]
     if not chosen:
         return
-    options = [_options(questions[i]) for i in chosen]
-    for scored in choose_batches(lm, tokenizer, [encoded[i] for i in chosen], options, batch_size=batch_size):
+    asked, options = [questions[i].prompt for i in chosen], [questions[i].choices or () for i in chosen]
+    for scored in choose_batches(lm, tokenizer, asked, options, batch_size=batch_size):
         best: dict[int, Answer] = {}
         for i, choice in scored.items():
             labels = questions[chosen[i]].choices or ()
@@ -207,10 +212,6 @@ def _answers(
         yield best
 
 
-def _options(question: Question) -> list[str]:
-    # After a plain text a word begins with a space; after the header of a chat template it does not.
-    space = " " if isinstance(question.prompt, str) else ""
-    return [space + label for label in question.choices or ()]
 
 
 def _sample(task: Task, question: Question, answer: Answer) -> Row:
@@ -260,12 +261,42 @@ def _means(rows: Sequence[Row]) -> dict[str, float]:
 # stacklevel=3: each is called by `evaluate_model`, and the warning belongs to the line that called that one.
 
 
-def _warn_of_plain_prompts(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> None:
-    count = sum(isinstance(question.prompt, str) for question in questions)
-    if count and tokenizer.chat_template is not None:
+def _warn_of_other_prompts(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> None:
+    """Warn of prompts in another format than the model was trained on."""
+    plain = sum(isinstance(turns_of(question.prompt), str) for question in questions)
+    templated = len(questions) - plain
+    if plain and form.format != "text" and tokenizer.chat_template is not None:
         warnings.warn(
-            f"{count} of {len(questions)} prompts are plain strings, so the model continues them without its chat "
+            f"{plain} of {len(questions)} prompts are plain strings, so the model continues them without its chat "
             "template. Give lists of messages to use the template.",
+            stacklevel=3,
+        )
+    if templated and form.format == "text":
+        warnings.warn(
+            f"{templated} of {len(questions)} prompts are messages, but the model was trained on plain prompts. Give "
+            "strings to ask what was trained.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_untrained_starts(
+    questions: Sequence[Question], encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, form: PromptForm
+) -> None:
+    """Warn of asked prompts that are not the start of the row with their gold answer, token for token."""
+    if form.format is None:
+        return  # how the model was trained is not known
+    count = 0
+    for question, ids in zip(questions, encoded, strict=True):
+        try:
+            row = answer_row(tokenizer, question.prompt, question.group.answer, form, "")
+        except UserError:
+            continue  # a gold that is not a text of its own; the prompt itself was rendered before
+        ends_elsewhere = form.ends == "content" and len(ids) != row.start
+        count += row.ids[: len(ids)] != ids or ends_elsewhere
+    if count:
+        warnings.warn(
+            f"{count} of {len(questions)} prompts are not, token for token, the start of the row with their answer: "
+            "the model was not trained to continue them. Look at white space at the end of the prompts.",
             stacklevel=3,
         )
 

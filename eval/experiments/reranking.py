@@ -27,9 +27,10 @@ from llm_jepa.lm import (
     decode_tokens,
     embed_pairs,
     encode,
-    end_of_turn_ids,
+    form_of,
     known_predictor_ids,
     model_inputs,
+    turn_end,
 )
 
 Similarity = Callable[[Tensor, Tensor], Tensor]  # predicted, target [N, D] -> [N]
@@ -47,7 +48,7 @@ def sample(
     seed: int,
 ) -> list[list[str]]:
     """Sample `num_samples` answers to each prompt at temperature 1, from all tokens except predictor tokens."""
-    stop = end_of_turn_ids(tokenizer)
+    end = turn_end(tokenizer)
     decoding = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -55,11 +56,11 @@ def sample(
         top_p=1.0,
         num_return_sequences=num_samples,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop,
+        eos_token_id=end.ids,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=known_predictor_ids(tokenizer) or None,
     )
-    encoded = encode(tokenizer, prompts)
+    encoded = encode(tokenizer, prompts, form_of(model.config))
     torch.manual_seed(seed)
     samples: list[list[str]] = []
     for start in range(0, len(encoded), BATCH):
@@ -68,7 +69,7 @@ def sample(
         with evaluating(model):
             output = generate_as_asked(model, decoding, **inputs)
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [decode_tokens(tokenizer, row, stop).text for row in rows]
+        answers = [decode_tokens(tokenizer, row, end).text for row in rows]
         samples += [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
     return samples
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from llm_jepa import UserError
 
 from . import choices, files, gsm8k, nl_rx, nq_open, spider
-from .questions import Data, Group, Task, last_text, nearest
+from .questions import Data, Group, Task, last_text, nearest, turns_of
 
-__all__ = ["TASKS", "Data", "Group", "Task", "last_text", "nearest", "task_named"]
+__all__ = ["TASKS", "Data", "Group", "Task", "last_text", "nearest", "task_named", "turns_of"]
 
 TASKS = {
     task.name: task

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_jepa import UserError
+from llm_jepa.lm import render_kwargs_of
 
 from .. import graders
 from ..graders import Grade
 from .choices import one_of
-from .questions import Data, Group, Task, nearest, read
+from .questions import Data, Group, Task, nearest, read, with_kwargs
 
-KEYS = ("id", "prompts", "answer", "wordings", "choices", "grader")
+KEYS = ("id", "prompts", "answer", "wordings", "choices", "grader", "tools", "chat_template_kwargs")
 REQUIRED = KEYS[:3]
 
 
@@ -24,6 +25,7 @@ def load_groups(source: str, name: str = "groups", rewrite: Callable[[str], str]
     wordings  names of the prompts
     choices   the answer is the likeliest of these
     grader    one of `graders.BY_NAME` (default: exact)
+    tools, chat_template_kwargs  go to the chat template, as in rows of training
 
     rewrite: applied to each plain prompt; it raises ValueError for one that cannot be used.
     """
@@ -57,7 +59,8 @@ def _group(row: dict[str, Any], where: str, rewrite: Callable[[str], str]) -> Gr
     answer = _as_written(row["answer"])
     try:
         extra = _how_to_grade(row, answer)
-        texts = tuple(rewrite(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+        kwargs = render_kwargs_of(row, where)
+        texts = tuple(rewrite(turns) if isinstance(turns, str) else with_kwargs(turns, kwargs) for turns in prompts)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     return Group(str(row["id"]), texts, wordings, answer, extra)

@@ -66,11 +66,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}."
 
 
+def turns_of(prompt: Prompt) -> str | list[dict[str, Any]]:
+    """The text or the messages of a prompt."""
+    return prompt["prompt"] if isinstance(prompt, dict) else prompt
+
+
 def last_text(prompt: Prompt) -> str:
     """A plain prompt, or the content of the last message of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    return str(prompt[-1]["content"])
+    turns = turns_of(prompt)
+    return turns if isinstance(turns, str) else str(turns[-1]["content"])
 
 
 def read(source: str, name: str, split: str, config: str | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -148,7 +152,7 @@ def read_questions(
         try:
             if row.get("messages") is not None or {"prompt", "completion"} <= set(row):
                 example = parse_row(row, where)
-                prompt: Prompt = example.prompt
+                prompt = with_kwargs(example.prompt, example.render_kwargs)
                 answer = last_text(example.completion)
             else:
                 _check_columns(row, columns, name, where)
@@ -179,6 +183,13 @@ def left_out(faults: Sequence[str], num_rows: int) -> int:
         f"{len(faults)} of {num_rows} rows cannot be graded and are left out; the first: {faults[0]}", stacklevel=4
     )
     return len(faults)
+
+
+def with_kwargs(turns: str | list[dict[str, Any]], render_kwargs: dict[str, Any]) -> Prompt:
+    """A prompt that carries `tools` and `chat_template_kwargs`, if a row has any."""
+    if isinstance(turns, str) or not render_kwargs:
+        return turns
+    return {"prompt": turns, "chat_template_kwargs": render_kwargs}
 
 
 def _check_columns(row: dict[str, Any], columns: Sequence[str], name: str, where: str) -> None:

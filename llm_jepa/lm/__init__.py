@@ -20,20 +20,19 @@ if TYPE_CHECKING:
     from .inference import (
         Choice,
         Generation,
-        Prompt,
         choose_batches,
         decode_tokens,
-        encode,
         generate,
         generate_batches,
     )
-    from .loading import check_model, model_from, tokenizer_from
+    from .loading import check_model, form_from, model_from, tokenizer_from
     from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
+    from .prompts import Prompt, PromptForm, answer_row, encode, end_of_turn_ids, form_of, turn_end
     from .reading import embed_pairs
-    from .rows import parse_row
+    from .rows import parse_row, render_kwargs_of
     from .sources import FILE_SUFFIXES, data_sha256, read_rows
     from .trainer import LLMJEPATrainer
-    from .views import IGNORE, add_view_columns, build_views, end_of_turn_ids
+    from .views import IGNORE, add_view_columns, build_views
 
 _HOMES = {
     "Choice": ".inference",
@@ -43,9 +42,11 @@ _HOMES = {
     "JEPACollator": ".batching",
     "LLMJEPAConfig": ".arguments",
     "LLMJEPATrainer": ".trainer",
-    "Prompt": ".inference",
+    "Prompt": ".prompts",
+    "PromptForm": ".prompts",
     "add_predictor_tokens": ".predictor_tokens",
     "add_view_columns": ".views",
+    "answer_row": ".prompts",
     "bank_collator": ".data",
     "build_views": ".views",
     "check_model": ".loading",
@@ -53,20 +54,24 @@ _HOMES = {
     "data_sha256": ".sources",
     "decode_tokens": ".inference",
     "embed_pairs": ".reading",
-    "encode": ".inference",
-    "end_of_turn_ids": ".views",
+    "encode": ".prompts",
+    "end_of_turn_ids": ".prompts",
+    "form_from": ".loading",
+    "form_of": ".prompts",
     "generate": ".inference",
     "generate_batches": ".inference",
     "known_predictor_ids": ".predictor_tokens",
     "model_from": ".loading",
     "model_inputs": ".attention",
     "parse_row": ".rows",
+    "render_kwargs_of": ".rows",
     "predictor_token_ids": ".predictor_tokens",
     "random_model": ".from_scratch",
     "read_rows": ".sources",
     "tokenizer_from": ".loading",
     "train_tokenizer": ".from_scratch",
     "training_collator": ".data",
+    "turn_end": ".prompts",
 }
 __all__ = [
     "Choice",
@@ -77,8 +82,10 @@ __all__ = [
     "LLMJEPAConfig",
     "LLMJEPATrainer",
     "Prompt",
+    "PromptForm",
     "add_predictor_tokens",
     "add_view_columns",
+    "answer_row",
     "bank_collator",
     "build_views",
     "check_model",
@@ -88,6 +95,8 @@ __all__ = [
     "embed_pairs",
     "encode",
     "end_of_turn_ids",
+    "form_from",
+    "form_of",
     "generate",
     "generate_batches",
     "known_predictor_ids",
@@ -97,8 +106,10 @@ __all__ = [
     "predictor_token_ids",
     "random_model",
     "read_rows",
+    "render_kwargs_of",
     "tokenizer_from",
     "train_tokenizer",
     "training_collator",
+    "turn_end",
 ]
 __getattr__ = names_from(__name__, _HOMES)

@@ -23,7 +23,7 @@ def write_model_card(
     base = model.config._name_or_path
     is_local = Path(base).exists()  # a folder of this machine is not on the Hub, and its path is nobody's business
     defaults = {name: field.default for name, field in LLMJEPAConfig.__dataclass_fields__.items()}
-    own = {k: v for k, v in model.config.llm_jepa.items() if k in ALWAYS_SHOWN or v != defaults[k]}
+    own = {k: v for k, v in model.config.llm_jepa.items() if k in ALWAYS_SHOWN or v != defaults.get(k, v)}
     metadata = ModelCardData(
         base_model=None if is_local else base,
         library_name="transformers",

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..core.recipe import Recipe
     from ..core.trainer import JEPATrainer
+    from .prompts import Prompt, PromptForm
     from .trainer import LLMJEPATrainer
 
 
@@ -63,7 +64,8 @@ def _merge_adapter(trainer: JEPATrainer) -> None:
     if not isinstance(trainer.model, PeftModel):
         return
     if trainer.is_world_process_zero():
-        save_adapter(trainer.model, trainer.processing_class, Path(trainer.args.output_dir) / "adapter")
+        with trainer.template_to_save():
+            save_adapter(trainer.model, trainer.processing_class, Path(trainer.args.output_dir) / "adapter")
     trainer.model = trainer.base_model = trainer.model.merge_and_unload()
 
 
@@ -97,7 +99,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--input", nargs="+", help="files or a folder of rows with 'prompt' or 'messages' (a last answer is left out)"
     )
-    parser.add_argument("--system", help="system prompt for --prompt")
+    parser.add_argument("--system", help="system prompt for --prompt (default: that of all training rows)")
     parser.add_argument("--output", help="write JSON lines here instead of printing")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
@@ -111,11 +113,13 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     _check_output(options, ".jsonl", "JSON lines")
     from . import inference
+    from .prompts import form_of
     from .sources import read_rows
 
     rows = read_rows(options.input) if options.input is not None else None
     model, tokenizer = _load(options.model)
-    prompts = _prompts_of_options(options, tokenizer) if rows is None else _prompts_of_rows(rows)
+    form = form_of(model.config)
+    prompts = _prompts_of_options(options, tokenizer, form) if rows is None else _prompts_of_rows(rows)
     generations = inference.generate(
         model,
         tokenizer,
@@ -133,7 +137,8 @@ def generate(options: argparse.Namespace) -> None:
         print(f"Wrote {len(lines)} generations to {options.output}")
         return
     for prompt, generation in zip(prompts, generations, strict=True):
-        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        turns = prompt["prompt"] if isinstance(prompt, dict) else prompt
+        question = turns if isinstance(turns, str) else turns[-1]["content"]
         cut = "" if generation.stopped else f"  [cut at {options.max_new_tokens} tokens]"
         print(f"{question!r} -> {generation.text!r}{cut}")
 
@@ -227,32 +232,46 @@ def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
 
 
-def _prompts_of_options(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The prompts of --prompt and --system: as messages if the tokenizer has a chat template, else as text."""
-    if tokenizer.chat_template is None:
+def _prompts_of_options(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, form: PromptForm
+) -> list[Prompt]:
+    """The prompts of --prompt and --system, in the format of the training rows.
+
+    A model that was not trained here gets messages if its tokenizer has a chat template, else text. A system turn,
+    tools and template arguments that all training rows shared go with each prompt; --system replaces that turn.
+    """
+    is_text = tokenizer.chat_template is None if form.format is None else form.format == "text"
+    if is_text:
         if options.system:
-            raise UserError("--system needs a tokenizer with a chat template; put it into --prompt.")
+            raise UserError("--system needs a model that was trained on messages; put it into --prompt.")
         return list(options.prompt)
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    return [[*system, {"role": "user", "content": text}] for text in options.prompt]
+    text = form.system if options.system is None else options.system
+    system = [{"role": "system", "content": text}] if text else []
+    if options.system is None and text:
+        print(f"Note: every training row had this system turn, so it goes with --prompt: {text!r}", file=sys.stderr)
+    prompts: list[Prompt] = []
+    for prompt in options.prompt:
+        turns = [*system, {"role": "user", "content": prompt}]
+        prompts.append({"prompt": turns, "chat_template_kwargs": form.render_kwargs} if form.render_kwargs else turns)
+    return prompts
 
 
-def _prompts_of_rows(rows: Dataset) -> list[Any]:
-    """The prompt of each row: its text, or its messages without a last assistant turn."""
-    prompts: list[Any] = []
+def _prompts_of_rows(rows: Dataset) -> list[Prompt]:
+    """The prompt of each row: its text, or its messages without a last assistant turn, with its template arguments."""
+    from .rows import render_kwargs_of
+
+    prompts: list[Prompt] = []
     for index, row in enumerate(rows):
         prompt = row.get("messages") or row.get("prompt")
         if not prompt:
             raise UserError(f"row {index} has neither 'prompt' nor 'messages'.")
         if isinstance(prompt, str) and not row.get("messages"):
             prompts.append(prompt)
-        elif isinstance(prompt, list) and all(_is_turn(turn) for turn in prompt):
+        elif isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt):
             is_answered = row.get("messages") and prompt[-1].get("role") == "assistant"
-            prompts.append(prompt[:-1] if is_answered else prompt)
+            turns = prompt[:-1] if is_answered else prompt
+            kwargs = render_kwargs_of(row, f"row {index}")
+            prompts.append({"prompt": turns, "chat_template_kwargs": kwargs} if kwargs else turns)
         else:
             raise UserError(f"row {index}: give 'prompt' as text, or turns of {{'role', 'content'}}.")
     return prompts
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("content"), str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -15,11 +16,20 @@ from ..core.errors import UserError
 from .arguments import LLMJEPAConfig
 from .batching import JEPACollator
 from .limits import check_views
-from .rows import USED_COLUMNS
+from .prompts import PromptForm, fitted, template_that_asks, turn_end
+from .rows import USED_COLUMNS, parse_row
 from .views import Views, add_view_columns
 
 logger = logging.get_logger(__name__)
 VIEW_COLUMNS = [field.name for field in fields(Views)]
+# What `Views.remarks` says of a row, after "N of M rows: ".
+REMARKS = {
+    "joined_space": "the prompt ends in white space that is a part of the completion's first token. The LM row trains "
+    "that token, but the target view begins without the space. Move the space from the end of the prompts to the "
+    "start of the completions.",
+    "answer_changed": "the chat template leaves out a part of the answer (a reasoning, for example), so that part is "
+    "not trained. Move it into the field that the template renders, or change the template.",
+}
 
 
 def check_dataset(name: str, dataset: Any) -> None:
@@ -129,6 +139,7 @@ def view_columns(
     args: LLMJEPAConfig,
     model_config: PreTrainedConfig,
     collator: JEPACollator,
+    form: PromptForm,
     name: str,
 ) -> Dataset:
     """The columns of `views.Views`, and with `group_by_length` the length of each packed row.
@@ -139,7 +150,7 @@ def view_columns(
     dataset = dataset.map(
         add_view_columns,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, **view_options(args)},
+        fn_kwargs={"tokenizer": tokenizer, "form": form, **view_options(args)},
         num_proc=args.dataset_num_proc,
         load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
         remove_columns=dataset.column_names,
@@ -148,6 +159,8 @@ def view_columns(
     truncated = sum(dataset["truncated"])
     if truncated:
         logger.warning(f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens.")
+    for remark, count in Counter(remark for row in dataset["remarks"] for remark in row).items():
+        logger.warning(f"{count} of {len(dataset)} {name} rows: {REMARKS[remark]}")
     check_views(
         model_config, dataset, f"{name} rows", len(collator.predictor_ids), "set max_length: {room}, or remove them"
     )
@@ -156,3 +169,47 @@ def view_columns(
         lengths = [sum(len(segment.ids) for segment in collator.example(row).segments) for row in dataset]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset
+
+
+def settle_form(
+    form: PromptForm, raw: Dataset, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PromptForm, str | None]:
+    """The form in which prompts are asked, and the chat template that is saved with the model (None: as it is).
+
+    Args:
+        form: `prompts.starting_form` of the rows.
+        raw, dataset: the training rows, and the same rows as views.
+
+    Raises UserError if the model could not learn where an answer ends. Warns if other tools, which see the template
+    only, ask something that was not trained.
+    """
+    if form.format == "messages" and turn_end(tokenizer).is_missing:
+        raise UserError(
+            "The chat template writes nothing after an answer, so the model would not learn to stop; set "
+            "chat_template_path to a template that closes the assistant turn."
+        )
+    form, misses = fitted(form, dataset["prompt_fits"])
+    if misses:
+        logger.warning(
+            f"{misses} of {len(dataset)} train rows do not begin with the prompt that will be asked, token for token: "
+            "the end of the prompt depends on the answer (on its first word, or on a reasoning). The model was not "
+            "trained to continue what it will be asked there."
+        )
+    if form.format == "text" or form.ends == "generation_prompt":
+        return form, None
+    prompts = []
+    for index in range(min(len(raw), 100)):
+        row = parse_row(raw[index], f"row {index}")
+        prompts.append({"prompt": row.prompt, "chat_template_kwargs": row.render_kwargs})
+    template = template_that_asks(tokenizer, prompts)
+    if template is None:
+        logger.warning(
+            "The chat template's generation prompt is not what these rows train, and no fixed text can take its place. "
+            "llm-jepa asks what was trained; other tools, which use the template, do not."
+        )
+    else:
+        logger.warning(
+            "The chat template's generation prompt is not where these answers begin. The saved template asks with the "
+            "text that it puts in front of an answer in training."
+        )
+    return form, template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,14 +24,12 @@ from transformers.utils import logging
 
 from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.diagnostics import evaluating
-from ..core.errors import UserError
 from ..core.losses import at_least_float32
 from .limits import check_sequences, position_limit
-from .views import end_of_turn_ids, render_chat
+from .prompts import Prompt, TurnEnd, answer_row, encode, form_of, turn_end, without_opening
 
 logger = logging.get_logger(__name__)
 
-Prompt = str | list[dict[str, Any]]  # a text, or messages
 # transformers 5.24 renamed it and warns about the old name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -51,14 +51,14 @@ def generate(
 ) -> list[Generation]:
     """Continue each prompt greedily, in the order given.
 
-    Prompts are strings, or lists of messages (rendered with the chat template and its generation prompt). Batches are
-    left padded and sorted by length; decoding stops at the template's end of turn and at eos. Predictor tokens are
-    never generated (`suppress_tokens` of the model's generation config).
+    Prompts are what `prompts.encode` takes, and are asked in the form in which the model was trained. Batches are left
+    padded and sorted by length; decoding stops at the template's end of turn and at eos. Predictor tokens are never
+    generated (`suppress_tokens` of the model's generation config).
 
     Raises UserError for an empty prompt, messages without a chat template, or a prompt that the model cannot read
     (a token without a row, more tokens than learned positions).
     """
-    encoded = encode(tokenizer, prompts)
+    encoded = encode(tokenizer, prompts, form_of(model.config))
     batches = generate_batches(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
     results: dict[int, Generation] = {}
     with tqdm(total=len(encoded), desc="Generating", disable=not progress, unit="prompt") as bar:
@@ -94,7 +94,9 @@ def generate_batches(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     fresh = [_Row(index, encoded[index], []) for index in order]
     slow: list[_Row] = []
-    stop = end_of_turn_ids(tokenizer)
+    end = turn_end(tokenizer)
+    stop = end.ids
+    end_text = [StopStringCriteria(tokenizer, [end.text])] if end.text else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [0])[0]
     with evaluating(model):
         prefix = _shared_prefix(model, encoded) if len(encoded) > 1 else (0, None)
@@ -104,11 +106,11 @@ def generate_batches(
             room = [min(max_new_tokens, positions - len(row.prompt)) - len(row.answer) for row in batch]
             more_to_come = bool(fresh or slow)
             finished = {}
-            news = _continue(model, batch, room, stop, pad, prefix, more_to_come)
+            news = _continue(model, batch, room, stop, pad, prefix, more_to_come, end_text)
             for row, new, limit in zip(batch, news, room, strict=True):
                 answer = row.answer + new
-                if len(new) == limit or not set(stop).isdisjoint(new):
-                    finished[row.number] = decode_tokens(tokenizer, answer, stop)
+                if len(new) == limit or _end_of(tokenizer, answer, end) is not None:
+                    finished[row.number] = decode_tokens(tokenizer, answer, end)
                 else:
                     slow.append(_Row(row.number, row.prompt, answer))
             if finished:
@@ -142,6 +144,7 @@ def _continue(
     pad: int,
     prefix: tuple[int, DynamicCache | None],
     may_end_early: bool,
+    end_text: Sequence[StoppingCriteria],
 ) -> list[list[int]]:
     """New tokens of each row, at most its `room`. If the batch may end early, slow rows come back unfinished."""
     shared, states = prefix
@@ -170,7 +173,7 @@ def _continue(
             ),
             input_ids=torch.tensor(ids).to(model.device),  # [B, L]
             attention_mask=torch.tensor(mask).to(model.device),
-            stopping_criteria=StoppingCriteriaList([few_left] if may_end_early else []),
+            stopping_criteria=StoppingCriteriaList([*end_text, *([few_left] if may_end_early else [])]),
             **({} if cache is None else {CACHE: cache}),
         )
     return [new[:limit] for new, limit in zip(output[:, length:].tolist(), room, strict=True)]
@@ -219,31 +222,29 @@ class _FewRowsLeft(StoppingCriteria):
         return torch.full_like(self.done, 8 * left <= len(self.done) and steps >= 2 * self.steps_of_half)
 
 
-def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Sequence[int]) -> Generation:
-    """Generated token ids, up to the first stop token, as text."""
-    end = next((i for i, token in enumerate(tokens) if token in stop), None)
-    text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-    return Generation(text, stopped=end is not None, num_tokens=len(tokens) if end is None else end + 1)
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end: TurnEnd) -> Generation:
+    """Generated token ids as the text of the answer: without its end, and without what the template opens it with."""
+    length = _end_of(tokenizer, tokens, end)
+    answer = without_opening(tokenizer, tokens if length is None else tokens[:length])
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    if end.text:
+        text = text.partition(end.text)[0]
+    return Generation(text.strip(), stopped=length is not None, num_tokens=_generated(tokens, length, end))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, up to the place where the answer begins. Raises UserError like `generate`."""
-    return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+def _generated(tokens: list[int], length: int | None, end: TurnEnd) -> int:
+    """How many tokens were generated, up to and including the end of the answer; padding follows it."""
+    if length is None:
+        return len(tokens)
+    return length + 1 if length < len(tokens) and tokens[length] in end.ids else length
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:
-    if not prompt:
-        raise UserError(f"Prompt {index} is empty.")
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise UserError(f"Prompt {index} holds messages, but the tokenizer has no chat template; give it as a string.")
-    else:
-        text = render_chat(tokenizer, prompt, True, {}, f"Prompt {index}")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError(f"Prompt {index} is empty.")
-    return list(ids)
+def _end_of(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end: TurnEnd) -> int | None:
+    """The number of tokens before the stop token, or up to and including the stop text; None if the answer goes on."""
+    at_token = next((i for i, token in enumerate(tokens) if token in end.ids), None)
+    if end.text and end.text in tokenizer.decode(tokens[:at_token]):
+        return bisect_left(range(len(tokens)), True, key=lambda i: end.text in tokenizer.decode(tokens[:i]))
+    return at_token
 
 
 class Choice(NamedTuple):
@@ -266,7 +267,7 @@ class Choice(NamedTuple):
 def choose_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     choices: Sequence[Sequence[str]],
     *,
     batch_size: int,
@@ -274,21 +275,24 @@ def choose_batches(
     """The likelihood of each choice after its prompt. Yields {index of the question: Choice}, longest first.
 
     log p(choice | prompt) is the sum over the choice's tokens, under the softmax that generation uses: tokens that the
-    generation config suppresses (predictor tokens) are left out. Prompt and choice are tokenized separately, so a
-    choice that follows a bare string needs its own leading space. `batch_size` counts rows (question x choice).
+    generation config suppresses (predictor tokens) are left out. Prompt and choice are one row, as in training
+    (`prompts.answer_row`): after a text a choice begins with a space, and what a template puts in front of an answer
+    is read, not scored. `batch_size` counts rows (question x choice).
     """
+    form = form_of(model.config)
     rows = []
     for index, options in enumerate(choices):
         for number, choice in enumerate(options):
-            rows.append(_ChoiceRow(index, number, tokenizer(choice, add_special_tokens=False)["input_ids"]))
-    texts = [encoded[row.question] + row.ids for row in rows]
+            ids, first = answer_row(tokenizer, prompts[index], choice, form, f"Prompt {index}")
+            rows.append(_ChoiceRow(index, number, ids, first))
+    texts = [row.ids for row in rows]
     check_sequences(model.config, texts, "prompts with a choice", "shorten them, or leave them out")
-    rows.sort(key=lambda row: (-len(encoded[row.question]) - len(row.ids), row.question, row.choice))
+    rows.sort(key=lambda row: (-len(row.ids), row.question, row.choice))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     known: dict[int, dict[int, float]] = {}  # question -> choice -> log-likelihood
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        for row, value in zip(batch, _log_likelihoods(model, batch, encoded, pad), strict=True):
+        for row, value in zip(batch, _log_likelihoods(model, batch, pad), strict=True):
             known.setdefault(row.question, {})[row.choice] = value
         complete = [index for index, values in known.items() if len(values) == len(choices[index])]
         results = {}
@@ -302,22 +306,20 @@ def choose_batches(
 class _ChoiceRow(NamedTuple):
     question: int
     choice: int
-    ids: list[int]
+    ids: list[int]  # of the prompt and the choice
+    start: int  # the choice is [start, len(ids))
 
 
-def _log_likelihoods(
-    model: PreTrainedModel, batch: Sequence[_ChoiceRow], encoded: Sequence[list[int]], pad: int
-) -> list[float]:
+def _log_likelihoods(model: PreTrainedModel, batch: Sequence[_ChoiceRow], pad: int) -> list[float]:
     """log p(choice | prompt) in nats of each row."""
-    length = max(len(encoded[row.question]) + len(row.ids) for row in batch)
+    length = max(len(row.ids) for row in batch)
     # Padded on the right: positions stay those of the row alone, and causal attention does not see the padding.
     ids = torch.full((len(batch), length), pad)  # [B, L]
     mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for i, row in enumerate(batch):
-        prompt = encoded[row.question]
-        end = len(prompt) + len(row.ids)
-        ids[i, :end], mask[i, :end] = torch.tensor(prompt + row.ids), 1
-        scored[i, len(prompt) - 1 : end - 1] = True  # the state before a token predicts it
+        end = len(row.ids)
+        ids[i, :end], mask[i, :end] = torch.tensor(row.ids), 1
+        scored[i, row.start - 1 : end - 1] = True  # the state before a token predicts it
     ids, mask, scored = ids.to(model.device), mask.to(model.device), scored.to(model.device)
     with torch.inference_mode(), evaluating(model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored).logits
@@ -326,4 +328,4 @@ def _log_likelihoods(
         logits[:, suppressed_ids(model)] = -torch.inf
         targets = ids[:, 1:][scored[:, :-1]]  # [choice tokens of the batch]
         by_token = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-    return [float(part.sum()) for part in by_token.split([len(row.ids) for row in batch])]
+    return [float(part.sum()) for part in by_token.split([len(row.ids) - row.start for row in batch])]

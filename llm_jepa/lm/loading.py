@@ -26,6 +26,7 @@ from transformers.utils import logging
 from ..core.errors import UserError, first_line
 from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
+from .prompts import PromptForm, form_of
 from .rows import parse_row
 from .sources import read_rows
 
@@ -144,6 +145,11 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
             f"The weights of {source!r} do not fit its config ({'; '.join(misfits)}): the model would be partly random."
         )
     return model
+
+
+def form_from(source: str, *, revision: str = "main") -> PromptForm:
+    """How the prompts of a saved model were trained; reads its config only. Raises UserError like `check_model`."""
+    return form_of(check_model(source, revision=revision))
 
 
 def lora_config(model: ModelArguments) -> LoraConfig | None:

@@ -40,7 +40,19 @@ def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
     else:
         raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
     contexts, targets = _other_wordings(row.get("views"), where)
-    return ParsedRow(prompt, completion, _render_kwargs(row, where), contexts, targets)
+    return ParsedRow(prompt, completion, render_kwargs_of(row, where), contexts, targets)
+
+
+def render_kwargs_of(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of the chat template. TRL takes tools as a JSON string too."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
+    kwargs = {} if tools is None else {"tools": tools}
+    return kwargs | (row.get("chat_template_kwargs") or {})
 
 
 def stand_in_answer(row: dict[str, Any], eos: str | None) -> tuple[bool, dict[str, Any]]:
@@ -98,18 +110,6 @@ def _check_turns(prompt: list[Message], completion: list[Message], where: str) -
             raise UserError(
                 f"{where}: the {message.get('role')} turn has no text content; fill it in or remove the row."
             )
-
-
-def _render_kwargs(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of the chat template. TRL takes tools as a JSON string too."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
-    kwargs = {} if tools is None else {"tools": tools}
-    return kwargs | (row.get("chat_template_kwargs") or {})
 
 
 def _other_wordings(views: Any, where: str) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ Shapes: R rows, L tokens in a row, B examples, P pairs, D hidden size, V vocabul
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -36,13 +37,15 @@ from .adapter import save_adapter
 from .arguments import LLMJEPAConfig, check_objective
 from .batching import JEPACollator, Layout, lm_rows_only
 from .card import write_model_card
-from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, training_collator, view_columns
+from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, settle_form, training_collator, view_columns
 from .loading import model_from, tokenizer_from
 from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids
 from .probe import agree_on_layout
+from .prompts import TRAINED, PromptForm, starting_form
 from .reading import embed_pairs
+from .rows import parse_row
 from .targets import base_targets
 from .token_rows import add_missing_rows, train_token_rows
 
@@ -110,6 +113,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self.masked_ids = known_predictor_ids(processing_class)
         self.base_model = model  # without the wrappers of PEFT and DDP
         self._use_cache = model.config.use_cache
+        self._form = _form_of_rows(train_dataset, processing_class)
         self._bank_collator = bank_collator(args, processing_class.pad_token_id, self.predictor_ids)
         super().__init__(
             model=model,
@@ -122,6 +126,12 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             **kwargs,
         )
         check_support(self)
+        self._saved_template: str | None = None
+        if self._form is not TRAINED:
+            self._form, self._saved_template = settle_form(
+                self._form, train_dataset, self.train_dataset, processing_class
+            )
+            model.config.llm_jepa["prompt"] = self._form.to_dict()
         config = model.config.get_text_config()
         self.term = JEPATerm(args, config.hidden_size, args.device, model.dtype)
         self.losses = LLMJEPALoss(args, model, self.term, self.masked_ids, self.aux_loss_enabled)
@@ -175,7 +185,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             return dataset
         with args.main_process_first(desc="building views"):
             dataset = view_columns(
-                dataset, processing_class, args, self.base_model.config, self._bank_collator, dataset_name
+                dataset, processing_class, args, self.base_model.config, self._bank_collator, self._form, dataset_name
             )
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
@@ -360,13 +370,29 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if isinstance(model, PeftModel):
             folder, is_main = output_dir or self.args.output_dir, self.args.should_save
-            save_adapter(model, self.processing_class, folder, state_dict=state_dict, is_main_process=is_main)
+            with self.template_to_save():
+                save_adapter(model, self.processing_class, folder, state_dict=state_dict, is_main_process=is_main)
             return
         in_training, self.base_model.config.use_cache = self.base_model.config.use_cache, self._use_cache
         try:
-            super()._save(output_dir, state_dict=state_dict)
+            with self.template_to_save():
+                super()._save(output_dir, state_dict=state_dict)
         finally:
             self.base_model.config.use_cache = in_training
+
+    @contextlib.contextmanager
+    def template_to_save(self) -> Iterator[None]:
+        """Inside the block, the tokenizer has the chat template that asks what was trained; see `settle_form`.
+
+        Training keeps its own: labels begin where TRL's generation prompt ends.
+        """
+        tokenizer = self.processing_class
+        in_training = tokenizer.chat_template
+        tokenizer.chat_template = self._saved_template or in_training
+        try:
+            yield
+        finally:
+            tokenizer.chat_template = in_training
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._count_tokens()
@@ -383,6 +409,13 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         """TRL calls this at every checkpoint; the card says what was trained and measured in this run."""
         if self.is_world_process_zero():
             write_model_card(self.args.output_dir, self.base_model, self.args, self.history_of_saved_weights())
+
+
+def _form_of_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """What the prompts of the raw rows share; `TRAINED` if the rows are views already."""
+    if set(VIEW_COLUMNS) <= set(dataset.column_names):
+        return TRAINED
+    return starting_form((parse_row(row, f"row {index}") for index, row in enumerate(dataset)), tokenizer)
 
 
 def prepare_model(

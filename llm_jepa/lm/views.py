@@ -13,21 +13,22 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..core.errors import UserError, first_line
+from ..core.errors import UserError
 from ..core.files import text_key
+from .prompts import PROBE, TRAINED, PromptForm, asked_tokens, content_span, render, tokens_of, tokens_up_to
 from .rows import Message, ParsedRow, parse_row
 
 ContextView = Literal["prefix", "message"]
 LabelProtocol = Literal["completion", "paper"]
+# Which asked prompt is the start of the LM row (see `prompts.PromptForm.ends`). "same": both, and they are equal.
+PromptFits = Literal["same", "both", "content", "generation_prompt", "neither"]
 IGNORE = -100
-# Letters only, so that no template trims, escapes or splits it.
-PROBE = "jepaprobecontent"
 PREDICTOR_TOKEN = "<|predictor_{}|>"
 
 
@@ -53,6 +54,8 @@ class Views:
     target_key: int
     index: int  # which row of the data set
     truncated: bool  # max_length cut the LM row or a view
+    prompt_fits: PromptFits
+    remarks: list[str]  # keys of `data.REMARKS`
 
 
 def build_views(
@@ -62,6 +65,7 @@ def build_views(
     context_view: ContextView = "prefix",
     label_protocol: LabelProtocol = "completion",
     max_length: int | None = None,
+    form: PromptForm = TRAINED,
     where: str = "the row",
     index: int = 0,
 ) -> Views:
@@ -77,12 +81,13 @@ def build_views(
         label_protocol: "completion": every token after the prompt, end-of-turn included. "paper": every token that is
             not the pad token, as the published script really trains (its collator rebuilds the labels).
         max_length: tokens; cuts the end of the LM row and of each view.
+        form: of the prompts that are asked later; `prompt_fits` says whether they are the start of this row.
 
     Raises UserError naming `where` if a view or the labels would be empty.
     """
     parsed = parse_row(row, where)
     cut = _plain_parts if isinstance(parsed.prompt, str) else _chat_parts
-    parts = cut(parsed, tokenizer, where, alone=context_view == "message")
+    parts = cut(parsed, tokenizer, where, form, alone=context_view == "message")
     views = [*parts.contexts, *parts.targets]
     longest = max(map(len, [parts.input_ids, *views]))
     limit = max_length or longest
@@ -110,33 +115,14 @@ def build_views(
         target_key=parts.target_key,
         index=index,
         truncated=longest > limit,
+        prompt_fits=parts.prompt_fits,
+        remarks=parts.remarks,
     )
 
 
 def add_view_columns(row: dict[str, Any], index: int, **kwargs: Any) -> dict[str, Any]:
     """`datasets.Dataset.map(..., with_indices=True)` form of `build_views`."""
     return asdict(build_views(row, where=f"row {index}", index=index, **kwargs))
-
-
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an assistant turn; generation stops at any of them.
-
-    The eos token, and the special token with which the template closes a turn, if that is another one (Gemma's
-    <end_of_turn>, Llama's <|eot_id|>).
-    """
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
-        try:
-            text = render_chat(tokenizer, turns, False, {})
-        except UserError:
-            return ids  # a template of another kind of conversation (images): eos is all there is
-        if PROBE not in text:
-            return ids  # likewise: it renders no content that is a text
-        tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
-        if tail and tail[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-            ids.append(tail[0])
-    return list(dict.fromkeys(ids))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,29 +150,34 @@ class _Parts(NamedTuple):
     target_end: int
     context_key: int
     target_key: int
+    prompt_fits: PromptFits
+    remarks: list[str]
 
 
-def _plain_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
+def _plain_parts(
+    parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, form: PromptForm, *, alone: bool
+) -> _Parts:
     """Two strings without a template: TRL joins them and appends the eos token to the completion."""
     prompt, completion = str(parsed.prompt), str(parsed.completion)
     eos = tokenizer.eos_token or ""
     full = prompt + completion
     if not completion.endswith(eos):
         full += eos
-    ids, offsets = _encode(tokenizer, full, special=True)
-    prompt_ids, _ = _encode(tokenizer, prompt, special=True)
+    ids, offsets = tokens_of(tokenizer, full, special=True)
+    prompt_ids, _ = tokens_of(tokenizer, prompt, special=True)
     prompt_length = common_length(prompt_ids, ids)
 
     source = prompt.rstrip()
     goal = completion.rstrip() if not eos else completion.removesuffix(eos).rstrip()
     _refuse_predictor_tokens(" ".join([full, *parsed.contexts, *parsed.targets]), where)
-    split = min(_tokens_before(offsets, len(source)), prompt_length)
+    split = min(tokens_up_to(offsets, len(source)), prompt_length)
     if alone:
         context = _stand_alone(tokenizer, source, ids)
     else:
         has_content = any(stop > start for start, stop in offsets[:split])  # a BOS token alone is not a context
         context = ids[:split] if has_content else []
     bos = int(ids[:1] == [tokenizer.bos_token_id])
+    asked = asked_tokens(tokenizer, prompt, form, where)
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
@@ -197,13 +188,17 @@ def _plain_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: s
         context_start=bos,
         context_end=split,
         target_start=prompt_length,
-        target_end=_tokens_before(offsets, len(prompt + goal)),
+        target_end=tokens_up_to(offsets, len(prompt + goal)),
         context_key=text_key(source),
         target_key=text_key(goal),
+        prompt_fits="same" if _starts(ids, asked, prompt_length) else "neither",
+        remarks=["joined_space"] if prompt_length < len(prompt_ids) and source != prompt else [],
     )
 
 
-def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, *, alone: bool) -> _Parts:
+def _chat_parts(
+    parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str, form: PromptForm, *, alone: bool
+) -> _Parts:
     """Two lists of messages, rendered by the chat template."""
     prompt: list[Message] = list(parsed.prompt)  # type: ignore[arg-type]
     completion: list[Message] = list(parsed.completion)  # type: ignore[arg-type]
@@ -213,28 +208,28 @@ def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: st
             "or give 'prompt' and 'completion' as strings."
         )
 
-    def render(messages: list[Message], generation_prompt: bool = False) -> str:
-        return render_chat(tokenizer, messages, generation_prompt, parsed.render_kwargs, where)
+    def show(messages: list[Message], generation_prompt: bool = False) -> str:
+        return render(tokenizer, messages, parsed.render_kwargs, where, generation_prompt=generation_prompt)
 
     # The LM row, as TRL makes it.
-    text = render(prompt + completion)
+    text = show(prompt + completion)
     _refuse_predictor_tokens(" ".join([text, *parsed.contexts, *parsed.targets]), where)
-    prompt_text = render(prompt, generation_prompt=True)
-    ids, offsets = _encode(tokenizer, text)
-    prompt_length = common_length(_encode(tokenizer, prompt_text)[0], ids)
+    generation_ids, _ = tokens_of(tokenizer, show(prompt, generation_prompt=True))
+    ids, offsets = tokens_of(tokenizer, text)
+    prompt_length = common_length(generation_ids, ids)
 
     # The characters of the two contents in it.
-    context_start, context_end = _content_span(render, prompt + completion, len(prompt) - 1, where)
-    target_start, target_end = _content_span(render, prompt + completion, len(prompt), where)
+    context_start, context_end = content_span(show, prompt + completion, len(prompt) - 1, where)
+    target_start, target_end = content_span(show, prompt + completion, len(prompt), where)
     source = text[context_start:context_end].rstrip()
     goal = text[target_start:target_end].rstrip()
     # No token of the context may reach into the target, and none of it may be later than its last content character.
     before_target = sum(stop <= target_start for _, stop in offsets)
-    split = min(_tokens_before(offsets, context_start + len(source)), before_target)
+    split = min(tokens_up_to(offsets, context_start + len(source)), before_target)
 
     # The target view: what opens the assistant turn (the text between what closes the turn before it and the content),
     # then the content.
-    closing = render(prompt)[_content_span(render, prompt, len(prompt) - 1, where)[1] :]
+    closing = show(prompt)[content_span(show, prompt, len(prompt) - 1, where)[1] :]
     turn_start = context_end + _shared(tokenizer, text[context_end:], closing)
     target_header = text[turn_start:target_start]
     opened_target = _stand_alone(tokenizer, target_header, ids)
@@ -250,9 +245,17 @@ def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: st
         contexts += [_stand_alone(tokenizer, header + more.strip(), ids) for more in parsed.contexts]
     else:
         header = text[:context_start]
-        opened_context, _ = _encode(tokenizer, header)
+        opened_context, _ = tokens_of(tokenizer, header)
         contexts = [ids[:split]]
-        contexts += [_encode(tokenizer, header + more.strip())[0] for more in parsed.contexts]
+        contexts += [tokens_of(tokenizer, header + more.strip())[0] for more in parsed.contexts]
+
+    asked = asked_tokens(
+        tokenizer,
+        {"prompt": prompt, "chat_template_kwargs": parsed.render_kwargs},
+        replace(form, ends="content"),
+        where,
+    )
+    content_fits = _starts(ids, asked, prompt_length)
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
@@ -263,53 +266,31 @@ def _chat_parts(parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: st
         context_start=sum(stop <= context_start for _, stop in offsets[:split]),
         context_end=split,
         target_start=max(prompt_length, before_target),
-        target_end=_tokens_before(offsets, target_start + len(goal)),
+        target_end=tokens_up_to(offsets, target_start + len(goal)),
         context_key=text_key(source if alone else header + source),  # earlier turns are a part of a prefix view
         target_key=text_key(goal.strip()),
+        prompt_fits=_fits(content_fits, prompt_length == len(generation_ids), asked == generation_ids),
+        remarks=[] if goal.strip() == completion[0]["content"].strip() else ["answer_changed"],
     )
+
+
+def _starts(ids: list[int], asked: list[int], prompt_length: int) -> bool:
+    """Whether a model that reads `asked` is in the middle of the LM row, and only trained tokens follow."""
+    return ids[: len(asked)] == asked and len(asked) >= prompt_length
+
+
+def _fits(content: bool, generation_prompt: bool, are_equal: bool) -> PromptFits:
+    if content and generation_prompt:
+        return "same" if are_equal else "both"
+    if content:
+        return "content"
+    return "generation_prompt" if generation_prompt else "neither"
 
 
 def _refuse_predictor_tokens(text: str, where: str) -> None:
     """Predictor tokens are inputs that the collator adds; as a label, their masked logit would be an infinite loss."""
     if PREDICTOR_TOKEN.partition("{")[0] in text:
         raise UserError(f"{where} holds the text of a predictor token, {PREDICTOR_TOKEN.format('...')}; remove it.")
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    generation_prompt: bool,
-    kwargs: dict[str, Any],
-    where: str = "the conversation",
-) -> str:
-    """The conversation as the chat template writes it. Raises UserError naming `where` if the template cannot."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        raise UserError(
-            f"{where}: the chat template cannot render this conversation ({type(error).__name__}: "
-            f"{first_line(error)}); change the conversation, or use another template."
-        ) from None
-    return str(text)
-
-
-def _content_span(
-    render: Callable[[list[Message]], str], messages: list[Message], at: int, where: str
-) -> tuple[int, int]:
-    """The range of characters that the content of messages[at] has in render(messages)."""
-    text = render(messages)
-    probed = render([*messages[:at], {**messages[at], "content": PROBE}, *messages[at + 1 :]])
-    before, probe, after = probed.rpartition(PROBE)
-    # Only the content may differ between the two renderings, and it may not be empty.
-    same_around = text.startswith(before) and text.endswith(after)
-    if not probe or not same_around or len(before) + len(after) >= len(text):
-        raise UserError(
-            f"{where}: cannot find the {messages[at].get('role')} turn in the rendered conversation, because the chat "
-            "template changes the text around it; use a template that renders each turn in its place."
-        )
-    return len(before), len(text) - len(after)
 
 
 @functools.lru_cache(maxsize=8)
@@ -322,7 +303,7 @@ def _header_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
         {"role": "user", "content": second},
     ]
     try:
-        text, two = render_chat(tokenizer, turns, False, {}), render_chat(tokenizer, turns[:2], False, {})
+        text, two = render(tokenizer, turns, {}, ""), render(tokenizer, turns[:2], {}, "")
     except UserError:
         return None
     if answer not in two or any(turn["content"] not in text for turn in turns):
@@ -341,7 +322,7 @@ def _shared(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> int:
     """How many leading characters two texts share, cut back to the start of a token of `text` that contains the end."""
     length = len(os.path.commonprefix([text, other]))
     if length < len(other):
-        for start, stop in _encode(tokenizer, text)[1]:
+        for start, stop in tokens_of(tokenizer, text)[1]:
             if start < length < stop:
                 return start
     return length
@@ -357,29 +338,12 @@ def _user_header(tokenizer: PreTrainedTokenizerBase, role: str | None, where: st
     return header
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
-) -> tuple[list[int], list[tuple[int, int]]]:
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets, by which the views are cut; use the fast (Rust) "
-            "version of this tokenizer."
-        )
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    return encoded["input_ids"], encoded["offset_mapping"]
-
-
 def _stand_alone(tokenizer: PreTrainedTokenizerBase, text: str, row_ids: list[int]) -> list[int]:
     """Tokens of a view that is a sequence of its own; it opens with the BOS token if the LM row does."""
-    ids, _ = _encode(tokenizer, text)
+    ids, _ = tokens_of(tokenizer, text)
     bos = tokenizer.bos_token_id
     row_has_bos = bos is not None and row_ids[:1] == [bos]
     return [bos, *ids] if ids and row_has_bos and ids[0] != bos else ids
-
-
-def _tokens_before(offsets: list[tuple[int, int]], end: int) -> int:
-    """Number of leading tokens up to and including the one that holds character end - 1."""
-    return max((i + 1 for i, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

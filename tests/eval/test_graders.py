@@ -310,9 +310,8 @@ def test_likelihoods_are_those_of_each_row_alone(family, tokenizer):
     model = tiny_model(tokenizer, family, torch.float64).eval()
     prompts = ["lines with", [{"role": "user", "content": "a line that has a digit or a vowel"}], "b"]
     choices = [[" a", " the word dog", " z"], ["yes", "no"], [" x y", " starts with", " q", " 7"]]
-    encoded = encode(tokenizer, prompts)
     expected = []
-    for ids, options in zip(encoded, choices, strict=True):
+    for ids, options in zip(encode(tokenizer, prompts), choices, strict=True):
         sums = []
         for option in options:
             new = tokenizer(option, add_special_tokens=False)["input_ids"]
@@ -323,7 +322,7 @@ def test_likelihoods_are_those_of_each_row_alone(family, tokenizer):
     assert len({len(tokenizer(o, add_special_tokens=False)["input_ids"]) for some in choices for o in some}) > 2
     for batch_size in (1, 2, 4, 50):
         scored = {}
-        for batch in choose_batches(model, tokenizer, encoded, choices, batch_size=batch_size):
+        for batch in choose_batches(model, tokenizer, prompts, choices, batch_size=batch_size):
             scored.update(batch)
         for index, sums in enumerate(expected):
             assert scored[index].log_likelihoods == pytest.approx(sums, abs=1e-9)
@@ -333,12 +332,12 @@ def test_likelihoods_are_those_of_each_row_alone(family, tokenizer):
 def test_suppressed_tokens_take_no_probability(tokenizer):
     """Adding predictor tokens with huge logits changes no likelihood: the model never generates them."""
     model = tiny_model(tokenizer, "llama", torch.float64, tie_word_embeddings=False).eval()
-    encoded = encode(tokenizer, ["lines with"])
-    (before,) = choose_batches(model, tokenizer, encoded, [[" a", " dog"]], batch_size=8)
+    prompts = ["lines with"]
+    (before,) = choose_batches(model, tokenizer, prompts, [[" a", " dog"]], batch_size=8)
     ids = add_predictor_tokens(model, tokenizer, 2)
     with torch.no_grad():
         model.get_output_embeddings().weight[ids] = 100 * model.get_output_embeddings().weight[:2]
-    (after,) = choose_batches(model, tokenizer, encoded, [[" a", " dog"]], batch_size=8)
+    (after,) = choose_batches(model, tokenizer, prompts, [[" a", " dog"]], batch_size=8)
     assert after[0].log_likelihoods == pytest.approx(before[0].log_likelihoods, abs=1e-9)
 
 

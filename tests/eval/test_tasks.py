@@ -20,7 +20,7 @@ from eval import graders, run
 from eval.run import evaluate_model
 from eval.tasks import TASKS, Data, Group, nl_rx
 from llm_jepa import UserError
-from llm_jepa.lm.inference import choose_batches, encode, generate
+from llm_jepa.lm.inference import choose_batches, generate
 from llm_jepa.synthetic import nl_rx as generator
 from tests.conftest import tiny_model
 
@@ -476,9 +476,8 @@ def test_a_choice_follows_a_space_after_text_and_none_after_a_template(model_dir
     extra = {"choices": ("a", "dog")}
     data = Data((Group("a", ("lines",), ("0",), "a", extra), Group("b", (turns,), ("0",), "a", extra)), {})
     _, (text, chat) = evaluate_model(model_dir, TASKS["groups"], data, out=None, progress=False)
-    encoded = encode(tokenizer, ["lines", turns])
     (expected,) = choose_batches(
-        tiny_model(tokenizer), tokenizer, encoded, [[" a", " dog"], ["a", "dog"]], batch_size=9
+        tiny_model(tokenizer), tokenizer, ["lines", turns], [[" a", " dog"], ["a", "dog"]], batch_size=9
     )
     for row, choice in ((text, expected[0]), (chat, expected[1])):
         assert list(row["log_likelihoods"].values()) == pytest.approx(choice.log_likelihoods, abs=1e-5)

@@ -16,7 +16,7 @@ from llm_jepa.core.errors import UserError
 from llm_jepa.lm.from_scratch import train_tokenizer
 from llm_jepa.lm.inference import Generation, generate
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
-from llm_jepa.lm.views import end_of_turn_ids
+from llm_jepa.lm.prompts import end_of_turn_ids
 from tests.conftest import FAMILIES, tiny_model
 
 PROMPTS = ["lines", "words that have a digit", "a", "the lines with the word dog at least twice or more", "b or not"]

@@ -7,7 +7,8 @@ import trl
 
 from llm_jepa import UserError
 from llm_jepa.lm import encode
-from llm_jepa.lm.views import build_views, end_of_turn_ids
+from llm_jepa.lm.prompts import end_of_turn_ids
+from llm_jepa.lm.views import build_views
 
 TEMPLATES = sorted(path.stem for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

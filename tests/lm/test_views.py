@@ -29,8 +29,9 @@ from trl import SFTConfig, SFTTrainer
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.tokenizer import BOS
 from llm_jepa.lm.from_scratch import train_tokenizer
+from llm_jepa.lm.prompts import end_of_turn_ids
 from llm_jepa.lm.rows import parse_row
-from llm_jepa.lm.views import IGNORE, build_views, end_of_turn_ids
+from llm_jepa.lm.views import IGNORE, build_views
 from tests.conftest import tiny_model
 
 # -- templates ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,419 @@
+"""The prompt of a row: rendered for training, and asked of a checkpoint, by the same functions.
+
+A model continues only the prompt that it was trained to continue. A chat template can break that silently: it puts
+something in front of an answer (an empty think block, a channel header) or ends its generation prompt with a tag that
+no trained row has. So a run checks every row before its first step: are the tokens of the asked prompt the first
+tokens of the row? What fits is saved as a `PromptForm` in the model's config, and every question is asked in that form.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..core.errors import UserError, first_line
+from .rows import Message, ParsedRow, render_kwargs_of
+
+# A text; messages; or a row {"prompt": either of them, "tools": ..., "chat_template_kwargs": ...} without completion.
+Prompt = str | list[Message] | dict[str, Any]
+# Letters only, so that no template trims, escapes or splits it.
+PROBE = "jepaprobecontent"
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # the names that templates know
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How the prompts of a training run look; `llm_jepa["prompt"]` in the config of the trained model.
+
+    format: "text" or "messages": what the rows held. None: not trained by this package, or before this was recorded.
+    ends: "generation_prompt": at the template's generation prompt, where every other tool ends it too.
+        "content": at the content of the answer, after everything that the template puts in front of it.
+    answer_begins: white space and first word of a usual completion. A tokenizer may join them with the end of the
+        prompt ("Label: " + "Good" has the token " Good"), and then the asked prompt must not contain that end.
+    system: the system turn that all training rows share, for a question that comes without a conversation.
+    render_kwargs: likewise `tools` and `chat_template_kwargs`.
+    """
+
+    format: Literal["text", "messages"] | None = None
+    ends: Literal["generation_prompt", "content"] = "generation_prompt"
+    answer_begins: str = ""
+    system: str | None = None
+    render_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+FOREIGN = PromptForm()  # of a model that was not trained here: its generation prompt, tokenized alone
+TRAINED = PromptForm(ends="content", answer_begins=PROBE[0])
+
+
+def form_of(config: PreTrainedConfig) -> PromptForm:
+    """The form in which a model's prompts were trained; `FOREIGN` for other models and older checkpoints."""
+    record = (getattr(config, "llm_jepa", None) or {}).get("prompt")
+    if not isinstance(record, Mapping):
+        return FOREIGN
+    return PromptForm(**{name.name: record[name.name] for name in fields(PromptForm) if name.name in record})
+
+
+# -- rendering --------------------------------------------------------------------------------------------------------
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    kwargs: dict[str, Any],
+    where: str,
+    *,
+    generation_prompt: bool = False,
+) -> str:
+    """The conversation as the chat template writes it. Raises UserError if the template refuses it."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(
+            f"{where}: the chat template cannot render this conversation ({type(error).__name__}: "
+            f"{first_line(error)}); change the conversation, or use another template."
+        ) from None
+    return str(text)
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, and the range of characters of each. Raises UserError for a tokenizer without offsets."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets, by which the views are cut; use the fast (Rust) "
+            "version of this tokenizer."
+        )
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def content_span(show: Callable[[list[Message]], str], messages: list[Message], at: int, where: str) -> tuple[int, int]:
+    """The range of characters that the content of messages[at] has in show(messages)."""
+    text = show(messages)
+    probed = show([*messages[:at], {**messages[at], "content": PROBE}, *messages[at + 1 :]])
+    before, probe, after = probed.rpartition(PROBE)
+    # Only the content may differ between the two renderings, and it may not be empty.
+    same_around = text.startswith(before) and text.endswith(after)
+    if not probe or not same_around or len(before) + len(after) >= len(text):
+        raise UserError(
+            f"{where}: cannot find the {messages[at].get('role')} turn in the rendered conversation, because the chat "
+            "template changes the text around it; use a template that renders each turn in its place."
+        )
+    return len(before), len(text) - len(after)
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], form: PromptForm = TRAINED
+) -> list[list[int]]:
+    """Token ids of each prompt, up to the place where the answer begins.
+
+    Args:
+        prompts: texts, messages (rendered with the chat template), or rows without a completion, whose `tools` and
+            `chat_template_kwargs` go to the template.
+        form: how the model was trained, `form_of(model.config)`. The default is the start of the row that training
+            with these messages makes.
+
+    Raises UserError for an empty prompt, for messages without a chat template, and if the template refuses them.
+    """
+    return [asked_tokens(tokenizer, prompt, form, f"Prompt {index}") for index, prompt in enumerate(prompts)]
+
+
+def asked_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, form: PromptForm, where: str) -> list[int]:
+    """Token ids of one prompt; see `encode`."""
+    text, is_plain = asked_text(tokenizer, prompt, form, where)
+    if not form.answer_begins:
+        ids = list(tokenizer(text, add_special_tokens=is_plain)["input_ids"])
+    else:
+        ids = tokens_before(tokenizer, text, form.answer_begins, special=is_plain)
+    if not ids:
+        raise UserError(f"{where} is empty.")
+    return ids
+
+
+def asked_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, form: PromptForm, where: str) -> tuple[str, bool]:
+    """The text of a prompt, and whether it is plain: not rendered by a chat template."""
+    turns, kwargs = split_prompt(prompt, where)
+    if not turns:
+        raise UserError(f"{where} is empty.")
+    if isinstance(turns, str):
+        return turns, True
+    if tokenizer.chat_template is None:
+        raise UserError(f"{where} holds messages, but the tokenizer has no chat template; give it as a string.")
+    if form.ends == "content":
+        return up_to_content(tokenizer, turns, kwargs, where), False
+    return render(tokenizer, turns, kwargs, where, generation_prompt=True), False
+
+
+def split_prompt(prompt: Prompt, where: str) -> tuple[str | list[Message], dict[str, Any]]:
+    """A prompt's text or messages, and the arguments of the chat template that come with it."""
+    if isinstance(prompt, dict):
+        return prompt["prompt"], render_kwargs_of(prompt, where)
+    return prompt, {}
+
+
+def up_to_content(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], kwargs: dict[str, Any], where: str
+) -> str:
+    """The rendered conversation with an answer, up to the content of the answer."""
+    answered = [*messages, {"role": "assistant", "content": PROBE}]
+    before, probe, _ = render(tokenizer, answered, kwargs, where).rpartition(PROBE)
+    if not probe:
+        raise UserError(f"{where}: the chat template leaves the content of an assistant turn out; use another one.")
+    return before
+
+
+def tokens_before(
+    tokenizer: PreTrainedTokenizerBase, text: str, continuation: str, *, special: bool = False
+) -> list[int]:
+    """The tokens of `text` in `text + continuation`: those that do not reach into the continuation."""
+    ids, offsets = tokens_of(tokenizer, text + continuation, special)
+    return ids[: whole_tokens(offsets, len(text))]
+
+
+def whole_tokens(offsets: Sequence[tuple[int, int]], end: int) -> int:
+    """How many tokens from the start do not reach beyond character `end`."""
+    return next((i for i, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
+
+
+class AnswerRow(NamedTuple):
+    """The tokens of a prompt with an answer, as training would show them; the answer is [start, len(ids))."""
+
+    ids: list[int]
+    start: int
+
+
+def answer_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, form: PromptForm, where: str
+) -> AnswerRow:
+    """Prompt and answer as one row, cut after the last token of the answer's content.
+
+    What a template puts in front of the content belongs to the prompt. After a text, the answer begins with the white
+    space of the trained completions; of other models, with one space unless the prompt ends in white space.
+    """
+    turns, kwargs = split_prompt(prompt, where)
+    if isinstance(turns, str):
+        space = _space_before(answer, turns, form)
+        text = turns + space + answer
+        start, stop = len(turns), len(text)
+        ids, offsets = tokens_of(tokenizer, text, special=True)
+    else:
+        if tokenizer.chat_template is None:
+            raise UserError(f"{where} holds messages, but the tokenizer has no chat template; give it as a string.")
+
+        def show(messages: list[Message]) -> str:
+            return render(tokenizer, messages, kwargs, where)
+
+        answered = [*turns, {"role": "assistant", "content": answer}]
+        text = show(answered)
+        start, stop = content_span(show, answered, len(turns), where)
+        ids, offsets = tokens_of(tokenizer, text)
+    first = whole_tokens(offsets, start)
+    if first == 0:
+        raise UserError(f"{where}: the tokenizer joins the prompt and {answer!r} into one token; give a longer prompt.")
+    return AnswerRow(ids[: tokens_up_to(offsets, stop)], first)
+
+
+def _space_before(answer: str, prompt: str, form: PromptForm) -> str:
+    if answer[:1].isspace():
+        return ""
+    if form.answer_begins:
+        return form.answer_begins[: len(form.answer_begins) - len(form.answer_begins.lstrip())]
+    return "" if prompt[-1:].isspace() else " "
+
+
+def tokens_up_to(offsets: Sequence[tuple[int, int]], end: int) -> int:
+    """Number of leading tokens up to and including the one that holds character end - 1."""
+    return max((i + 1 for i, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
+
+
+# -- the end of an answer, and what stands before it ------------------------------------------------------------------
+
+
+class TurnEnd(NamedTuple):
+    """Where generation stops."""
+
+    ids: list[int]  # at any of these tokens
+    text: str | None = None  # or at this text, if the template closes a turn with something that is not one token
+    is_missing: bool = False  # the chat template closes an assistant turn with nothing
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None, eos: int | None, vocabulary: int) -> TurnEnd:
+    ids = [] if eos is None else [eos]
+    turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
+    try:
+        text = render(tokenizer, turns, {}, "") if template is not None else ""
+    except UserError:  # a template of another kind of conversation (images): eos is all there is
+        return TurnEnd(ids)
+    _, probe, closing = text.rpartition(PROBE)
+    if template is not None and not probe:
+        return TurnEnd(ids)  # likewise: it renders no content that is a text
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return TurnEnd(list(dict.fromkeys([*ids, token])))
+        if tokenizer.decode([token]).strip():  # text, although a special token may follow
+            return TurnEnd(ids, closing.strip())
+    return TurnEnd(ids, is_missing=template is not None)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+    """Where generation stops: at eos, and at what the template closes an assistant turn with.
+
+    That is another special token (Gemma's <end_of_turn>, Llama's <|eot_id|>), or a text if the tokenizer has no such
+    token.
+    """
+    return _turn_end(tokenizer, tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an assistant turn; generation stops at any of them. See `turn_end`."""
+    return turn_end(tokenizer).ids
+
+
+@functools.lru_cache(maxsize=8)
+def _openings(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+    """(text between the generation prompt and a content, text between a reasoning and a content); "" if not known."""
+    question: list[Message] = [{"role": "user", "content": PROBE[::-1]}]
+    try:
+        asked = render(tokenizer, question, {}, "", generation_prompt=True)
+        before = up_to_content(tokenizer, question, {}, "")
+        lead = before.removeprefix(asked) if before.startswith(asked) else ""
+        reasoned: Message = {"role": "assistant", "content": PROBE} | dict.fromkeys(REASONING_KEYS, PROBE.upper())
+        text = render(tokenizer, [*question, reasoned], {}, "")
+    except UserError:
+        return "", ""
+    between = text.rpartition(PROBE)[0].rpartition(PROBE.upper())
+    return lead.strip(), between[2].strip() if between[1] else ""
+
+
+def without_opening(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """The generated tokens of an answer without those that the template writes in front of its content.
+
+    They are generated after a plain generation prompt: an empty think block, a channel header, or a reasoning and
+    what closes it.
+    """
+    if tokenizer.chat_template is None:
+        return tokens
+    lead, close = _openings(tokenizer, str(tokenizer.chat_template))
+    text = tokenizer.decode(tokens)
+    if lead and text.lstrip().startswith(lead):
+        end = text.index(lead) + len(lead)
+    elif close and close in text:
+        end = text.rindex(close) + len(close)
+    else:
+        return tokens
+    count = bisect_left(range(len(tokens)), end, key=lambda i: len(tokenizer.decode(tokens[:i])))
+    return tokens[count:]
+
+
+# -- the form of a training run ---------------------------------------------------------------------------------------
+
+
+def starting_form(rows: Iterable[ParsedRow], tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """What the rows of a run have in common, before the template is looked at."""
+    formats: Counter[Literal["text", "messages"]] = Counter()
+    boundaries: Counter[tuple[bool, int]] = Counter()
+    begins: dict[tuple[str, tuple[bool, int]], str] = {}
+    systems: set[str | None] = set()
+    kwargs: list[dict[str, Any]] = []
+    for row in rows:
+        kind: Literal["text", "messages"] = "text" if isinstance(row.prompt, str) else "messages"
+        boundary = (False, 0)
+        if isinstance(row.prompt, str) and row.prompt[-1].isspace() and boundaries.total() < 1000:
+            boundary = (True, _joined_tokens(tokenizer, row.prompt, str(row.completion)))
+            boundaries[boundary] += 1
+        formats[kind] += 1
+        begins.setdefault((kind, boundary), _beginning(row.completion))
+        systems.add(_system_turn(row.prompt))
+        if not kwargs or row.render_kwargs != kwargs[-1]:
+            kwargs.append(row.render_kwargs)
+    chosen = formats.most_common(1)[0][0]
+    # Of prompts that end in white space, the most common kind of boundary decides; the others do not depend on it.
+    usual = boundaries.most_common(1)[0][0] if boundaries and chosen == "text" else (False, 0)
+    return PromptForm(
+        format=chosen,
+        ends="content",
+        answer_begins=begins[chosen, usual],
+        system=systems.pop() if len(systems) == 1 else None,
+        render_kwargs=kwargs[0] if len(kwargs) == 1 else {},
+    )
+
+
+def _joined_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> int:
+    """How many tokens at the end of the prompt change when the completion follows."""
+    alone = tokens_of(tokenizer, prompt, special=True)[0]
+    return len(alone) - len(tokens_before(tokenizer, prompt, completion, special=True))
+
+
+def _beginning(completion: str | list[Message]) -> str:
+    """White space and first word of a completion; templates trim contents, so of messages the word alone."""
+    text = completion if isinstance(completion, str) else str(completion[0]["content"]).lstrip()
+    return text[: len(text) - len(text.lstrip())] + text.split(maxsplit=1)[0][:20]
+
+
+def _system_turn(prompt: str | list[Message]) -> str | None:
+    """The text of a first system turn."""
+    if isinstance(prompt, str) or prompt[0].get("role") != "system":
+        return None
+    content = prompt[0].get("content")
+    return content if isinstance(content, str) else None
+
+
+def fitted(form: PromptForm, fits: Sequence[str]) -> tuple[PromptForm, int]:
+    """The form whose prompts start the most rows, and how many rows they do not start.
+
+    fits: `Views.prompt_fits` of each row. The generation prompt is preferred where both are equal, because other tools
+    ask it as well; else the content, because nothing but the answer is generated then.
+    """
+    counts = Counter(fits)
+    misses = {
+        "generation_prompt": counts["content"] + counts["neither"],
+        "content": counts["generation_prompt"] + counts["neither"],
+    }
+    only_equal = not misses["generation_prompt"] and not counts["both"]
+    if only_equal or misses["generation_prompt"] < misses["content"]:
+        return replace(form, ends="generation_prompt"), misses["generation_prompt"]
+    return form, misses["content"]
+
+
+def template_that_asks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> str | None:
+    """The chat template with a generation prompt that ends at the content of the answer, as `ends: content` asks.
+
+    It is saved with the model, so that tools which know only the template ask what was trained. None if the text in
+    front of the content is not the same after every prompt.
+    """
+    headers = set()
+    for index, prompt in enumerate(prompts):
+        turns, kwargs = split_prompt(prompt, f"row {index}")
+        if isinstance(turns, str):
+            return None
+        conversation = render(tokenizer, turns, kwargs, f"row {index}")
+        asked = up_to_content(tokenizer, turns, kwargs, f"row {index}")
+        headers.add(asked.removeprefix(conversation) if asked.startswith(conversation) else None)
+    (header, *others) = headers
+    if header is None or others:
+        return None
+    for character, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        header = header.replace(character, escaped)
+    return (
+        "{%- set asks_for_answer = add_generation_prompt is defined and add_generation_prompt -%}"
+        "{%- set add_generation_prompt = false -%}"
+        f"{tokenizer.chat_template}"
+        f'{{%- if asks_for_answer -%}}{{{{- "{header}" -}}}}{{%- endif -%}}'
+    )

@@ -212,8 +212,6 @@ def _answers(
         yield best
 
 
-
-
 def _sample(task: Task, question: Question, answer: Answer) -> Row:
     """A line of the samples file."""
     group, (_, wording) = question.group, question.key

@@ -56,11 +56,12 @@ def test_prompts_beyond_the_positions_are_counted(model, tokenizer):
 
 
 def test_a_prompt_with_its_choice_must_fit(model, tokenizer):
-    ids = [list(range(5, 5 + LIMIT - 1))]
-    (fits,) = choose_batches(model, tokenizer, ids, [["a"]], batch_size=2)
+    prompts = ["?" * (LIMIT - 1)]  # a token each
+    assert len(tokenizer(prompts[0])["input_ids"]) == LIMIT - 1
+    (fits,) = choose_batches(model, tokenizer, prompts, [["a"]], batch_size=2)
     assert fits[0].log_likelihoods[0] < 0
     with pytest.raises(UserError, match="1 of 2 prompts with a choice are longer"):
-        list(choose_batches(model, tokenizer, ids, [["a", "a b c"]], batch_size=2))
+        list(choose_batches(model, tokenizer, prompts, [["a", "a b c"]], batch_size=2))
 
 
 def test_a_token_without_a_row_is_one_line(tokenizer):
@@ -70,7 +71,7 @@ def test_a_token_without_a_row_is_one_line(tokenizer):
     with pytest.raises(UserError, match=said):
         generate(model, tokenizer, ["lines", "<call>"])
     with pytest.raises(UserError, match=said):
-        list(choose_batches(model, tokenizer, [[5, 6]], [["a", "<call>"]], batch_size=2))
+        list(choose_batches(model, tokenizer, ["lines"], [["a", "<call>"]], batch_size=2))
     assert generate(model, tokenizer, ["lines"], max_new_tokens=2)
 
 

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, LlamaConfig, set_seed
 
@@ -46,6 +45,7 @@ from llm_jepa.vl import (
     VLJEPATrainer,
     VLJEPATrainingArguments,
     YDecoder,
+    open_frames,
     train_y_decoder,
 )
 
@@ -71,7 +71,7 @@ def load_photos(data: Path) -> Photos:
     rows = [row for _, row in json_rows(folder / "captions.jsonl")]
     rows.sort(key=lambda row: row["file_name"])
     names = [row["file_name"] for row in rows]
-    images = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
+    images = [next(open_frames(folder / name)).image for name in names]
     return Photos(names, images, [row["captions"] for row in rows])
 
 

@@ -6,14 +6,12 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..core.errors import UserError
 from .frames import EARLY_S, Limits, RawFrame
-from .opening import IMAGE_SUFFIXES, Source, holds_image, is_animated, open_frames
+from .opening import Source, open_frames
 from .pixels import CodedFrame, to_rgb
 
 
@@ -78,17 +76,6 @@ def read_clip(
     if len(images) < len(set(chosen.tolist())):
         raise UserError(f"{frames.name}: changed while it was read. Read it again when it is complete.")
     return np.stack([images[int(index)] for index in chosen]), times[chosen]
-
-
-def is_image(source: Source) -> bool:
-    """Whether a source is one picture and not a film: by its name if it is a path, otherwise by its content."""
-    if isinstance(source, (str, Path)):
-        return Path(source).suffix.lower() in IMAGE_SUFFIXES
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return holds_image(source)
-    if isinstance(source, Image.Image):
-        return not is_animated(source)
-    return getattr(source, "ndim", 4) == 3
 
 
 def _times(raw_frames: Iterable[RawFrame], end_s: float) -> tuple[np.ndarray, float]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
+_PYAV = (17, 1)  # 16 and older read BT.709 and colours of full range as BT.601 of limited range; 17.0 crashes
 _MAX_DEMUX_FAILURES = 16  # a demuxer finds its way again within a few tries, or repeats the error without end
 _DEFAULT_RATE = 25  # frames a second of a raw stream that does not say; FFmpeg's
 # FFmpeg's own decoders of these two leave the transparency out.
@@ -46,6 +47,10 @@ def open_container(
         import av
     except ImportError as error:
         raise UserError('Reading video needs PyAV: pip install "llm-jepa[vl]"') from error
+    if tuple(int(number) for number in av.__version__.split(".")[:2]) < _PYAV:
+        raise UserError(
+            f'PyAV {av.__version__} reads the colours of films wrong: pip install "llm-jepa[vl]" updates it.'
+        )
     # More than the limit, because codecs round widths and heights up, to 64 and more.
     allocation = {"max_pixels": str(2 * reading.limits.max_pixels + 2**16)}
     timeout = reading.limits.max_decode_s if isinstance(file, str) else None

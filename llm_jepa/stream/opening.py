@@ -41,6 +41,7 @@ _NETWORK = "http,https,httpproxy,tls,tcp,udp,rtp,srtp,rtmp,rtmps,srt,crypto,data
 # Single sources, none of which reads a file. A chain of filters is refused, because `movie=` in it would read one.
 _LAVFI = re.compile(r"(testsrc2?|color|smpte(hd)?bars|rgbtestsrc|yuvtestsrc|gradients|mandelbrot)(=[\w=:./#-]*)?")
 _STILLS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_MAY_BE_ANIMATED = {".png", ".webp"}
 _ANIMATIONS = ("PNG", "WEBP", "GIF")  # of Pillow's formats, those whose pictures follow each other in time
 # Browsers, and FFmpeg for GIF, take a shorter duration for none, and show such a picture for 0.1 s.
 _SHORTEST_S, _NO_DURATION_S = 0.02, 0.1
@@ -265,13 +266,28 @@ def _open_image(source: Any, reading: Reading) -> Image.Image | None:
     return image
 
 
-def holds_image(content: bytes | bytearray | memoryview) -> bool:
-    """Whether the content of a file is one picture, neither animated nor a video."""
+def is_image(source: Source) -> bool:
+    """Whether a source is one picture and not a film: files by their content, but JPEG, BMP and TIFF by their name.
+
+    What cannot be opened counts as its name says; opening it says what is wrong.
+    """
+    content: str | Path | BytesIO
+    if isinstance(source, Image.Image):
+        return not is_animated(source)
+    if isinstance(source, (str, Path)):
+        suffix = Path(source).suffix.lower()
+        if suffix not in IMAGE_SUFFIXES or suffix not in _MAY_BE_ANIMATED:
+            return suffix in IMAGE_SUFFIXES
+        content, by_name = source, True
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        content, by_name = BytesIO(source), False
+    else:
+        return getattr(source, "ndim", 4) == 3
     try:
-        with Image.open(BytesIO(content), formats=_STILLS) as image:
+        with Image.open(content, formats=_STILLS) as image:
             return not is_animated(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return False  # opening it says what is wrong
+        return by_name
 
 
 def _open_bytes(reader: _Pipe, reading: Reading, head: bytes | None = None) -> Iterator[RawFrame]:

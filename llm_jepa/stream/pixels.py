@@ -8,7 +8,7 @@ A file says how its numbers become a picture. Each of these facts is used here a
 | shape of a pixel | not used, as viewers do | sample aspect ratio: the shorter side is stretched |
 | transparency | alpha, or a clear colour: on white | alpha: on white |
 | palette, CMYK, 16-bit grey | as 8-bit RGB | as 8-bit RGB |
-| matrix and range of colours | Pillow | PyAV 17 or newer; older ones read BT.709 as BT.601 |
+| matrix and range of colours | Pillow | PyAV, from the version on that `decoding` asks for |
 
 Colour profiles (ICC) and the curves of HDR are not applied.
 """

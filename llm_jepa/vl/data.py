@@ -27,8 +27,9 @@ from torch.utils.data import Dataset
 from ..core.errors import UserError
 from ..core.files import file_sha256, text_key
 from ..core.row_files import json_rows
-from ..stream.clips import is_image, read_clip
+from ..stream.clips import read_clip
 from ..stream.frames import Limits
+from ..stream.opening import is_image
 from ..stream.pixels import to_rgb
 from .features import FeatureCache
 from .processing import VLJEPAProcessor

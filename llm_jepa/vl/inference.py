@@ -21,7 +21,8 @@ from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError, first_line
-from ..stream.clips import is_image, read_clip
+from ..stream.clips import read_clip
+from ..stream.opening import is_image
 from .configuration import VLJEPAConfig
 from .modeling import VLJEPAModel
 from .processing import Frames, VLJEPAProcessor

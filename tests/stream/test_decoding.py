@@ -88,7 +88,7 @@ def with_cover(format: str, film: bool) -> bytes:
         cover = container.add_stream("mjpeg", rate=1)
         cover.width = cover.height = 64
         cover.pix_fmt = "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         if film:
             moving = container.add_stream("libx264", rate=8)
             moving.width = moving.height = 32

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from llm_jepa.core.errors import UserError
-from llm_jepa.stream import opening
+from llm_jepa.stream import decoding, opening
 from llm_jepa.stream.frames import Limits
 from llm_jepa.stream.opening import open_frames
 from tests.stream.movies import encoded, feed, finishes, good, grey, number_of, read, write
@@ -440,6 +440,16 @@ def test_a_decoder_gets_no_more_than_twice_the_limit(tmp_path):
     (tmp_path / "a.mp4").write_bytes(data)
     with pytest.raises(UserError, match="512x512 are over"):
         read(tmp_path / "a.mp4", limits=Limits(max_pixels=10_000))
+
+
+def test_a_pyav_that_reads_colours_wrong_is_refused(video, monkeypatch):
+    """The version that is asked for is the one that is installed with the package."""
+    for version in ("16.1.0", "17.0.1"):
+        monkeypatch.setattr(av, "__version__", version)
+        with pytest.raises(UserError, match=f"PyAV {version} reads the colours of films wrong"):
+            open_frames(video)
+    floor = ".".join(map(str, decoding._PYAV))
+    assert f'"av>={floor},' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
 def test_without_pyav_the_line_to_install_it(video, monkeypatch):

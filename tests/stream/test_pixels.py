@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from llm_jepa.core.errors import UserError
-from llm_jepa.stream.clips import is_image, read_clip
-from llm_jepa.stream.opening import open_frames
+from llm_jepa.stream.clips import read_clip
+from llm_jepa.stream.opening import is_image, open_frames
 from llm_jepa.stream.pixels import to_rgb
 
 RED, GREEN = (200, 60, 30), (10, 160, 80)
@@ -51,7 +51,7 @@ def by_every_door(content: bytes, folder: Path, suffix: str = ".png") -> np.ndar
     }
     for door, read in others.items():
         assert np.array_equal(read(), frame.image), door
-    assert is_image(content) and is_image(Image.open(path)) and is_image(frame.image)
+    assert all(is_image(source) for source in (path, content, Image.open(path), frame.image))
     return frame.image
 
 
@@ -196,4 +196,4 @@ def test_an_animated_picture_is_a_film_by_every_door(tmp_path, format):
         assert [int(frame.image[6, 0, 0]) for frame in got] == [0, 60, 120, 180]
         assert all((frame.image[:4] == 255).all() for frame in got)
         assert np.array_equal(read_clip(source, 1)[0][0], got[1].image)  # of 0.74 s, the middle is at 0.37 s
-    assert not is_image(content) and not is_image(Image.open(path))
+    assert not any(is_image(source) for source in (path, content, Image.open(path)))

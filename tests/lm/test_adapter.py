@@ -90,6 +90,27 @@ def test_the_lines_of_the_card_load_the_model_that_was_merged(tied, spare_rows, 
         assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("jepa_weight", [0.0, 1.0])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_a_token_that_the_base_lacks_are_in_the_adapter(tied, jepa_weight, tokenizer, folder):
+    """A token of the user's own: its new rows are nowhere else, in the embedding and in an untied head."""
+    base_model(tokenizer, tied=tied)
+    tokenizer.add_tokens(["<|mine|>"], special_tokens=True)
+    tokenizer.save_pretrained("base")
+    rows = Path("train.jsonl").read_text().replace("lines", "<|mine|> lines")
+    assert "<|mine|>" in rows, "nobody writes it: this would prove nothing"
+    Path("train.jsonl").write_text(rows)
+    train(jepa_weight=jepa_weight)
+    merged = AutoModelForCausalLM.from_pretrained("run").eval()
+    names: dict = {}
+    exec(lines_of_card("run/adapter"), names)
+    mine = names["tokenizer"].convert_tokens_to_ids("<|mine|>")
+    ids = torch.tensor([[*range(5, 40), mine]])
+    with torch.no_grad():
+        logits, expected = names["model"].eval()(ids).logits, merged(ids).logits
+    torch.testing.assert_close(logits[..., : mine + 1], expected[..., : mine + 1], rtol=FLOAT32, atol=FLOAT32)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_file_holds_the_adapter_and_the_trained_rows_only(tied, tokenizer):
     base_model(tokenizer, tied=tied)

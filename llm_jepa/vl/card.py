@@ -21,7 +21,7 @@ def write_vl_model_card(
     output_dir: str | Path, model: VLJEPAModel, args: VLJEPATrainingArguments, log_history: list[dict[str, Any]]
 ) -> Path:
     """Write README.md from the run's own configuration and log."""
-    bases = [source["name"] for source in model.config.revisions.values() if not Path(source["name"]).exists()]
+    bases = [source["name"] for source in model.config.revisions.values() if not _is_folder(source["name"])]
     defaults = {name: field.default for name, field in VLJEPATrainingArguments.__dataclass_fields__.items()}
     own = {
         name: getattr(args, name)
@@ -52,8 +52,7 @@ def _part(model: VLJEPAModel, name: str) -> dict[str, Any]:
     revision = model.config.revisions.get(name)
     source = "random weights"
     if revision is not None:
-        path = Path(revision["name"])
-        source = path.name if path.exists() else revision["name"]
+        source = Path(revision["name"]).name if _is_folder(revision["name"]) else revision["name"]
         if revision.get("revision"):
             source += f" @ {revision['revision'][:12]}"
     return {
@@ -62,3 +61,8 @@ def _part(model: VLJEPAModel, name: str) -> dict[str, Any]:
         "source": source,
         "weights": sum(weight.numel() for weight in getattr(model, name).parameters()),
     }
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a part came from a folder, of this machine or of the one that trained an earlier stage."""
+    return Path(name).exists() or Path(name).is_absolute()

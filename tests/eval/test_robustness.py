@@ -369,11 +369,13 @@ def test_the_command_names_the_file_that_it_leaves(command, tmp_path):
     assert "partial" not in output and "tmp." not in output
 
 
-@pytest.mark.parametrize("wrong", ["a folder", "its tokenizer", "its card"])
+@pytest.mark.parametrize("wrong", ["a folder", "its config", "its tokenizer", "its card"])
 def test_a_model_that_cannot_be_used_is_found_before_another_is_scored(wrong, command, folder, tmp_path):
     second = tmp_path / "second"
     if wrong != "a folder":
         shutil.copytree(folder / "b", second)
+    if wrong == "its config":
+        (second / "config.json").write_text('{"model_type": "vit"}')
     if wrong == "its tokenizer":
         (second / "tokenizer.json").write_text("{}")
     if wrong == "its card":

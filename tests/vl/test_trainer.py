@@ -503,3 +503,17 @@ def test_arguments_the_trainer_would_ignore_are_refused(tmp_path):
             VLJEPATrainer(model, arguments(tmp_path), dataset, processor=processor, **{name: lambda *a: None})
     with pytest.raises(UserError, match="needs the processor"):
         VLJEPATrainer(model, arguments(tmp_path), dataset)
+
+
+def test_the_card_names_parts_of_the_hub_and_of_a_folder_only_its_last_name(tmp_path):
+    """Also of a folder of another machine, where an earlier stage was trained."""
+    trainer = make(tmp_path / "run")
+    trainer.base_model.config.revisions = {
+        "x_encoder": {"name": "some/encoder", "revision": None},
+        "predictor": {"name": str(tmp_path), "revision": None},
+        "y_encoder": {"name": "/home/somebody/texts", "revision": None},
+    }
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "base_model:\n- some/encoder\n" in text and "| texts |" in text and f"| {tmp_path.name} |" in text
+    assert "/home/somebody" not in text and str(tmp_path) not in text

@@ -136,10 +136,12 @@ def encode(
 def asked_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, form: PromptForm, where: str) -> list[int]:
     """Token ids of one prompt; see `encode`."""
     text, is_plain = asked_text(tokenizer, prompt, form, where)
-    if not form.answer_begins:
-        ids = list(tokenizer(text, add_special_tokens=is_plain)["input_ids"])
+    # What follows a generation prompt may be a reasoning, so it is tokenized alone, as other tools do.
+    follows = form.answer_begins if is_plain or form.ends == "content" else ""
+    if follows:
+        ids = tokens_before(tokenizer, text, follows, special=is_plain)
     else:
-        ids = tokens_before(tokenizer, text, form.answer_begins, special=is_plain)
+        ids = list(tokenizer(text, add_special_tokens=is_plain)["input_ids"])
     if not ids:
         raise UserError(f"{where} is empty.")
     return ids

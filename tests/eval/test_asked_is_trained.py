@@ -15,6 +15,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from eval import robustness
 from eval.run import evaluate_model
 from eval.tasks import TASKS
 from llm_jepa import UserError, cli
@@ -155,6 +156,10 @@ def test_what_a_row_brings_travels_with_the_question(name, tokenizer, tmp_path, 
     capsys.readouterr()
     assert cli.main(["generate", str(model), "--prompt", question(2, "plain")]) == 0
     assert capsys.readouterr().out == f"{question(2, 'plain')!r} -> 'red'\n"
+    options = ["--data", str(tmp_path / "written.jsonl"), "--task", "groups", "--embeddings"]
+    assert robustness.main(["--models", f"it={model}", *options, "--out", str(tmp_path / "report")]) == 0
+    figures = json.loads((tmp_path / "report/results.json").read_text())["models"]["it"]["metrics"]
+    assert figures["accuracy"]["estimate"] == figures["worst_of_k"]["estimate"] == 1.0
 
 
 def test_a_reasoning_is_generated_and_not_graded(tokenizer, tmp_path):

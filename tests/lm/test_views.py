@@ -30,7 +30,7 @@ from llm_jepa.core.errors import UserError
 from llm_jepa.core.tokenizer import BOS
 from llm_jepa.lm.from_scratch import train_tokenizer
 from llm_jepa.lm.prompts import end_of_turn_ids
-from llm_jepa.lm.rows import parse_row
+from llm_jepa.lm.rows import parse_row, stand_in_answer
 from llm_jepa.lm.views import IGNORE, build_views
 from tests.conftest import tiny_model
 
@@ -705,6 +705,19 @@ def test_plain_views_are_the_two_strings(add_bos):
 
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_a_prompt_without_a_completion_is_embedded_whole(add_bos):
+    """The stand-in "x" would merge with the end of "the quick fo" into one token, which is not in the context."""
+    tokenizer = plain_tokenizer(add_bos)
+    merged = {"prompt": "the quick fo", "completion": "x"}
+    alone = tokenizer("the quick fo")["input_ids"]
+    assert build_views(merged, tokenizer).contexts[0] != alone, "nothing merges: this would prove nothing"
+    for row in ({"prompt": "the quick fo"}, {"text": "the quick fo"}, {"prompt": "the quick fo", "completion": None}):
+        has_answer, filled = stand_in_answer(row, tokenizer.eos_token)
+        assert not has_answer and build_views(filled, tokenizer).contexts[0] == alone
+    assert stand_in_answer(merged, tokenizer.eos_token) == (True, merged)
 
 
 def test_messages_without_a_template_say_what_to_set():

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from eval.run import main as eval_main
 from llm_jepa import LLMJEPATrainer, UserError
 from llm_jepa.cli import main
-from llm_jepa.lm import choose_batches, encode, generate, model_from, train_tokenizer
+from llm_jepa.lm import choose_batches, generate, model_from, train_tokenizer
 from tests.conftest import config, tiny_model
 
 RECIPE = {
@@ -145,7 +145,7 @@ def api_trainer(setup: Setup, **options) -> None:
 def api_choices(setup: Setup) -> None:
     model, tokenizer = load()
     prompts = prompts_of(setup)
-    list(choose_batches(model, tokenizer, encode(tokenizer, prompts), [["a", "b"]] * len(prompts), batch_size=4))
+    list(choose_batches(model, tokenizer, prompts, [["a", "b"]] * len(prompts), batch_size=4))
 
 
 def api_generate(setup: Setup) -> None:

@@ -208,8 +208,8 @@ def test_plain_prompts_are_asked_with_the_boundary_that_training_saw(spaces, tok
 
 def test_a_boundary_that_depends_on_the_answer_is_said_before_training_and_when_asked(tokenizer, tmp_path, caplog):
     """The tokenizer has " r" and no " 7": no prompt is the start of both rows."""
-    rows = [{"prompt": "the dog: ", "completion": "red"}, {"prompt": "the word: ", "completion": "red"},
-            {"prompt": "the digit: ", "completion": "7"}]  # fmt: skip
+    rows = [{"prompt": "the digit: ", "completion": "7"}, {"prompt": "the dog: ", "completion": "red"},
+            {"prompt": "the word: ", "completion": "red"}]  # fmt: skip
     model = memorise(rows, tokenizer, tmp_path)
     assert "1 of 3 train rows do not begin with the prompt that will be asked" in caplog.text
     assert "2 of 3 train rows: the prompt ends in white space that is a part of" in caplog.text

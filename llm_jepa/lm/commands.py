@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 
@@ -167,6 +167,7 @@ def embed(options: argparse.Namespace) -> None:
     from .limits import check_tokens, check_views
     from .predictor_tokens import predictor_token_ids
     from .probe import choose_layout
+    from .prompts import form_of
     from .reading import embed_pairs
     from .rows import stand_in_answer
     from .sources import read_rows
@@ -183,9 +184,10 @@ def embed(options: argparse.Namespace) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # no state sees the padding
+    form = form_of(model.config)
     views, unanswered = [], 0
     for index, row in enumerate(rows):
-        has_answer, row = stand_in_answer(row, tokenizer.eos_token)
+        has_answer, row = stand_in_answer(_with_prompt(row, tokenizer, form), tokenizer.eos_token)
         unanswered += not has_answer
         views.append(add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"]))
     check_views(model.config, views, "rows", len(predictors), "shorten them to {room} tokens, or leave them out")
@@ -240,20 +242,37 @@ def _prompts_of_options(
     A model that was not trained here gets messages if its tokenizer has a chat template, else text. A system turn,
     tools and template arguments that all training rows shared go with each prompt; --system replaces that turn.
     """
-    is_text = tokenizer.chat_template is None if form.format is None else form.format == "text"
-    if is_text:
+    if _is_asked_as_text(tokenizer, form):
         if options.system:
             raise UserError("--system needs a model that was trained on messages; put it into --prompt.")
         return list(options.prompt)
     text = form.system if options.system is None else options.system
-    system = [{"role": "system", "content": text}] if text else []
     if options.system is None and text:
         print(f"Note: every training row had this system turn, so it goes with --prompt: {text!r}", file=sys.stderr)
     prompts: list[Prompt] = []
     for prompt in options.prompt:
-        turns = [*system, {"role": "user", "content": prompt}]
+        turns = _conversation(text, prompt)
         prompts.append({"prompt": turns, "chat_template_kwargs": form.render_kwargs} if form.render_kwargs else turns)
     return prompts
+
+
+def _is_asked_as_text(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
+    return tokenizer.chat_template is None if form.format is None else form.format == "text"
+
+
+def _conversation(system: str | None, question: str) -> list[dict[str, str]]:
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": question}]
+
+
+def _with_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> dict[str, Any]:
+    """A row {"text"} as a prompt in the format of the training rows, like a --prompt; other rows as they are."""
+    text = row.get("text")
+    if not isinstance(text, str) or row.get("prompt") or row.get("messages"):
+        return row
+    if _is_asked_as_text(tokenizer, form):
+        return {**row, "prompt": text}
+    return {"chat_template_kwargs": form.render_kwargs, **row, "prompt": _conversation(form.system, text)}
 
 
 def _prompts_of_rows(rows: Dataset) -> list[Prompt]:

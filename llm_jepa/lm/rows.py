@@ -59,17 +59,17 @@ def stand_in_answer(row: dict[str, Any], eos: str | None) -> tuple[bool, dict[st
     """(whether the row has a completion, the row with a stand-in if not), to embed the prompt alone.
 
     The context view does not see the completion. In a plain text, the stand-in begins with the eos token, so that it
-    shares no token with the prompt. A row {"text"} is a prompt.
+    shares no token with the prompt.
     """
     messages, completion = row.get("messages"), row.get("completion")
     stand_in = {"role": "assistant", "content": "x"}
     if messages:
         is_answered = not _are_turns(messages) or messages[-1].get("role") == "assistant"
         return is_answered, row if is_answered else {**row, "messages": [*messages, stand_in]}
-    prompt = row.get("prompt") or row.get("text")
+    prompt = row.get("prompt")
     if not prompt or completion not in (None, "", []):
         return True, row
-    return False, {**row, "prompt": prompt, "completion": f"{eos or ' '}x" if isinstance(prompt, str) else [stand_in]}
+    return False, {**row, "completion": f"{eos or ' '}x" if isinstance(prompt, str) else [stand_in]}
 
 
 def _sides(row: dict[str, Any], where: str) -> tuple[Any, Any]:

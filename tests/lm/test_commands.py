@@ -130,7 +130,7 @@ def test_embed_of_prompts_alone_is_the_context_of_whole_rows(trained, tmp_path, 
         ("messages", whole, [{"messages": row["prompt"]} for row in whole]),
         ("some", whole, [{"prompt": whole[0]["prompt"]}, *whole[1:]]),
         ("prompt", texts, [{"prompt": row["prompt"]} for row in texts]),
-        ("text", texts, [{"text": row["prompt"]} for row in texts]),
+        ("text", whole, [{"text": row["prompt"][-1]["content"]} for row in whole]),  # as the model was trained
     ]:
         saved = []
         for kind, written in (("whole", pairs), ("alone", alone)):

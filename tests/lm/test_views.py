@@ -714,7 +714,7 @@ def test_a_prompt_without_a_completion_is_embedded_whole(add_bos):
     merged = {"prompt": "the quick fo", "completion": "x"}
     alone = tokenizer("the quick fo")["input_ids"]
     assert build_views(merged, tokenizer).contexts[0] != alone, "nothing merges: this would prove nothing"
-    for row in ({"prompt": "the quick fo"}, {"text": "the quick fo"}, {"prompt": "the quick fo", "completion": None}):
+    for row in ({"prompt": "the quick fo"}, {"prompt": "the quick fo", "completion": None}):
         has_answer, filled = stand_in_answer(row, tokenizer.eos_token)
         assert not has_answer and build_views(filled, tokenizer).contexts[0] == alone
     assert stand_in_answer(merged, tokenizer.eos_token) == (True, merged)

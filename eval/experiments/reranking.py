@@ -107,19 +107,32 @@ def _batches(views: Sequence[dict[str, Any]] | Dataset, size: int) -> Iterator[l
 
 
 def contrastive_head(
-    predicted: Tensor, target: Tensor, target_key: Tensor, *, dim: int = 64, steps: int = 500, seed: int = 0
+    predicted: Tensor,
+    target: Tensor,
+    target_key: Tensor,
+    *,
+    context_key: Tensor | None = None,
+    dim: int = 64,
+    steps: int = 500,
+    seed: int = 0,
 ) -> Similarity:
-    """Train one linear map for each side with InfoNCE (temperature 0.07) on frozen states [N, D] of pairs."""
+    """Train one linear map for each side with InfoNCE (temperature 0.07) on frozen states [N, D] of pairs.
+
+    target_key, context_key: [N] ints, see `info_nce`. A batch draws with replacement, so it may hold a pair twice;
+    without `context_key` every pair of the N has a context of its own.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sides = torch.nn.ModuleList(torch.nn.Linear(predicted.shape[1], dim) for _ in range(2)).to(predicted.device)
     optimizer = torch.optim.AdamW(sides.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    target_key = target_key.to(predicted.device)
+    contexts = torch.arange(len(predicted)) if context_key is None else context_key
+    target_key, contexts = target_key.to(predicted.device), contexts.to(predicted.device)
     for _ in range(steps):
         batch = torch.randint(len(predicted), (128,), generator=generator).to(predicted.device)
-        loss = info_nce(sides[0](predicted[batch]), sides[1](target[batch]), target_key=target_key[batch]).mean()
+        z, s = sides[0](predicted[batch]), sides[1](target[batch])
+        loss = info_nce(z, s, target_key=target_key[batch], context_key=contexts[batch]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

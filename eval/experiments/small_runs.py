@@ -101,7 +101,7 @@ def refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
 def with_targets_of(rows: Dataset, source: Sequence[int]) -> Dataset:
     """The same rows, but row i gets the target of row source[i]. The LM rows, and so the LM loss, stay unchanged."""
     others = rows.select(source)
-    for name in ("targets", "target_key"):
+    for name in ("targets", "target_key", "target_text_keys"):
         column = others[name][:]
         rows = rows.remove_columns(name).add_column(name, column)
     return rows

@@ -182,14 +182,18 @@ def make_folds(num_photos: int, seed: int) -> tuple[list[int], list[list[int]]]:
 
 
 def retrieval_ranks(model: VLJEPA, predicted: Tensor, captions: Sequence[Sequence[str]]) -> list[int]:
-    """For each caption: the rank of its own photo among the photos. 0 is the best. predicted: [photos, D]."""
+    """For each caption: the rank of the first photo that has it. 0 is the best. predicted: [photos, D]."""
     texts: list[str] = []
-    owners: list[int] = []
+    owners: dict[str, set[int]] = {}  # text -> the photos that it describes
     for photo, of_photo in enumerate(captions):
         texts += of_photo
-        owners += [photo] * len(of_photo)
+        for text in of_photo:
+            owners.setdefault(text.strip(), set()).add(photo)
     ranked = (model.embed_texts(texts) @ predicted.T).argsort(dim=1, descending=True).tolist()
-    return [row.index(owner) for row, owner in zip(ranked, owners, strict=True)]
+    ranks = []
+    for text, row in zip(texts, ranked, strict=True):
+        ranks.append(min(row.index(photo) for photo in owners[text.strip()]))
+    return ranks
 
 
 def cross_validate(

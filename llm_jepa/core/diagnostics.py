@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Keys = Tensor | tuple[Tensor, ...]  # [N] ints each; equal things have an equal key, see `losses.info_nce`
+
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
@@ -45,17 +47,26 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     return torch.exp(-(p * p.clamp_min(1e-12).log()).sum())
 
 
-def recall_at_1(predicted: Tensor, target: Tensor, target_key: Tensor | None = None) -> Tensor:
-    """Share of predictions whose nearest target (centred cosine) is their own, or one with an equal key. Scalar."""
+def recall_at_1(
+    predicted: Tensor, target: Tensor, target_key: Keys | None = None, context_key: Keys | None = None
+) -> Tensor:
+    """Share of predictions whose nearest target (centred cosine) is a right answer to their context. Scalar.
+
+    Right are the pair's own target, and those that belong to an equal context in another pair, by the keys.
+    """
     similarity = _centred(predicted) @ _centred(target).T  # [N, N]
-    nearest = similarity.argmax(dim=1)
-    own = torch.arange(len(nearest), device=nearest.device)
-    hit = nearest == own if target_key is None else target_key[nearest] == target_key
+    nearest = similarity.argmax(dim=1, keepdim=True)  # [N, 1]
+    hit = _right_answers(predicted, target_key, context_key).gather(1, nearest)
     return hit.float().mean()
 
 
 def linear_r2(
-    predicted: Tensor, target: Tensor, target_key: Tensor | None = None, *, train_share: float = 0.5
+    predicted: Tensor,
+    target: Tensor,
+    target_key: Keys | None = None,
+    context_key: Keys | None = None,
+    *,
+    train_share: float = 0.5,
 ) -> Tensor:
     """R^2 of a linear map from predictions to targets [N, D], fitted on the first pairs, scored on the rest. Scalar.
 
@@ -69,8 +80,8 @@ def linear_r2(
     one singular value decomposition, in float64.
 
     Args:
-        target_key: [N] ints, equal for equal targets. Scored pairs whose target was fitted are left out: a map could
-            have learnt it by heart.
+        target_key, context_key: [N] ints or several, see `losses.info_nce`. Scored pairs whose target or context was
+            fitted are left out: a map could have learnt them by heart.
         train_share: share of the pairs to fit on, rounded down. The order of the pairs must say nothing.
 
     NaN for non-finite embeddings and if no pair is left to score; 0 if the scored targets do not vary.
@@ -86,7 +97,7 @@ def linear_r2(
     z, s = predicted.detach().cpu().double(), target.detach().cpu().double()  # on the CPU: MPS has no float64
     if not (z.isfinite().all() and s.isfinite().all()):
         return nothing
-    unseen = _unseen(target_key, fit, len(z))
+    unseen = _unseen(fit, len(z), target_key, context_key)
     if not unseen.any():
         return nothing
     new = s[fit:][unseen]
@@ -110,36 +121,39 @@ def linear_r2(
     return r2.float().to(predicted.device)
 
 
-def space_diagnostics(predicted: Tensor, target: Tensor, target_key: Tensor | None = None) -> dict[str, float]:
-    """Geometry of N pairs of embeddings [N, D].
+def space_diagnostics(
+    predicted: Tensor, target: Tensor, target_key: Keys | None = None, context_key: Keys | None = None
+) -> dict[str, float]:
+    """Geometry of N pairs of embeddings [N, D], with keys as in `linear_r2`.
 
-    cosine_matched, cosine_mismatched: mean centred cosine of right and of wrong pairs (equal keys are not "wrong").
+    cosine_matched, cosine_mismatched: mean centred cosine of the N pairs, and of contexts with wrong targets. A right
+        answer of another pair is neither.
     raw_cosine_matched, raw_cosine_mismatched: the same without centring; both near 1 is the signature of collapse.
     recall_at_1: see `recall_at_1`; chance is 1 / N.
     effective_rank_predicted, effective_rank_target: see `effective_rank`.
-    linear_r2: see `linear_r2`. Left out for fewer than four pairs, and if no target is new in the second half.
+    linear_r2: see `linear_r2`. Left out for fewer than four pairs, and if no pair is new in the second half.
 
     Raises ValueError for fewer than two pairs: there is no wrong pair to compare with.
     """
     if len(predicted) < 2:
         raise ValueError(f"{len(predicted)} pair(s): the diagnostics compare right with wrong pairs and need two.")
     predicted, target = predicted.float(), target.float()
-    right = torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
-    same = right if target_key is None else target_key[:, None] == target_key[None, :]
+    own = torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
+    right = _right_answers(predicted, target_key, context_key)
     figures = {}
     for name, z, s in (
         ("", _centred(predicted), _centred(target)),
         ("raw_", F.normalize(predicted, dim=-1), F.normalize(target, dim=-1)),
     ):
         cosine = z @ s.T  # [N, N]
-        figures[f"{name}cosine_matched"] = cosine[right].mean()
+        figures[f"{name}cosine_matched"] = cosine[own].mean()
         # all targets equal: no wrong pair exists
-        figures[f"{name}cosine_mismatched"] = cosine[~same].mean() if (~same).any() else cosine.new_tensor(0.0)
-    figures["recall_at_1"] = recall_at_1(predicted, target, target_key)
+        figures[f"{name}cosine_mismatched"] = cosine[~right].mean() if (~right).any() else cosine.new_tensor(0.0)
+    figures["recall_at_1"] = recall_at_1(predicted, target, target_key, context_key)
     figures["effective_rank_predicted"] = effective_rank(predicted)
     figures["effective_rank_target"] = effective_rank(target)
-    if len(predicted) >= 4 and _unseen(target_key, len(predicted) // 2, len(predicted)).any():
-        figures["linear_r2"] = linear_r2(predicted, target, target_key)
+    if len(predicted) >= 4 and _unseen(len(predicted) // 2, len(predicted), target_key, context_key).any():
+        figures["linear_r2"] = linear_r2(predicted, target, target_key, context_key)
     return {key: float(value) for key, value in figures.items()}
 
 
@@ -162,11 +176,31 @@ def has_collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
     return to_a_point or to_a_line
 
 
-def _unseen(target_key: Tensor | None, fit: int, count: int) -> Tensor:
-    """[count - fit] bools, on the CPU: which pairs after the first `fit` have a target that those do not have."""
-    if target_key is None:
-        return torch.ones(count - fit, dtype=torch.bool)
-    return ~torch.isin(target_key[fit:], target_key[:fit]).cpu()
+def _unseen(fit: int, count: int, target_key: Keys | None, context_key: Keys | None) -> Tensor:
+    """[count - fit] bools, on the CPU: which pairs after the first `fit` have keys that none of those has."""
+    unseen = torch.ones(count - fit, dtype=torch.bool)
+    for key in (*_as_tuple(target_key), *_as_tuple(context_key)):
+        unseen &= ~torch.isin(key[fit:], key[:fit]).cpu()
+    return unseen
+
+
+def _right_answers(pairs: Tensor, target_key: Keys | None, context_key: Keys | None) -> Tensor:
+    """[N, N] bools, as `losses.right_answers`: whether some pair has a context equal to i and a target equal to j."""
+    return _equal(pairs, context_key) @ _equal(pairs, target_key) > 0
+
+
+def _equal(pairs: Tensor, keys: Keys | None) -> Tensor:
+    """[N, N] of 1 and 0: whether two pairs have an equal key, or are the same pair."""
+    equal = torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
+    for key in _as_tuple(keys):
+        equal |= key[:, None] == key[None, :]
+    return equal.float()
+
+
+def _as_tuple(keys: Keys | None) -> tuple[Tensor, ...]:
+    if keys is None:
+        return ()
+    return (keys,) if isinstance(keys, Tensor) else keys
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ Everything is computed in float32 at least: near 1, a bfloat16 cosine is off by 
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Keys = Tensor | tuple[Tensor, ...]  # [B] ints each; equal things have an equal key
 
 
 def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine") -> Tensor:
@@ -55,7 +58,8 @@ def info_nce(
     target: Tensor,
     *,
     temperature: float | Tensor = 0.07,
-    target_key: Tensor | None = None,
+    target_key: Keys | None = None,
+    context_key: Keys | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE, [B]: row i of `predicted` must pick row i of `target`, and back. In nats; ln(B) at chance.
 
@@ -68,8 +72,10 @@ def info_nce(
             accumulation does not enlarge it.
         temperature: > 0, a number or a scalar tensor that is learnt. Smaller is sharper; 0.07 is CLIP's starting value
             and the reference code's.
-        target_key: [B] ints, equal for equal targets. Two rows with the same target are both positives of each
-            other, and the loss is that of picking *any* of them.
+        target_key: [B] ints, equal for equal targets; None: all differ. Or a tuple of such keys: targets are equal if
+            one of the keys is.
+        context_key: the same for contexts, that is, for what the predictions were made from. Every right answer to a
+            context is a positive of it (`right_answers`), and the loss is that of picking *any* of them.
 
     Raises ValueError if shapes differ or temperature <= 0.
     """
@@ -80,16 +86,53 @@ def info_nce(
     s = F.normalize(at_least_float32(target), dim=-1, eps=1e-6)
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ s.T / temperature  # [B, B]
-    if target_key is None:
-        positive = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    else:
-        if target_key.shape != (len(z),):
-            raise ValueError(f"target_key {tuple(target_key.shape)} must hold one key per pair, [{len(z)}].")
-        positive = target_key[:, None] == target_key[None, :]
+    positive = right_answers(z, target_key, context_key)  # [B, B]
     joint = logits.masked_fill(~positive, -torch.inf)
     forward = logits.logsumexp(dim=1) - joint.logsumexp(dim=1)
     backward = logits.logsumexp(dim=0) - joint.logsumexp(dim=0)
     return (forward + backward) / 2
+
+
+def right_answers(pairs: Tensor, target_key: Keys | None = None, context_key: Keys | None = None) -> Tensor:
+    """[B, B] bools: whether target j is a right answer to context i, because some pair has an equal context and target.
+
+    A question may have two answers, and an answer may belong to two questions. So this asks for texts, not for rows.
+
+    Args:
+        pairs: [B, ...]. Only its length and its device matter.
+        target_key, context_key: see `info_nce`.
+
+    Raises ValueError unless every key is [B].
+    """
+    sides = []
+    for name, keys in (("target_key", target_key), ("context_key", context_key)):
+        columns = keys_as_tuple(keys)
+        for key in columns:
+            if key.shape != pairs.shape[:1]:
+                raise ValueError(f"{name} {tuple(key.shape)} must hold one key per pair, [{len(pairs)}].")
+        # Without keys every pair differs from every other: its number is its key.
+        numbers = torch.arange(len(pairs), device=pairs.device)
+        sides.append([_first_places(key) for key in columns] or [numbers])
+    right = torch.zeros(len(pairs), len(pairs), dtype=torch.bool, device=pairs.device)
+    targets, contexts = sides
+    for context, target in itertools.product(contexts, targets):  # [B] each
+        known = torch.zeros_like(right)
+        known[context, target] = True
+        right |= known[context][:, target]
+    return right
+
+
+def keys_as_tuple(keys: Keys | None) -> tuple[Tensor, ...]:
+    """No key, one key, or several, as a tuple of them."""
+    if keys is None:
+        return ()
+    return (keys,) if isinstance(keys, Tensor) else tuple(keys)
+
+
+def _first_places(key: Tensor) -> Tensor:
+    """[B] keys -> [B] numbers below B, equal for equal keys. Unlike `unique`, it never waits for the device."""
+    key = key.contiguous()
+    return torch.searchsorted(key.sort().values, key)
 
 
 def jepa_loss(
@@ -98,11 +141,12 @@ def jepa_loss(
     *,
     objective: str,
     temperature: float | Tensor = 0.07,
-    target_key: Tensor | None = None,
+    target_key: Keys | None = None,
+    context_key: Keys | None = None,
 ) -> Tensor:
-    """The objective that a recipe names, [B]: one value per pair. `temperature` and `target_key` are for `info_nce`."""
+    """The objective that a recipe names, [B]: one value per pair. `temperature` and the keys are for `info_nce`."""
     if objective == "info_nce":
-        return info_nce(predicted, target, temperature=temperature, target_key=target_key)
+        return info_nce(predicted, target, temperature=temperature, target_key=target_key, context_key=context_key)
     return jepa_distance(predicted, target, kind=objective)
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .distributed import gather_with_grad
-from .losses import jepa_loss, random_slices, sigreg, vicreg
+from .losses import Keys, jepa_loss, keys_as_tuple, random_slices, sigreg, vicreg
 
 SLICES = 256  # of sigreg, new ones every step: algorithm 1 of arXiv:2511.08544
+
+
+class PairKeys(NamedTuple):
+    """What makes two of P pairs equal, on whatever rank: see `losses.info_nce`."""
+
+    target: Keys
+    context: Keys
 
 
 def compare_pairs(
     predicted: Tensor,
     target: Tensor,
-    target_key: Tensor,
+    target_key: Keys,
     *,
+    context_key: Keys | None = None,
     objective: str,
     temperature: float | Tensor = 0.07,
     regularizer: str | None = None,
@@ -31,7 +41,7 @@ def compare_pairs(
     pairs of all ranks, and multiplies by the number of ranks if gradients are averaged over ranks (see `distributed`).
 
     Args:
-        target_key: [P] ints, equal for equal targets, on whatever rank.
+        target_key, context_key: [P] ints or several, see `losses.info_nce`. Equal on all ranks for equal texts.
         regularizer: None, "vicreg" or "sigreg": the mean over both sides, added to every pair.
         both_sides: regularize the targets too. False if they have no gradient, since their spread cannot change then.
         seed, step: seed the random slices of sigreg; equal on all ranks.
@@ -40,8 +50,15 @@ def compare_pairs(
     if objective == "info_nce" or regularizer is not None:
         predicted, own = gather_with_grad(predicted)  # [P of all ranks, D]
         target, _ = gather_with_grad(target)
-        target_key, _ = gather_with_grad(target_key)
-    loss = jepa_loss(predicted, target, objective=objective, temperature=temperature, target_key=target_key)
+        target_key, context_key = _gathered(target_key, context_key)
+    loss = jepa_loss(
+        predicted,
+        target,
+        objective=objective,
+        temperature=temperature,
+        target_key=target_key,
+        context_key=context_key,
+    )
     if regularizer is not None and len(predicted) > 1:  # a single pair, at the end of an epoch, has no spread
         sides = [predicted, target] if both_sides else [predicted]
         if regularizer == "sigreg":
@@ -51,3 +68,11 @@ def compare_pairs(
             terms = [vicreg(side) for side in sides]
         loss = loss + regularizer_weight * torch.stack(terms).mean()
     return loss[own]
+
+
+def _gathered(target_key: Keys, context_key: Keys | None) -> tuple[Keys, Keys | None]:
+    """The keys of the pairs of all ranks, in one collective call."""
+    targets, contexts = keys_as_tuple(target_key), keys_as_tuple(context_key)
+    columns, _ = gather_with_grad(torch.stack([*targets, *contexts], dim=1))  # [P of all ranks, K]
+    keys = columns.unbind(dim=1)
+    return keys[: len(targets)], keys[len(targets) :] or None

@@ -40,6 +40,7 @@ from . import checkpoint
 from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
+from .pairs import PairKeys
 from .sums import NamedSums
 from .tokenizer import forget_local_keys
 
@@ -207,8 +208,8 @@ class JEPATrainer(SafeTrainer):
         """The sums of all ranks since the last training log -> figures for the log."""
         raise NotImplementedError
 
-    def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`predicted`, `target` [P, D] and `target_key` [P] of a few validation pairs; None if there are none."""
+    def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, PairKeys] | None:
+        """`predicted`, `target` [P, D] and the keys [P] of a few validation pairs; None if there are none."""
         raise NotImplementedError
 
     def collapse_advice(self) -> str:
@@ -298,9 +299,10 @@ class JEPATrainer(SafeTrainer):
     def measure_space(self, dataset: Any = None) -> dict[str, float]:
         """`space_diagnostics` of the bank, {} without one. Every rank embeds all of it."""
         bank = self.embed_bank(self.eval_dataset if dataset is None else dataset)
-        if bank is None or len(bank[2]) < 2:
+        if bank is None or len(bank[0]) < 2:
             return {}
-        return space_diagnostics(*bank)
+        predicted, target, keys = bank
+        return space_diagnostics(predicted, target, keys.target, keys.context)
 
     def _warn_if_collapsed(self, now: dict[str, float]) -> None:
         """Warn once, at the second evaluation in a row that looks collapsed compared with the start of the run."""

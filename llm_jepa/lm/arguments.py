@@ -380,9 +380,17 @@ def _check_negatives(args: LLMJEPAConfig, train: Dataset, pairs: int) -> None:
             "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
             "or more, negatives: optimizer_step, or objective: cosine."
         )
-    key = "context_key" if args.direction == "reverse" else "target_key"
-    distinct = len(set(train[key]))
-    if distinct < min(pairs, len(train)):
+    contexts, targets = "context_key", "target_key"
+    if args.direction == "reverse":
+        contexts, targets = targets, contexts
+    if len(train) > 1 and len(set(train[contexts])) == 1:
+        raise UserError(
+            "objective: info_nce has no negatives, because every training row has the same "
+            f"{'completion' if args.direction == 'reverse' else 'prompt'}, to which all targets are right answers; use "
+            "objective: cosine with a regularizer."
+        )
+    distinct = len(set(train[targets]))
+    if distinct < min(pairs, len(train) // 2):  # a few equal rows of a small file are positives of each other
         raise UserError(
             f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
             f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."

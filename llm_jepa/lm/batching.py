@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.pairs import PairKeys
 from .views import IGNORE, common_length
 
 PAD, NO_PARENT = -1, -2
@@ -74,9 +75,10 @@ class JEPACollator:
     `parent`, `visible` [R, L] if it is packed; and `lm_at` [B], where each LM row starts in the flattened [R * L]
     tokens. With views there are P pairs (every context of an example with every target of it):
 
-        context_at, target_at   [P] flat places, or [P, W] places to average over, filled up with -1
-        target_key              [P] equal for equal targets
-        example_of_pair         [P]
+        context_at, target_at               [P] flat places, or [P, W] places to average over, filled up with -1
+        target_key, context_key             [P] of the rows, equal for equal completions and for equal prompts
+        target_text_key, context_text_key   [P] of the views, equal for equal texts
+        example_of_pair                     [P]
 
     Args:
         pad_token_id, pad_to_multiple_of: padding, on the right.
@@ -195,11 +197,10 @@ class JEPACollator:
         self, rows: list[dict[str, Any]], examples: list[PackedExample], start: dict[Place, int]
     ) -> dict[str, Tensor]:
         """Every context of an example with every target of it."""
-        key_column = "context_key" if self.direction == "reverse" else "target_key"
         contexts: list[list[int]] = []
         targets: list[list[int]] = []  # places in the rows, or numbers of rows apart, or of rows of the table
         apart: list[list[int]] = []
-        keys: list[int] = []
+        keys: list[list[int]] = []  # four of each pair, see KEYS
         owners: list[int] = []
         for number, (row, e) in enumerate(zip(rows, examples, strict=True)):
             first = {s: start[number, s] for s in range(len(e.segments))}
@@ -214,12 +215,11 @@ class JEPACollator:
             for source in sources:
                 contexts += [source] * len(goals)
                 targets += goals
-            pairs = len(sources) * len(goals)
-            keys += [row[key_column]] * pairs
-            owners += [number] * pairs
+            keys += self._keys(row)
+            owners += [number] * (len(sources) * len(goals))
         batch = {
             "context_at": as_places(contexts),
-            "target_key": torch.tensor(keys),
+            **dict(zip(KEYS, torch.tensor(keys).unbind(dim=1), strict=True)),
             "example_of_pair": torch.tensor(owners),
         }
         target = as_places(targets)
@@ -231,12 +231,28 @@ class JEPACollator:
         assert self.target_table is not None
         return {**batch, "target_embedding": self.target_table[target]}
 
+    def _keys(self, row: dict[str, Any]) -> list[list[int]]:
+        """The KEYS of every context of a row with every target of it."""
+        context, target = "context", "target"
+        if self.direction == "reverse":
+            context, target = target, context
+        of_row = [row[f"{target}_key"], row[f"{context}_key"]]
+        texts = itertools.product(row[f"{context}_text_keys"], row[f"{target}_text_keys"])
+        return [[*of_row, target_text, context_text] for context_text, target_text in texts]
+
+
+def keys_of(batch: dict[str, Tensor]) -> PairKeys:
+    """The keys of a batch's pairs: two targets (contexts) are equal if their rows' or their own texts are."""
+    target, context, target_text, context_text = (batch[name] for name in KEYS)  # [P] each
+    return PairKeys((target, target_text), (context, context_text))
+
 
 def _flat(places: list[Place], first: dict[int, int]) -> list[int]:
     """(segment, token) places -> flat places in [R * L]; `first` is where each segment starts."""
     return [first[s] + token for s, token in places]
 
 
+KEYS = ("target_key", "context_key", "target_text_key", "context_text_key")
 CONTENT_COLUMNS = ("context_start", "context_end", "target_start", "target_end")
 
 

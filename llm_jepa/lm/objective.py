@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from ..core.averaging import MovingAverage
 from ..core.losses import at_least_float32
-from ..core.pairs import compare_pairs
+from ..core.pairs import PairKeys, compare_pairs
 from .arguments import LLMJEPAConfig
 from .attention import model_inputs
+from .batching import keys_of
 from .plan import KnownLoss, LMStepPlan, MicroBatch
 from .reading import embed_targets, gather_states, no_logits, router_logits_of, router_loss
 from .tubes import tube_distance
@@ -66,8 +67,8 @@ class JEPATerm:
         with self.average.in_place_of_weights():
             return embed_targets(model, batch, layer=self.args.readout_layer)
 
-    def compare(self, predicted: Tensor, target: Tensor, target_key: Tensor, *, step: int) -> Tensor:
-        """Embeddings [P, D] -> a loss per pair [P], among the pairs of all ranks if the objective wants that."""
+    def compare(self, predicted: Tensor, target: Tensor, keys: PairKeys, *, step: int) -> Tensor:
+        """Embeddings [P, D] of pairs -> a loss per pair [P], among those of all ranks if the objective asks for it."""
         args = self.args
         if self.projector is not None:
             with torch.autocast(predicted.device.type, enabled=False):
@@ -76,7 +77,8 @@ class JEPATerm:
         return compare_pairs(
             predicted,
             target,
-            target_key,
+            keys.target,
+            context_key=keys.context,
             objective=args.objective,
             temperature=args.temperature,
             regularizer=args.regularizer,
@@ -86,22 +88,20 @@ class JEPATerm:
             step=step,
         )
 
-    def compare_step(
-        self, embeddings: list[tuple[Tensor, Tensor]], target_keys: list[Tensor], *, step: int
-    ) -> list[KnownLoss]:
+    def compare_step(self, embeddings: list[tuple[Tensor, Tensor]], keys: PairKeys, *, step: int) -> list[KnownLoss]:
         """InfoNCE over all micro-batches and ranks of a step, as known losses of each micro-batch.
 
         Args:
             embeddings: `predicted`, `target` [P, D] of each micro-batch, computed without gradient.
-            target_keys: [P] of each.
+            keys: of the pairs of all micro-batches, in their order.
         """
         predicted, target = (torch.cat(side).detach() for side in zip(*embeddings, strict=True))
         sides = [predicted.requires_grad_()]
         if self.args.target_encoder == "self":
             sides.append(target.requires_grad_())
-        loss = self.compare(predicted, target, torch.cat(target_keys), step=step)
+        loss = self.compare(predicted, target, keys, step=step)
         gradients = torch.autograd.grad(loss.sum(), sides)
-        sizes = [len(keys) for keys in target_keys]
+        sizes = [len(side) for side, _ in embeddings]
         losses = loss.detach().split(sizes)
         by_batch = [gradient.split(sizes) for gradient in gradients]  # predicted, and perhaps target
         known = []
@@ -233,7 +233,7 @@ class LLMJEPALoss:
         if part.known is not None:
             return part.known.at(predicted, target)
         assert target is not None
-        return self.term.compare(predicted, target, batch["target_key"], step=plan.step)
+        return self.term.compare(predicted, target, keys_of(batch), step=plan.step)
 
     @torch.no_grad()
     def embed(self, model: torch.nn.Module, batch: dict[str, Tensor], part: MicroBatch) -> tuple[Tensor, Tensor]:

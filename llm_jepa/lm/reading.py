@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.diagnostics import evaluating
+from ..core.pairs import PairKeys
 from .attention import attention_of_views, model_inputs
-from .batching import KINDS, LM_ROW, Layout
+from .batching import KEYS, KINDS, LM_ROW, Layout, keys_of
 
 
 def gather_states(hidden: Tensor, at: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ def embed_pairs(
     *,
     layout: Layout = "packed",
     layer: int = -1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`predicted`, `target` [N, D] float32 and `target_key` [N] of batches with views, in evaluation mode.
+) -> tuple[Tensor, Tensor, PairKeys]:
+    """`predicted`, `target` [N, D] float32 and the keys [N] of batches with views, in evaluation mode.
 
     Args:
         model: is called; its training mode is put back afterwards.
@@ -66,16 +67,16 @@ def embed_pairs(
         layer: the hidden state that is read; -1 is the last.
     """
     attention = attention_of_views(layout)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     with evaluating(model), without_router_loss(base):
         for cpu_batch in batches:
             batch = {key: value.to(base.device) for key, value in cpu_batch.items()}
             inputs = model_inputs(batch, base, attention)
             output = model(**inputs, logits_to_keep=no_logits(base.device), output_hidden_states=layer)
             predicted, target = read_pairs(output.hidden_states[layer], batch)
-            parts.append((predicted.float(), target.float(), batch["target_key"]))
-    predicted, target, key = (torch.cat(column) for column in zip(*parts, strict=True))
-    return predicted, target, key
+            parts.append((predicted.float(), target.float(), *(batch[name] for name in KEYS)))
+    predicted, target, *keys = (torch.cat(column) for column in zip(*parts, strict=True))
+    return predicted, target, keys_of(dict(zip(KEYS, keys, strict=True)))
 
 
 # -- mixtures of experts ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..core.errors import UserError
 
 Message = dict[str, Any]
-USED_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "views")
+USED_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "views", "target_key")
 
 
 class ParsedRow(NamedTuple):
@@ -19,6 +19,7 @@ class ParsedRow(NamedTuple):
     render_kwargs: dict[str, Any]  # tools and chat_template_kwargs, for the chat template
     contexts: list[str]  # other wordings of the last turn of the prompt, from the column `views`
     targets: list[str]  # other wordings of the completion
+    target_key: str | None  # equal for answers that mean the same, whatever their texts
 
 
 def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
@@ -40,7 +41,7 @@ def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
     else:
         raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
     contexts, targets = _other_wordings(row.get("views"), where)
-    return ParsedRow(prompt, completion, render_kwargs_of(row, where), contexts, targets)
+    return ParsedRow(prompt, completion, render_kwargs_of(row, where), contexts, targets, _target_key(row, where))
 
 
 def render_kwargs_of(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -133,6 +134,19 @@ def _other_wordings(views: Any, where: str) -> tuple[list[str], list[str]]:
                 f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."
             )
     return views.get("contexts") or [], views.get("targets") or []
+
+
+def _target_key(row: dict[str, Any], where: str) -> str | None:
+    """The optional column `target_key`."""
+    key = row.get("target_key")
+    if key is None:
+        return None
+    if not isinstance(key, str) or not key.strip():
+        raise UserError(
+            f"{where}: 'target_key' is {key!r}, but must be a text, equal for answers that mean the same; write it as "
+            "a string, or leave it out."
+        )
+    return key
 
 
 def _are_texts(texts: Any) -> bool:

@@ -32,10 +32,11 @@ from trl import SFTTrainer
 
 from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
+from ..core.pairs import PairKeys
 from ..core.trainer import EVALUATION, JEPATrainer
 from .adapter import save_adapter
 from .arguments import LLMJEPAConfig, check_objective
-from .batching import JEPACollator, Layout, lm_rows_only
+from .batching import KEYS, JEPACollator, Layout, keys_of, lm_rows_only
 from .card import write_model_card
 from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, settle_form, training_collator, view_columns
 from .loading import model_from, tokenizer_from
@@ -228,7 +229,8 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             with self.compute_loss_context_manager():
                 embeddings.append(self.losses.embed(model, batch, part))  # [P, D] each
             seeded.append(part)
-        known = self.term.compare_step(embeddings, [batch["target_key"] for batch in batches], step=step)
+        keys = keys_of({name: torch.cat([batch[name] for batch in batches]) for name in KEYS})
+        known = self.term.compare_step(embeddings, keys, step=step)
         return [replace(part, known=loss) for part, loss in zip(seeded, known, strict=True)]
 
     def jepa_weight_now(self) -> float:
@@ -321,7 +323,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             figures["loss"] += self.jepa_weight_now() * figures["jepa_loss"]
         return figures
 
-    def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, PairKeys] | None:
         """The first `diagnostics_pairs` rows of the (first) validation set, whatever `dataset` is evaluated."""
         if not self._bank:
             return None

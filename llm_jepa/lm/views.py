@@ -50,8 +50,10 @@ class Views:
     context_end: int
     target_start: int  # content tokens of the completion, in the LM row: [target_start, target_end)
     target_end: int
-    context_key: int  # equal for equal texts: such rows are not negatives of each other
-    target_key: int
+    context_key: int  # of the row, equal for equal prompts
+    target_key: int  # of the row, equal for equal completions, or for equal values of the column `target_key`
+    context_text_keys: list[int]  # of each context, equal for equal texts
+    target_text_keys: list[int]
     index: int  # which row of the data set
     truncated: bool  # max_length cut the LM row or a view
     prompt_fits: PromptFits
@@ -72,7 +74,8 @@ def build_views(
     """Tokenize one row.
 
     The optional column `views` holds other wordings, `{"contexts": [...], "targets": [...]}`: contexts in place of the
-    last turn of the prompt, targets in place of the completion. They become views without labels.
+    last turn of the prompt, targets in place of the completion. They become views without labels. The optional column
+    `target_key` is a text that is equal for equal answers, e.g. the language of a regex.
 
     Args:
         context_view: "prefix": the LM row up to the last content token of the prompt, system prompt and earlier turns
@@ -100,6 +103,8 @@ def build_views(
         )
     if not all(views):
         raise UserError(f"{where}: a view has no content token; check its text and the tokenizer's chat template.")
+    context_keys = [text_key(text.strip()) for text in parts.context_texts]
+    target_keys = [text_key(text.strip()) for text in parts.target_texts]
     return Views(
         input_ids=ids,
         labels=labels,
@@ -111,8 +116,10 @@ def build_views(
         context_end=min(parts.context_end, len(ids)),
         target_start=min(parts.target_start, len(ids)),
         target_end=min(parts.target_end, len(ids)),
-        context_key=parts.context_key,
-        target_key=parts.target_key,
+        context_key=context_keys[0],
+        target_key=target_keys[0] if parsed.target_key is None else _key_of_column(parsed.target_key),
+        context_text_keys=context_keys,
+        target_text_keys=target_keys,
         index=index,
         truncated=longest > limit,
         prompt_fits=parts.prompt_fits,
@@ -135,6 +142,11 @@ def _labels(ids: list[int], prompt_length: int, protocol: LabelProtocol, pad_tok
     return [IGNORE] * min(prompt_length, len(ids)) + ids[prompt_length:]
 
 
+def _key_of_column(target_key: str) -> int:
+    """The key of a row's column `target_key`, which is never that of a text."""
+    return text_key(f"target_key\0{target_key.strip()}")
+
+
 class _Parts(NamedTuple):
     """Untruncated token ids; `prompt_length` counts LM tokens before the completion, as TRL does."""
 
@@ -148,8 +160,8 @@ class _Parts(NamedTuple):
     context_end: int
     target_start: int
     target_end: int
-    context_key: int
-    target_key: int
+    context_texts: list[str]  # what the keys are made of
+    target_texts: list[str]
     prompt_fits: PromptFits
     remarks: list[str]
 
@@ -189,8 +201,8 @@ def _plain_parts(
         context_end=split,
         target_start=prompt_length,
         target_end=tokens_up_to(offsets, len(prompt + goal)),
-        context_key=text_key(source),
-        target_key=text_key(goal),
+        context_texts=[source, *parsed.contexts],
+        target_texts=[goal, *parsed.targets],
         prompt_fits="same" if _starts(ids, asked, prompt_length) else "neither",
         remarks=["joined_space"] if prompt_length < len(prompt_ids) and source != prompt else [],
     )
@@ -248,6 +260,7 @@ def _chat_parts(
         opened_context, _ = tokens_of(tokenizer, header)
         contexts = [ids[:split]]
         contexts += [tokens_of(tokenizer, header + more.strip())[0] for more in parsed.contexts]
+    before = "" if alone else header  # earlier turns are a part of a prefix view
 
     asked = asked_tokens(
         tokenizer,
@@ -267,8 +280,8 @@ def _chat_parts(
         context_end=split,
         target_start=max(prompt_length, before_target),
         target_end=tokens_up_to(offsets, target_start + len(goal)),
-        context_key=text_key(source if alone else header + source),  # earlier turns are a part of a prefix view
-        target_key=text_key(goal.strip()),
+        context_texts=[before + text.strip() for text in (source, *parsed.contexts)],
+        target_texts=[goal, *parsed.targets],
         prompt_fits=_fits(content_fits, prompt_length == len(generation_ids), asked == generation_ids),
         remarks=[] if goal.strip() == completion[0]["content"].strip() else ["answer_changed"],
     )

@@ -57,9 +57,13 @@ class Clip:
 
 
 class ClipItem(NamedTuple):
-    """A clip of a batch: the pairs drawn of it, and its features [N, D_x] or else its frames [T, H, W, 3] uint8."""
+    """A clip of a batch: the pairs drawn of it, and its features [N, D_x] or else its frames [T, H, W, 3] uint8.
+
+    clip_key: equal for equal clips, see `ClipDataset.clip_key`.
+    """
 
     pairs: list[Pair]
+    clip_key: int
     frames: Any = None
     features: Tensor | None = None
 
@@ -97,15 +101,33 @@ class ClipDataset(Dataset):
         self.clips, self.num_frames, self.pairs_per_clip, self.seed = clips, num_frames, pairs_per_clip, seed
         self.limits, self.features = limits or Limits(), features
         self.epoch = 0
+        self._keys: dict[int, int] = {}  # by index
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> ClipItem:
-        pairs = self.draw(index)
+        pairs, key = self.draw(index), self.clip_key(index)
         if self.features is not None:
-            return ClipItem(pairs, features=self.features[[index]][0])
-        return ClipItem(pairs, frames=self.frames(index))
+            return ClipItem(pairs, key, features=self.features[[index]][0])
+        return ClipItem(pairs, key, frames=self.frames(index))
+
+    def clip_key(self, index: int) -> int:
+        """Equal for clips that look the same: by given features, path and times of a file, or pixels.
+
+        Two items may hold one clip, and a prediction cannot differ between them.
+        """
+        if index not in self._keys:
+            clip = self.clips[index]
+            # Features that the caller gives decide alone, because no video is read.
+            if isinstance(self.features, Tensor) or (clip.video is None and self.features is not None):
+                identity = _content(self.features[[index]])
+            elif isinstance(clip.video, (str, Path)):
+                identity = f"{Path(clip.video).resolve()} {clip.start_s or 0.0} {clip.end_s}"
+            else:
+                identity = _content(clip.video)
+            self._keys[index] = text_key(identity)
+        return self._keys[index]
 
     def draw(self, index: int) -> list[Pair]:
         """At most `pairs_per_clip` pairs, each of another query, in the order of the clip."""
@@ -146,7 +168,7 @@ class ClipDataset(Dataset):
 
 @dataclass(frozen=True)
 class ClipCollator:
-    """Items of a `ClipDataset` -> the inputs of `VLJEPAModel.forward`, and `target_key` [B] for the loss.
+    """Items of a `ClipDataset` -> the inputs of `VLJEPAModel.forward`, and the keys [B] for the loss.
 
     For C clips, B pairs and U distinct target texts:
 
@@ -154,6 +176,7 @@ class ClipCollator:
         query_ids, query_mask [B, Q], left out if no pair has a query
         target_ids, target_mask [U, L] or target_features [U, D_y]
         clip_of_pair, target_of_pair [B]: row of the clip and of the target text of each pair
+        target_key, context_key [B]: equal for equal target texts, and for equal clips with equal queries
 
     texts: pooled states of a frozen y_encoder, by text.
     """
@@ -173,7 +196,8 @@ class ClipCollator:
         batch |= self._vision(items)
         batch["clip_of_pair"] = torch.tensor(clip_of_pair)  # [B]
         batch["target_of_pair"] = target_of_pair
-        batch["target_key"] = torch.tensor([text_key(text) for text in texts])[target_of_pair]
+        batch["target_key"] = torch.tensor([text_key(text.strip()) for text in texts])[target_of_pair]
+        batch["context_key"] = torch.tensor([_context_key(item, pair) for item in items for pair in item.pairs])
         return batch
 
     def _targets(self, texts: list[str]) -> dict[str, Tensor]:
@@ -187,6 +211,19 @@ class ClipCollator:
         if features:  # a data set has features of all its clips, or of none
             return {"visual_features": torch.stack(features)}  # [C, N, D_x]
         return dict(self.processor(videos=[item.frames for item in items]))
+
+
+def _context_key(item: ClipItem, pair: Pair) -> int:
+    """Equal for equal clips with equal queries. White space around a query does not count."""
+    return text_key(f"{item.clip_key} {(pair.query or '').strip()}")
+
+
+def _content(values: Any) -> str:
+    """Equal for equal arrays or tensors: shape, type, and hash of the bytes."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().contiguous().view(torch.uint8).numpy()  # numpy has no bfloat16
+    array = np.asarray(values)
+    return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()}"
 
 
 def is_text(text: Any) -> bool:

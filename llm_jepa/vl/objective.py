@@ -14,6 +14,8 @@ from .arguments import VLJEPATrainingArguments
 from .data import ClipDataset
 from .modeling import VLJEPAModel
 
+KEYS = ("target_key", "context_key")  # of a batch: they are for the loss, not for the model
+
 
 def pair_loss(
     model: nn.Module,
@@ -31,11 +33,12 @@ def pair_loss(
         targets_learn: whether anything on the target side is trained; regularizers look at that side only then.
         step: seeds the random slices of `regularizer: sigreg`.
     """
-    output = model(**{key: value for key, value in batch.items() if key != "target_key"})
+    output = model(**{name: value for name, value in batch.items() if name not in KEYS})
     return compare_pairs(
         output.predicted,  # [B, D]
         output.target,  # [B, D]
         batch["target_key"],  # [B]
+        context_key=batch["context_key"],  # [B]
         objective=args.objective,
         temperature=output.temperature if args.learn_temperature else output.temperature.detach(),
         regularizer=args.regularizer,

@@ -21,13 +21,14 @@ from transformers.utils import logging
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from ..core.losses import at_least_float32
+from ..core.pairs import PairKeys
 from ..core.trainer import JEPATrainer, StepPlan
 from .arguments import VLJEPATrainingArguments
 from .card import write_vl_model_card
 from .data import ClipCollator, ClipDataset
 from .features import FeatureCache, cache_features, encoder_sha256
 from .modeling import VLJEPAModel
-from .objective import check_clips, choose_trained_parts, pair_loss, slow_y_encoder, targets_learn
+from .objective import KEYS, check_clips, choose_trained_parts, pair_loss, slow_y_encoder, targets_learn
 from .processing import VLJEPAProcessor
 
 logger = logging.get_logger(__name__)
@@ -198,26 +199,26 @@ class VLJEPATrainer(JEPATrainer):
         return {"loss": total / max(pairs, 1)}
 
     @torch.no_grad()
-    def embed_bank(self, dataset: ClipDataset | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    def embed_bank(self, dataset: ClipDataset | None) -> tuple[Tensor, Tensor, PairKeys] | None:
         """The first `diagnostics_pairs` pairs of the clips of `dataset`."""
         wanted, size = self.args.diagnostics_pairs, self.args.per_device_eval_batch_size
         if dataset is None or wanted == 0:
             return None
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, ...]] = []
         count = 0
         with evaluating(self.base_model):
             for start in range(0, len(dataset), size):
                 clips = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
                 batch = self._prepare_inputs(self.data_collator(clips))
-                target_key = batch.pop("target_key")
+                keys = [batch.pop(name) for name in KEYS]
                 with self.compute_loss_context_manager():
                     output = self.base_model(**batch)
-                parts.append((output.predicted.float(), output.target.float(), target_key))
-                count += len(target_key)
+                parts.append((output.predicted.float(), output.target.float(), *keys))
+                count += len(output.predicted)
                 if count >= wanted:
                     break
-        predicted, target, key = (torch.cat(side)[:wanted] for side in zip(*parts, strict=True))
-        return predicted, target, key
+        predicted, target, *all_keys = (torch.cat(side)[:wanted] for side in zip(*parts, strict=True))
+        return predicted, target, PairKeys(*all_keys)
 
     def collapse_advice(self) -> str:
         return (

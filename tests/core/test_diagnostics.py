@@ -98,6 +98,37 @@ def test_recall_counts_predictions_whose_nearest_target_is_their_own_or_an_equal
     assert space_diagnostics(PREDICTED, TARGET, key)["recall_at_1"] == pytest.approx(hits / 3)
 
 
+def test_recall_takes_every_answer_to_the_same_context():
+    """Prediction 1 picks target 0, which is a right answer if contexts 0 and 1 are equal."""
+    for contexts, hits in (([5, 5, 6], 3), ([5, 6, 5], 2)):
+        key = torch.tensor(contexts)
+        assert recall_at_1(PREDICTED, TARGET, context_key=key).item() == pytest.approx(hits / 3)
+        assert space_diagnostics(PREDICTED, TARGET, None, key)["recall_at_1"] == pytest.approx(hits / 3)
+
+
+def test_an_answer_to_the_same_context_is_neither_a_matched_nor_a_wrong_pair():
+    """Unit vectors, so raw cosines are products: right pairs 1, .6, -.8; wrong ones without those of contexts 0, 1."""
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    s = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
+    figures = space_diagnostics(z, s, torch.tensor([1, 2, 3]), torch.tensor([8, 8, 9]))
+    assert figures["raw_cosine_matched"] == pytest.approx((1 + 0.6 - 0.8) / 3, abs=1e-6)
+    assert figures["raw_cosine_mismatched"] == pytest.approx((0.6 + 0.6 + 0 + 0.8) / 4, abs=1e-6)
+    everything = space_diagnostics(z, s, torch.tensor([1, 2, 3]))
+    assert everything["raw_cosine_mismatched"] == pytest.approx((0.6 + 0.6 + 1 + 0.6 + 0 + 0.8) / 6, abs=1e-6)
+
+
+def test_linear_r2_leaves_out_contexts_that_were_fitted():
+    """The last two pairs have contexts of the first half. Without them the map is perfect. Any key counts."""
+    z = torch.randn(12, 2, generator=generator())
+    s = z @ torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    s[-2:] = torch.randn(2, 2, generator=generator(3))
+    context = torch.tensor([*range(10), 1, 4])
+    target = torch.arange(12)
+    assert linear_r2(z, s, target).item() < 0.9
+    assert linear_r2(z, s, target, context).item() == pytest.approx(1, abs=1e-3)
+    assert linear_r2(z, s, target, (torch.arange(12), context)).item() == pytest.approx(1, abs=1e-3)
+
+
 def test_recall_asks_from_the_prediction_to_the_targets():
     """The other way round only target 2 finds its own."""
     assert recall_at_1(TARGET, PREDICTED).item() == pytest.approx(1 / 3)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jepa.core.losses import info_nce, jepa_distance, jepa_loss, random_slices, sigreg, vicreg
+from llm_jepa.core.losses import info_nce, jepa_distance, jepa_loss, random_slices, right_answers, sigreg, vicreg
 from llm_jepa.lm.arguments import LLMJEPAConfig
 
 OBJECTIVES = ("cosine", "l2", "mse", "smooth_l1", "info_nce")
@@ -235,6 +235,95 @@ def test_equal_targets_are_positives_of_each_other():
     assert apart[0] > found[0] + 0.3 and apart[1] == pytest.approx(found[1]), "the key changes its own rows alone"
 
 
+def test_both_answers_to_one_question_are_positives():
+    """Pairs 0 and 1 have one context: z = (1, 0), (1, 0), (0, 1), s = (.6, .8), (.8, .6), (-.6, .8). Cosines over .5:
+
+        z0: 1.2  1.6  -1.2      z1: the same      z2: 1.6  1.2  1.6
+
+    Row 0 may pick target 0 or 1: -log((e^1.2 + e^1.6) / (e^1.2 + e^1.6 + e^-1.2)). Target 0 may pick context 0 or 1:
+    -log(2 e^1.2 / (2 e^1.2 + e^1.6)).
+    """
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    s = torch.tensor([[0.6, 0.8], [0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64, requires_grad=True)
+    row = -log((exp(1.2) + exp(1.6)) / (exp(1.2) + exp(1.6) + exp(-1.2)))
+    expected = [
+        (row - log(2 * exp(1.2) / (2 * exp(1.2) + exp(1.6)))) / 2,
+        (row - log(2 * exp(1.6) / (2 * exp(1.6) + exp(1.2)))) / 2,
+        (-log(exp(1.6) / (2 * exp(1.6) + exp(1.2))) - log(exp(1.6) / (2 * exp(-1.2) + exp(1.6)))) / 2,
+    ]
+    keys = {"target_key": torch.tensor([3, 8, 5]), "context_key": torch.tensor([9, 9, 2**61])}
+    found = info_nce(z, s, temperature=0.5, **keys)
+    assert found.tolist() == pytest.approx(expected, rel=1e-10)
+    negatives = info_nce(z, s, temperature=0.5, target_key=keys["target_key"])
+    assert negatives[0] > 2 * found[0] and negatives[1] > 2 * found[1], "the keys of the contexts do nothing"
+    # As if z picked the pair of answers: -log p_0 - log p_1 pull apart, -log(p_0 + p_1) does not.
+    both = by_hand(z, s, [{9}, {9}, {2}], [{3}, {8}, {5}], 0.5)
+    for ours, theirs in zip(gradients(found.sum(), z, s), gradients(both.sum(), z, s), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def by_hand(z, s, contexts, targets, temperature):
+    """InfoNCE in loops. Things are sets of names, and equal if they share one; right is what some pair has together."""
+    z, s = z / z.norm(dim=1, keepdim=True), s / s.norm(dim=1, keepdim=True)
+    probability = torch.exp(z @ s.T / temperature)
+    count = range(len(z))
+
+    def right(i, j):
+        return any(contexts[k] & contexts[i] and targets[k] & targets[j] for k in count)
+
+    losses = []
+    for i in count:
+        row = sum(probability[i, j] for j in count if right(i, j)) / probability[i].sum()
+        column = sum(probability[j, i] for j in count if right(j, i)) / probability[:, i].sum()
+        losses.append(-(row.log() + column.log()) / 2)
+    return torch.stack(losses)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 2)] * 4), min_size=1, max_size=9))
+def test_right_answers_are_those_of_some_pair(drawn):
+    """Random keys, two of each side: value and gradient against loops over sets of names."""
+    target, context, target_text, context_text = torch.tensor(drawn).T
+    z, s = pairs(len(drawn), grad=True)
+    names = [({f"t{a}", f"T{c}"}, {f"c{b}", f"C{d}"}) for a, b, c, d in drawn]
+    expected = by_hand(z, s, [c for _, c in names], [t for t, _ in names], 0.3)
+    options = {"target_key": (target, target_text), "context_key": (context, context_text)}
+    found = info_nce(z, s, temperature=0.3, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    weight = torch.arange(1.0, len(drawn) + 1, dtype=z.dtype)
+    for ours, theirs in zip(
+        torch.autograd.grad(found @ weight, (z, s)), torch.autograd.grad(expected @ weight, (z, s)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_an_answer_to_two_questions_does_not_join_their_other_answers():
+    """a -> x, b -> x, b -> y: y is right for b alone."""
+    context, target = torch.tensor([1, 2, 2]), torch.tensor([7, 7, 9])
+    right = right_answers(torch.empty(3), target, context)
+    assert right.tolist() == [[True, True, False], [True, True, True], [True, True, True]]
+
+
+def test_another_wording_that_is_another_rows_answer_is_right_for_both():
+    """Row A: a -> x, or in other words y. Row B: b -> y. Keys of the rows, then of the texts."""
+    of_row, text = torch.tensor([1, 1, 2]), torch.tensor([1, 2, 2])
+    right = right_answers(torch.empty(3), (of_row, text), torch.tensor([5, 5, 6]))
+    assert right.tolist() == [[True, True, True], [True, True, True], [False, True, True]]
+
+
+def test_different_texts_compute_the_same_bits_with_and_without_keys():
+    z, s = pairs(7, 33, dtype=torch.float32, grad=True)
+    key = torch.randperm(7, generator=torch.Generator().manual_seed(0)) + 2**40
+    weight = torch.arange(1.0, 8.0)
+    plain = info_nce(z, s)
+    by_plain = gradients(plain @ weight, z, s)
+    for options in ({"context_key": key}, {"target_key": key, "context_key": -key}, {"target_key": (key, key)}):
+        keyed = info_nce(z, s, **options)
+        assert keyed.equal(plain)
+        for ours, theirs in zip(gradients(keyed @ weight, z, s), by_plain, strict=True):
+            assert ours.equal(theirs)
+
+
 def test_info_nce_of_one_and_the_same_target_is_zero():
     """Every row is a positive: probability 1, no loss and nothing to learn; without keys there would be."""
     z, s = pairs(grad=True)
@@ -359,8 +448,9 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
 def test_keys_that_are_not_one_per_pair_are_refused(shape):
     """Three pairs. Broadcast, a single key makes every row a positive (loss 0), and [3, 1] gives [3, 3] values."""
     z, s = pairs(3)
-    with pytest.raises(ValueError, match="target_key"):
-        info_nce(z, s, target_key=torch.zeros(shape, dtype=torch.long))
+    for name in ("target_key", "context_key"):
+        with pytest.raises(ValueError, match=name):
+            info_nce(z, s, **{name: torch.zeros(shape, dtype=torch.long)})
 
 
 @pytest.mark.parametrize("kind", ["info_nce", "cos", "", "L2"])

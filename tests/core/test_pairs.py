@@ -19,6 +19,11 @@ def two_sides(rows: int = 6, dim: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return z, s, torch.tensor([4, 9, 4, 1, 9, 4])[:rows]
 
 
+# Pairs 0 and 3 have one context and different targets; so have 1 and 5, by the text of a view alone.
+CONTEXTS = torch.tensor([70, 71, 72, 70, 74, 75]), torch.tensor([50, 51, 52, 53, 54, 51])
+TEXTS = torch.tensor([20, 21, 22, 23, 24, 25])
+
+
 def test_two_orthogonal_pairs_and_two_that_share_a_target():
     """z = s = I, t = 0.5: ln(1 + e^-2). With one key for both, either is right: 0. Pairs by themselves: 1 - cos."""
     eye, keys = torch.eye(2), torch.tensor([3, 8])
@@ -35,19 +40,20 @@ def test_two_orthogonal_pairs_and_two_that_share_a_target():
 def test_one_process_is_the_distance_plus_the_mean_of_the_sides(objective, regularizer):
     z, s, key = two_sides()
     if objective == "info_nce":
-        distance = info_nce(z, s, temperature=0.3, target_key=key)
+        distance = info_nce(z, s, temperature=0.3, target_key=(key, TEXTS), context_key=CONTEXTS)
     else:
         distance = jepa_distance(z, s, kind=objective)
     slices = random_slices(5, SLICES, seed=7, step=3, device="cpu")
     term = {None: lambda x: x.new_zeros(()), "vicreg": vicreg, "sigreg": lambda x: sigreg(x, slices)}[regularizer]
     options = {"objective": objective, "temperature": 0.3, "regularizer": regularizer, "seed": 7, "step": 3}
-    both = compare_pairs(z, s, key, regularizer_weight=0.4, **options)
+    options |= {"target_key": (key, TEXTS), "context_key": CONTEXTS}
+    both = compare_pairs(z, s, regularizer_weight=0.4, **options)
     torch.testing.assert_close(both, distance + 0.4 * (term(z) + term(s)) / 2)
-    torch.testing.assert_close(compare_pairs(z, s, key, both_sides=False, **options), distance + term(z))
+    torch.testing.assert_close(compare_pairs(z, s, both_sides=False, **options), distance + term(z))
     if regularizer is not None:
         assert (term(z) - term(s)).abs() > 1e-3, "the sides weigh the same: which is taken is not tested"
     if regularizer == "sigreg":
-        assert not torch.equal(both, compare_pairs(z, s, key, regularizer_weight=0.4, **{**options, "step": 4}))
+        assert not torch.equal(both, compare_pairs(z, s, regularizer_weight=0.4, **{**options, "step": 4}))
 
 
 def test_a_single_pair_has_no_spread_to_regularize():
@@ -89,11 +95,13 @@ class Sides(torch.nn.Module):
 
 def sides_and_loss(module, rows: slice, case: tuple[str, str | None]) -> Tensor:
     z, s, key = (side[rows] for side in two_sides())
+    contexts = tuple(key[rows] for key in CONTEXTS)
     z, s, temperature = module(z, s)
     objective, regularizer = case
     return compare_pairs(
-        z, s, key, objective=objective, temperature=temperature, regularizer=regularizer, regularizer_weight=0.3
-    )
+        z, s, (key, TEXTS[rows]), context_key=contexts, objective=objective, temperature=temperature,
+        regularizer=regularizer, regularizer_weight=0.3,
+    )  # fmt: skip
 
 
 def found_by(rank: int) -> dict[str, dict[str, Tensor | None]]:
@@ -110,8 +118,11 @@ def found_by(rank: int) -> dict[str, dict[str, Tensor | None]]:
 
 
 def test_two_ranks_of_uneven_pairs_are_one_process():
-    """Loss and gradients, that of the temperature among them; equal targets on different ranks are positives."""
+    """Loss and gradients, that of the temperature among them; equal texts on different ranks are positives."""
     ranks = on_ranks(2, found_by)
+    z, s, key = two_sides()
+    by_targets, by_both = (info_nce(z, s, target_key=key, context_key=of) for of in (None, CONTEXTS))
+    assert (by_targets - by_both).max() > 1e-2, "the contexts do not matter: proves nothing of them"
     for case in CASES:
         whole = Sides()
         value = sides_and_loss(whole, slice(0, 6), case)

@@ -159,6 +159,9 @@ def test_who_sees_whom_of_a_row_worked_by_hand():
         "context_header": 0,
         "target_header": 0,
         "target_key": 1,
+        "context_key": 2,
+        "target_text_keys": [1],
+        "context_text_keys": [2],
     }
     longer = {**view, "targets": [[8, 9, 9]]}
     batch = JEPACollator(pad_token_id=0, predictor_ids=[4])([view, longer])
@@ -476,10 +479,11 @@ def test_what_views_share_with_the_lm_row(context, target, extra, predictor_coun
     view = {
         "input_ids": LM, "labels": [-100] * 5 + LM[5:], "contexts": [context], "targets": [target], "context_header": 1,
         "target_header": 1,
-        "target_key": 0, "context_key": 0,
+        "target_key": 0, "context_key": 0, "target_text_keys": [0], "context_text_keys": [0],
     }  # fmt: skip
     other = {**view, "input_ids": [1, 90, 91, 92, 93, 94, 95], "labels": [-100, -100, 91, 92, 93, 94, 95],
-             "contexts": [[1, 90, 91]], "targets": [[1, 96]], "target_key": 1}  # fmt: skip
+             "contexts": [[1, 90, 91]], "targets": [[1, 96]], "target_key": 1, "context_key": 1,
+             "target_text_keys": [1], "context_text_keys": [1]}  # fmt: skip
     views, copied = [view, other], copy.deepcopy(model)
     batch = JEPACollator(tokenizer.pad_token_id, predictors, **LAYOUTS[layout])(views)
     if layout == "packed":

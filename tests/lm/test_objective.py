@@ -51,8 +51,8 @@ def lm_terms(model, row: dict, masked: list[int]) -> torch.Tensor:
     return -logits.log_softmax(dim=-1).gather(1, labels[labels != -100][:, None])[:, 0]
 
 
-def embeddings(model, args, rows: list[dict], predictors: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`predicted`, `target` [P, D] and the keys: every context of a row with every target of it."""
+def embeddings(model, args, rows: list[dict], predictors: list[int]) -> tuple[torch.Tensor, ...]:
+    """`predicted`, `target` [P, D] and four keys [P]: every context of a row with every target of it."""
 
     def read_alone(ids):
         found = states(model, ids, args.readout_layer)
@@ -60,16 +60,18 @@ def embeddings(model, args, rows: list[dict], predictors: list[int]) -> tuple[to
 
     predicted, target, keys = [], [], []
     for row in rows:
-        contexts, targets, header, key = row["contexts"], row["targets"], row["context_header"], row["target_key"]
+        contexts, targets, header = row["contexts"], row["targets"], row["context_header"]
+        sides = ["target", "context"]
         if args.direction == "reverse":
-            contexts, targets, header, key = targets, contexts, row["target_header"], row["context_key"]
-        for context in contexts:
+            contexts, targets, header, sides = targets, contexts, row["target_header"], ["context", "target"]
+        of_targets, of_contexts = (row[f"{side}_text_keys"] for side in sides)
+        for context, context_key in zip(contexts, of_contexts, strict=True):
             at = header if args.predictor_position == "first" else len(context)
-            for goal in targets:
+            for goal, target_key in zip(targets, of_targets, strict=True):
                 predicted.append(read_alone([*context[:at], *predictors, *context[at:]]))
                 target.append(read_alone(goal))
-                keys.append(key)
-    return torch.stack(predicted), torch.stack(target), torch.tensor(keys)
+                keys.append([*(row[f"{side}_key"] for side in sides), target_key, context_key])
+    return torch.stack(predicted), torch.stack(target), *torch.tensor(keys).unbind(dim=1)
 
 
 def step_by_hand(model, trainer, micro_batches, weight: float, *, step: int = 0, projector=None) -> None:
@@ -79,10 +81,14 @@ def step_by_hand(model, trainer, micro_batches, weight: float, *, step: int = 0,
     if args.negatives == "optimizer_step":
         parts = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
     losses = []
-    for predicted, target, key in parts:
+    for predicted, target, *keys in parts:
         z, s = (predicted, target) if projector is None else (projector(predicted), projector(target))
         s = s.detach() if args.target_encoder == "stop_gradient" and projector is None else s
-        loss = jepa_loss(z, s, objective=args.objective, temperature=args.temperature, target_key=key)
+        of_row, context_of_row, text, context_text = keys
+        loss = jepa_loss(
+            z, s, objective=args.objective, temperature=args.temperature,
+            target_key=(of_row, text), context_key=(context_of_row, context_text),
+        )  # fmt: skip
         if args.regularizer:
             slices = random_slices(z.shape[1], SLICES, seed=args.seed, step=step, device="cpu")
             term = vicreg if args.regularizer == "vicreg" else lambda side, slices=slices: sigreg(side, slices)
@@ -605,7 +611,7 @@ def test_evaluation_does_not_depend_on_the_batches(target_encoder, rows_with_vie
         trainer = make(dataset, tokenizer, args, dataset.select(range(11)), model=exact_model(tokenizer))
         figures.append(trainer.evaluate())
     eleven, model = trainer.eval_dataset.to_list(), trainer.model.eval()
-    predicted, target, _ = embeddings(model, args, eleven, trainer.predictor_ids)
+    predicted, target, *_ = embeddings(model, args, eleven, trainer.predictor_ids)
     jepa = (1 - torch.nn.functional.cosine_similarity(predicted, target)).mean().item()
     lm = torch.cat([lm_terms(model, row, trainer.predictor_ids) for row in eleven]).mean().item()
     for found in figures:

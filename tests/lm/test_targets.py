@@ -93,11 +93,12 @@ def test_forward_only_pass_is_a_detach_in_the_row(options, unique, tokenizer, tm
     trainer = make(unique, tokenizer, args, model=exact_model(tokenizer))
     inside = make(unique, tokenizer, config(tmp_path, **common), model=exact_model(tokenizer))
 
-    def detached(predicted, target, target_key, *, step):
+    def detached(predicted, target, keys, *, step):
         args = inside.args
         return jepa_loss(
-            predicted, target.detach(), objective=args.objective, temperature=args.temperature, target_key=target_key
-        )
+            predicted, target.detach(), objective=args.objective, temperature=args.temperature,
+            target_key=keys.target, context_key=keys.context,
+        )  # fmt: skip
 
     eight = trainer.train_dataset.select(range(8)).to_list()
     both_sides = trainer_gradients(inside, [eight])

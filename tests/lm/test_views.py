@@ -408,7 +408,8 @@ def test_message_context_is_header_and_content_of_the_last_user_turn(name):
             view, prefix = build_views(row, tokenizer, context_view="message"), build_views(row, tokenizer)
             assert tokenizer.decode(view.contexts[0]) == shape.context(content), (kind, content)
             assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
-            own = {key: getattr(prefix, key) for key in ("contexts", "context_header", "context_key")}
+            names = ("contexts", "context_header", "context_key", "context_text_keys")
+            own = {name: getattr(prefix, name) for name in names}
             assert dataclasses.replace(view, **own) == prefix
             seen = tokenizer.decode(prefix.input_ids[: prefix.context_end])
             assert ("Be the fox." in seen) == ("system" in kind) and ("quick fox" in seen) >= ("multi" in kind)
@@ -920,7 +921,10 @@ def test_further_views_are_those_of_the_row_rewritten(name, context_view):
     view, one, two = (build_views(row, tokenizer, **options) for row in (both, first, other))
     assert view.contexts == [*one.contexts, *two.contexts, *one.contexts]
     assert view.targets == [*one.targets, *two.targets]
-    assert dataclasses.replace(view, contexts=one.contexts, targets=one.targets) == one
+    assert view.context_text_keys == [*one.context_text_keys, *two.context_text_keys, *one.context_text_keys]
+    assert view.target_text_keys == [*one.target_text_keys, *two.target_text_keys]
+    own = {name: getattr(one, name) for name in ("contexts", "targets", "context_text_keys", "target_text_keys")}
+    assert dataclasses.replace(view, **own) == one
 
 
 @pytest.mark.parametrize("context_view", ["prefix", "message"])

@@ -19,6 +19,7 @@ from llm_jepa.core.files import text_key
 from llm_jepa.vl.arguments import VLDataArguments
 from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair, clips_sha256, read_clips
 from llm_jepa.vl.loading import load_clips
+from llm_jepa.vl.objective import KEYS
 from tests.conftest import EXACT
 from tests.vl.runs import TEXTS, make_clips, parts, processor_of, tokenizer
 
@@ -78,6 +79,37 @@ def test_a_draw_depends_on_seed_epoch_and_clip_alone():
     assert [pair.target[-1] for pair in first[:12]] == list("e112eeee540e")
 
 
+def test_equal_clips_with_equal_queries_are_one_context(tmp_path):
+    """By path and times of a file, by pixels, or by given features. White space around texts does not count."""
+
+    def keys(clips, **options):
+        dataset = ClipDataset(clips, num_frames=2, **options)
+        _, processor = parts()
+        batch = ClipCollator(processor, None)(
+            [dataset[i]._replace(features=torch.zeros(1, 16)) for i in range(len(clips))]
+        )
+        return batch["target_key"].tolist(), batch["context_key"].tolist()
+
+    frames = make_clips(2)
+    say = lambda text, query=None: (Pair(query, text),)  # noqa: E731
+    same, other = frames[0].video, frames[1].video
+    target, context = keys([Clip(same, say("a")), Clip(same.copy(), say(" b ")), Clip(other, say("b"))])
+    assert context[0] == context[1] != context[2] and target[0] != target[1] == target[2]
+    _, context = keys([Clip(same, say("a", query)) for query in (None, "", "what?", " what? ", "What?")])
+    assert context[0] == context[1] and context[2] == context[3] and len(set(context)) == 3
+    Image.fromarray(same[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    files = [Clip(str(tmp_path / "a.png"), say("a")), Clip(tmp_path / "b.png", say("b")), Clip(same[0], say("c"))]
+    _, context = keys(files)
+    assert context[0] == context[1] != context[2]
+    spans = [Clip(str(tmp_path / "a.png"), say("a"), *span) for span in ((None, None), (0, None), (0, 2), (1, 2))]
+    dataset = ClipDataset(spans, num_frames=1)
+    assert [dataset.clip_key(i) == dataset.clip_key(0) for i in range(4)] == [True, True, False, False]
+    given = ClipDataset([Clip(None, say(text)) for text in "abc"], num_frames=1,
+                        features=torch.tensor([1.0, 1.0, 2.0])[:, None, None].bfloat16())  # fmt: skip
+    assert given.clip_key(0) == given.clip_key(1) != given.clip_key(2)
+
+
 def test_a_clip_of_few_pairs_gives_all_of_them_in_order():
     dataset = ClipDataset(make_clips(3), num_frames=2, pairs_per_clip=3)
     assert [tuple(item.pairs) for item in dataset] == [clip.pairs for clip in dataset.clips]
@@ -95,10 +127,12 @@ def test_pairs_that_share_a_clip_or_a_text_are_what_they_are_alone(x):
     batch = ClipCollator(processor)(items)
     assert len(batch["pixel_values_videos"]) == 5 and len(batch["query_ids"]) == len(pairs) == 11
     assert len(batch["target_ids"]) == len({pair.target for _, pair in pairs}) < 6
-    key = batch.pop("target_key")
+    key, context_key = batch.pop("target_key"), batch.pop("context_key")
     assert key.dtype == torch.long
     same_key = key[:, None] == key[None]
     assert same_key.tolist() == [[a.target == b.target for _, b in pairs] for _, a in pairs]
+    same_context = context_key[:, None] == context_key[None]
+    assert same_context.tolist() == [[(i, a.query) == (j, b.query) for j, b in pairs] for i, a in pairs]
     with torch.no_grad():
         together = model(**batch)
         for row, (clip, pair) in enumerate(pairs):
@@ -124,7 +158,7 @@ def test_a_pair_without_a_query_is_the_same_beside_one_with_a_query():
     dataset, collate = ClipDataset([silent, asked], num_frames=2), ClipCollator(processor)
     with torch.no_grad():
         alone, beside = (
-            model.eval()(**{k: v for k, v in collate([dataset[i] for i in rows]).items() if k != "target_key"})
+            model.eval()(**{k: v for k, v in collate([dataset[i] for i in rows]).items() if k not in KEYS})
             for rows in ((0,), (0, 1))
         )
     torch.testing.assert_close(beside.predicted[0], alone.predicted[0])

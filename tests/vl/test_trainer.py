@@ -18,8 +18,10 @@ from llm_jepa.core.losses import info_nce, jepa_distance
 from llm_jepa.vl import trainer as vl_trainer_module
 from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair
 from llm_jepa.vl.features import cache_features
+from llm_jepa.vl.objective import KEYS
 from llm_jepa.vl.trainer import VLJEPATrainer
 from tests.conftest import EXACT, FLOAT32, LOGGED, assert_same_weights
+from tests.core.test_losses import by_hand
 from tests.vl.runs import (
     TEXTS,
     arguments,
@@ -60,6 +62,32 @@ def test_the_trainer_tells_the_data_set_its_epoch(tmp_path):
 # -- the loss of a step -----------------------------------------------------------------------------------------------
 
 
+def test_two_captions_of_one_clip_are_positives(tmp_path):
+    """In training, `eval_loss` and the diagnostics, against loops; each under two queries, in items of their own."""
+    one, two, three = (clip.video for clip in make_clips(3))
+    rows = [
+        (one, None, TEXTS[0]), (one, None, TEXTS[1]), (two, None, TEXTS[1]), (one, "q", TEXTS[2]),
+        (three, "q", TEXTS[3]), (three, "q", TEXTS[4]),
+    ]  # fmt: skip
+    clips = [Clip(video.copy(), (Pair(query, text),)) for video, query, text in rows]
+    options = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6, "diagnostics_pairs": 6}
+    trainer = make(tmp_path, ClipDataset(clips, num_frames=2), max_steps=1, **options, **exact())
+    with torch.no_grad():
+        batch = ClipCollator(trainer.processing_class)([ClipDataset(clips, num_frames=2)[i] for i in range(6)])
+        output = trainer.model.eval()(**{name: value for name, value in batch.items() if name not in KEYS})
+    contexts = [{(video.tobytes(), query)} for video, query, _ in rows]
+    losses = by_hand(output.predicted, output.target, contexts, [{text} for *_, text in rows], output.temperature)
+    figures = trainer.evaluate(ClipDataset(clips, num_frames=2))
+    assert figures["eval_loss"] == pytest.approx(losses.mean().item(), rel=EXACT)
+    assert info_nce(output.predicted, output.target, target_key=batch["target_key"]).mean() > losses.mean() + 0.1
+    cosine = F.cosine_similarity(output.predicted[:, None], output.target[None], dim=-1)
+    right = {(i, i) for i in range(6)} | {(0, 1), (0, 2), (1, 0), (1, 2), (2, 1), (4, 5), (5, 4)}
+    wrong = [cosine[i, j].item() for i in range(6) for j in range(6) if (i, j) not in right]
+    assert figures["eval_raw_cosine_mismatched"] == pytest.approx(sum(wrong) / len(wrong), abs=1e-6)
+    trainer.train()
+    assert history(trainer, "loss") == pytest.approx([losses.mean().item()], rel=LOGGED)
+
+
 @pytest.mark.parametrize("objective", ["info_nce", "cosine"])
 def test_the_logged_loss_of_the_first_step_is_that_of_its_pairs(objective, tmp_path):
     """All 10 clips in one batch: the mean over their 19 pairs, by the distance itself, from a model never trained."""
@@ -67,11 +95,12 @@ def test_the_logged_loss_of_the_first_step_is_that_of_its_pairs(objective, tmp_p
     model, processor = parts(exact=True)
     dataset = ClipDataset(make_clips(), num_frames=2, pairs_per_clip=3)
     batch = ClipCollator(processor)([dataset[i] for i in range(10)])
-    key = batch.pop("target_key")
+    key, context_key = (batch.pop(name) for name in KEYS)
     output = model(**batch)
     if objective == "info_nce":
         assert output.temperature.item() == pytest.approx(0.07)
-        loss = info_nce(output.predicted, output.target, temperature=output.temperature, target_key=key).mean()
+        keys = {"target_key": key, "context_key": context_key}
+        loss = info_nce(output.predicted, output.target, temperature=output.temperature, **keys).mean()
     else:
         loss = (1 - F.cosine_similarity(output.predicted, output.target)).mean()
     assert history(trainer, "loss") == pytest.approx([loss.item()], rel=LOGGED) and len(key) == 19
@@ -331,7 +360,8 @@ def test_eval_loss_is_the_mean_over_pairs(tmp_path):
     model, processor = parts(exact=True)
     dataset = ClipDataset(seven, num_frames=2, pairs_per_clip=3)
     batch = ClipCollator(processor)([dataset[i] for i in range(7)])
-    batch.pop("target_key")
+    for name in KEYS:
+        batch.pop(name)
     with torch.no_grad():
         output = model.eval()(**batch)
     cosine = F.cosine_similarity(output.predicted, output.target)
@@ -363,7 +393,7 @@ def test_diagnostics_are_of_so_many_pairs_at_step_zero_and_at_every_evaluation(t
     counted = []
     real = trainer_module.space_diagnostics
     monkeypatch.setattr(
-        trainer_module, "space_diagnostics", lambda z, s, key: counted.append(len(key)) or real(z, s, key)
+        trainer_module, "space_diagnostics", lambda z, s, *keys: counted.append(len(z)) or real(z, s, *keys)
     )
     options = {"validation": make_clips(8, seed=1), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
     trainer, _ = run(tmp_path, diagnostics_pairs=9, per_device_eval_batch_size=2, **options)

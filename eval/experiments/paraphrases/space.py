@@ -87,7 +87,8 @@ def _similarity(
         return F.cosine_similarity
     rows = training_rows(ARMS[arm], seed, prepared(work).views, num_labels=num_labels).rows
     predicted, target = embedded(model, rows, collator)
-    return contrastive_head(predicted, target, torch.tensor(rows["target_key"]), seed=seed)
+    target_key, context_key = torch.tensor(rows["target_key"]), torch.tensor(rows["context_key"])
+    return contrastive_head(predicted, target, target_key, context_key=context_key, seed=seed)
 
 
 def _scored(

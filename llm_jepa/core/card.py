@@ -19,10 +19,18 @@ NOT_EVALUATED = "Nothing else is known about this model until it has been evalua
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The last evaluation of a run; rows are (figure, value at step 0 or "", value now)."""
+    """The last evaluation of a run.
 
-    step: int
+    step: the optimizer step that was evaluated; None if no trained weights ever were.
+    saved_step: the step of the saved weights, which may be a later one.
+    rows: (figure, value at step 0 or "", value at `step`).
+    pairs: how many pairs the geometry was measured on; 0 if it was not measured.
+    """
+
+    step: int | None
+    saved_step: int
     rows: list[tuple[str, str, str]]
+    pairs: int
 
 
 def settings_of(args: TrainingArguments, own: dict[str, Any]) -> dict[str, Any]:
@@ -37,20 +45,28 @@ def settings_of(args: TrainingArguments, own: dict[str, Any]) -> dict[str, Any]:
     return {key: getattr(value, "value", value) for key, value in settings.items()}
 
 
-def last_evaluation(log_history: list[dict[str, Any]]) -> Evaluation:
-    """The figures of the last evaluation in a trainer's log, and those of step 0."""
-    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
-    if not evaluations:
-        return Evaluation(0, [])
-    start, last = evaluations[0], evaluations[-1]
-    if start.get("step") != 0:
-        start = {}
+def last_evaluation(log_history: list[dict[str, Any]], saved_step: int, pairs: int) -> Evaluation:
+    """The figures of the last evaluation in a trainer's log, and those of step 0.
+
+    Figures of step 0 alone are those of the start model, so such a run was not evaluated. Several validation sets have
+    an entry each at the same step.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for entry in log_history:
+        figures = {key: value for key, value in entry.items() if key.startswith("eval_")}
+        if figures:
+            by_step.setdefault(entry["step"], {}).update(figures)
+    start = by_step.pop(0, {})
+    if not by_step:
+        return Evaluation(None, saved_step, [], 0)
+    step = max(by_step)
     rows = []
-    for key in sorted(last):
-        if key.startswith("eval_") and "_per_second" not in key and "runtime" not in key:
+    for key, value in sorted(by_step[step].items()):
+        if "_per_second" not in key and "runtime" not in key:
             before = f"{start[key]:.4g}" if key in start else ""
-            rows.append((key.removeprefix("eval_"), before, f"{last[key]:.4g}"))
-    return Evaluation(last.get("step", 0), rows)
+            rows.append((key.removeprefix("eval_"), before, f"{value:.4g}"))
+    was_measured = any(key.endswith("recall_at_1") for key in by_step[step])
+    return Evaluation(step, saved_step, rows, pairs if was_measured else 0)
 
 
 def versions_of(packages: Sequence[str]) -> str:

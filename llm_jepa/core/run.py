@@ -137,15 +137,18 @@ def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
 
 
 def _print_evaluation(trainer: JEPATrainer) -> None:
-    """Print the last evaluation of the saved weights and the figures before the first step."""
+    """Print the last evaluation of the run and the figures before the first step."""
     evaluations = [entry for entry in trainer.history_of_saved_weights() if "eval_loss" in entry]
     if not evaluations:
         return
     last, start = evaluations[-1], trainer.start_diagnostics or {}
-    title = f"Validation, saved weights (step {last['step']})"
-    print(f"\n{title:40s}{'step 0':>12s}{'saved':>12s}")
+    is_saved = last["step"] == trainer.saved_step()
+    title = f"Validation, saved weights (step {last['step']})" if is_saved else f"Validation at step {last['step']}"
+    print(f"\n{title:40s}{'step 0':>12s}{'saved' if is_saved else 'then':>12s}")
     for key in sorted(last):
         name = key.removeprefix("eval_")
         if key.startswith("eval_") and name not in NOT_SHOWN:
             before = f"{start[name]:.3g}" if name in start else ""
             print(f"  {name:38s}{before:>12s}{last[key]:>12.3g}")
+    if not is_saved:
+        print(f"  The saved weights are those of step {trainer.saved_step()}, which were not evaluated.")

@@ -9,7 +9,7 @@ family fills in these hooks:
     compute_loss   one micro-batch -> its share of the loss        (the name that transformers gives it)
     example_sums   one evaluation batch -> sums per example
     figures        sums of a whole evaluation -> the figures that are logged
-    embed_bank     embeddings whose geometry is measured
+    embed_bank     embeddings whose geometry is measured; count_bank says of how many pairs
     extra_state    tensors that a resumed run needs besides model and optimizer; load_extra_state takes them back
 """
 
@@ -37,6 +37,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from . import checkpoint
+from .card import Evaluation, last_evaluation
 from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
@@ -145,10 +146,14 @@ class SafeTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
 
-    def history_of_saved_weights(self) -> list[dict[str, float]]:
-        """The log up to the step whose weights are saved: with load_best_model_at_end, the best one, not the last."""
+    def saved_step(self) -> int:
+        """The step whose weights are saved: with load_best_model_at_end, the best one, not the last."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return [entry for entry in self.state.log_history if best is None or entry["step"] <= best]
+        return self.state.global_step if best is None else best
+
+    def history_of_saved_weights(self) -> list[dict[str, float]]:
+        """The log up to the step whose weights are saved."""
+        return [entry for entry in self.state.log_history if entry["step"] <= self.saved_step()]
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,10 @@ class JEPATrainer(SafeTrainer):
 
     def embed_bank(self, dataset: Any) -> tuple[Tensor, Tensor, PairKeys] | None:
         """`predicted`, `target` [P, D] and the keys [P] of a few validation pairs; None if there are none."""
+        raise NotImplementedError
+
+    def count_bank(self) -> int:
+        """The number of pairs that `embed_bank` embeds of the validation set."""
         raise NotImplementedError
 
     def collapse_advice(self) -> str:
@@ -315,6 +324,10 @@ class JEPATrainer(SafeTrainer):
         self._warned_of_collapse = True
         figures = ", ".join(f"{name} {start[name]:.3g} -> {now[name]:.3g}" for name in COLLAPSE_FIGURES)
         logger.warning(COLLAPSED.format(figures=figures, advice=advice))
+
+    def last_evaluation(self) -> Evaluation:
+        """What is known of the saved weights, for their card."""
+        return last_evaluation(self.history_of_saved_weights(), self.saved_step(), self.count_bank())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

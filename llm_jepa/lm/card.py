@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
-from ..core.card import last_evaluation, settings_of, versions_of, write_card
+from ..core.card import Evaluation, settings_of, versions_of, write_card
 from .arguments import LLMJEPAConfig
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -17,9 +17,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 
 def write_model_card(
-    output_dir: str | Path, model: PreTrainedModel, args: LLMJEPAConfig, log_history: list[dict[str, Any]]
+    output_dir: str | Path, model: PreTrainedModel, args: LLMJEPAConfig, evaluation: Evaluation
 ) -> Path:
-    """Write README.md from the run's own configuration and log."""
+    """Write README.md from the run's own configuration and its last evaluation."""
     base = model.config._name_or_path
     is_local = Path(base).exists()  # a folder of this machine is not on the Hub, and its path is nobody's business
     defaults = {name: field.default for name, field in LLMJEPAConfig.__dataclass_fields__.items()}
@@ -38,7 +38,6 @@ def write_model_card(
         model_type=model.config.model_type,
         uses_jepa=args.uses_jepa,
         settings=settings_of(args, own),
-        evaluation=last_evaluation(log_history),
-        pairs=args.diagnostics_pairs,
+        evaluation=evaluation,
         versions=versions_of(PACKAGES),
     )

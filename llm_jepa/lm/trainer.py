@@ -331,6 +331,9 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         with self.compute_loss_context_manager():
             return embed_pairs(self.model, self.base_model, self._bank, layout=self.layout, layer=layer)
 
+    def count_bank(self) -> int:
+        return sum(len(batch["target_key"]) for batch in self._bank)
+
     def collapse_advice(self) -> str:
         return ADVICE.get(self.args.objective, OTHER_ADVICE) if self.args.uses_jepa else ""
 
@@ -410,7 +413,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL calls this at every checkpoint; the card says what was trained and measured in this run."""
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.base_model, self.args, self.history_of_saved_weights())
+            write_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation())
 
 
 def _form_of_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:

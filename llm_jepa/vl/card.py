@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..core.card import last_evaluation, settings_of, versions_of, write_card
+from ..core.card import Evaluation, settings_of, versions_of, write_card
 from .arguments import VLJEPATrainingArguments
 from .modeling import VLJEPAModel
 from .parts import NAMES
@@ -18,9 +18,9 @@ PACKAGES = ("torch", "transformers", "accelerate")
 
 
 def write_vl_model_card(
-    output_dir: str | Path, model: VLJEPAModel, args: VLJEPATrainingArguments, log_history: list[dict[str, Any]]
+    output_dir: str | Path, model: VLJEPAModel, args: VLJEPATrainingArguments, evaluation: Evaluation
 ) -> Path:
-    """Write README.md from the run's own configuration and log."""
+    """Write README.md from the run's own configuration and its last evaluation."""
     bases = [source["name"] for source in model.config.revisions.values() if not _is_folder(source["name"])]
     defaults = {name: field.default for name, field in VLJEPATrainingArguments.__dataclass_fields__.items()}
     own = {
@@ -41,8 +41,7 @@ def write_vl_model_card(
         metadata,
         parts=[_part(model, name) for name in NAMES],
         settings=settings_of(args, own),
-        evaluation=last_evaluation(log_history),
-        pairs=args.diagnostics_pairs,
+        evaluation=evaluation,
         versions=versions_of(PACKAGES),
     )
 

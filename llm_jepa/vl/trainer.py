@@ -220,6 +220,11 @@ class VLJEPATrainer(JEPATrainer):
         predicted, target, *all_keys = (torch.cat(side)[:wanted] for side in zip(*parts, strict=True))
         return predicted, target, PairKeys(*all_keys)
 
+    def count_bank(self) -> int:
+        dataset = self.eval_dataset
+        pairs = 0 if dataset is None else sum(len(dataset.draw(i)) for i in range(len(dataset)))
+        return min(pairs, self.args.diagnostics_pairs)
+
     def collapse_advice(self) -> str:
         return (
             "The loss is low for a trivial reason: try objective: info_nce, a regularizer, or y_encoder_lr_factor: 0."
@@ -227,4 +232,4 @@ class VLJEPATrainer(JEPATrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
-            write_vl_model_card(self.args.output_dir, self.base_model, self.args, self.history_of_saved_weights())
+            write_vl_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation())

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .core.errors import (
     TRACEBACK,
@@ -21,6 +24,10 @@ from .core.errors import (
     traceback_flag,
 )
 from .families import FAMILIES, commands_of, describe_keys, parse_recipe
+from .launch import LAUNCHED
+
+if TYPE_CHECKING:
+    from .core.recipe import Recipe
 
 TRAIN_HELP = """\
 Train a model as a recipe says. Any recipe key can be overridden: --learning_rate 1e-5 --jepa_weight 0.
@@ -52,8 +59,9 @@ def _exit_code_of(argv: list[str]) -> int:
     except NonFiniteLossError as error:
         print(f"llm-jepa: stopped: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("llm-jepa: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if LAUNCHED not in os.environ:  # the launcher says it once for all of its processes
+            print(f"llm-jepa: interrupted{interrupt}", file=sys.stderr)
         return 130
     except Exception as error:  # a model's own code may raise anything
         return print_error("llm-jepa", error)
@@ -110,13 +118,25 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         # Without use_cpu, each gloo process would train a separate model into the same folder.
         overrides = [*overrides, "--use_cpu", "true"]
     recipe = parse_recipe(options.recipe, overrides)
+    from .core.checks import check_packages
+
+    check_packages(recipe.training)
     family = commands_of(recipe.family)
     if options.dry_run:
         from .core.strict_yaml import dump_yaml
 
-        print("# Resolved recipe\n" + dump_yaml({"family": recipe.family, **recipe.given}))
-        family.dry_run(recipe)
+        print("# Resolved recipe\n" + dump_yaml({"family": recipe.family, **recipe.written}))
+        family.dry_run(recipe, launched=options.launch is not None)
         return
+    try:
+        _train_here_or_launch(options, overrides, recipe, family)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(options, overrides, recipe)) from None
+
+
+def _train_here_or_launch(
+    options: argparse.Namespace, overrides: list[str], recipe: Recipe, family: ModuleType
+) -> None:
     if options.launch is not None:
         from .launch import launch
 
@@ -136,6 +156,32 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from .core.run import leave_process_group
 
     leave_process_group()
+
+
+def _how_to_go_on(options: argparse.Namespace, overrides: list[str], recipe: Recipe) -> str:
+    """What an interrupted training has saved, and the command that continues it."""
+    from .core.checkpoint import newest_sealed
+
+    newest = newest_sealed(recipe.training.output_dir)
+    command = ["llm-jepa", "train", options.recipe, *_without_key("resume_from_checkpoint", overrides)]
+    for name in ("launch", "num_processes"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", getattr(options, name)]
+    if newest is None:
+        return f". Nothing is saved yet; start again: {shlex.join(command)}"
+    command += ["--resume_from_checkpoint", "true"]
+    return f". Saved last: {newest}. Continue: {shlex.join(command)}"
+
+
+def _without_key(key: str, overrides: list[str]) -> list[str]:
+    """Overrides without `--key value` and `--key=value`."""
+    kept, words = [], iter(overrides)
+    for word in words:
+        if not _overrides_key(key, [word]):
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)  # its value
+    return kept
 
 
 def _overrides_key(key: str, overrides: list[str]) -> bool:

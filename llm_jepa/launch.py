@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from .core.errors import UserError
 
+LAUNCHED = "LLM_JEPA_LAUNCHED"  # an environment variable of the processes that `launch` starts
 CONFIGS = ("cpu", "ddp", "fsdp2", "zero3")  # accelerate_configs/*.yaml
 
 
@@ -23,10 +25,11 @@ def launch(config: str, num_processes: str | None, recipe: str, overrides: Seque
         num_processes: default: one per GPU, or 2 on the CPU; with a config file, as the file says.
         recipe: a recipe file, already checked by the caller.
 
-    Raises UserError for a config that cannot work on this machine.
+    Raises UserError for a config that cannot work on this machine, and KeyboardInterrupt for Ctrl-C.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if config in CONFIGS:
@@ -50,14 +53,21 @@ def launch(config: str, num_processes: str | None, recipe: str, overrides: Seque
     command += ["-m", "llm_jepa.cli", "train", recipe, *overrides]
     if config == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ[LAUNCHED] = "true"
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"llm-jepa: rank {rank} ended with exit code {failure.exitcode}; see its message above.", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:
+        if error.sigval != signal.SIGINT:
+            raise
+        raise KeyboardInterrupt from None
     except subprocess.CalledProcessError as error:  # from a config file that asks for one process
         return error.returncode if error.returncode > 0 else 1
+    finally:
+        del os.environ[LAUNCHED]
     return 0
 
 

@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from llm_jepa import UserError, cli
 from llm_jepa.cli import main
+from llm_jepa.synthetic import nl_rx
 from tests.conftest import expect_refusal
 
 ROOT = Path(__file__).parent.parent
+LLAMA = (
+    "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 2}"
+)
+LM = f"""
+family: lm
+model_config: {LLAMA}
+tokenizer_vocab_size: 320
+train_data: rows.jsonl
+validation_rows: 4
+max_steps: 2
+save_steps: 1
+eval_strategy: steps
+eval_steps: 2
+learning_rate: 1
+per_device_train_batch_size: 4
+diagnostics_pairs: 4
+use_cpu: true
+output_dir: lm
+"""
+VL = f"""
+family: vl
+x_encoder: {{model_type: vit, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 4,
+  patch_size: 16}}
+predictor: {LLAMA}
+y_encoder: {{model_type: bert, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 4}}
+shared_dim: 16
+frame_size: 32
+num_frames: 1
+train_data: clips.jsonl
+max_steps: 1
+per_device_train_batch_size: 2
+use_cpu: true
+output_dir: vl
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with two recipes and their data."""
+    (tmp_path / "lm.yaml").write_text(LM)
+    (tmp_path / "vl.yaml").write_text(VL)
+    rows = nl_rx.generate(16, seed=3)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "blue.png")
+    clips = [{"image": "red.png", "target": "red"}, {"image": "blue.png", "target": "blue"}]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in clips))
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_help_names_every_key_of_ours(capsys):
@@ -135,3 +194,84 @@ def test_an_error_of_a_data_worker_is_its_own_last_line(monkeypatch, capsys):
         assert cli.main([]) == 2
         said = capsys.readouterr().err.strip()
         assert said.startswith(f"llm-jepa: error: {line}") and "\n" not in said
+
+
+# -- what a run prints ----------------------------------------------------------------------------------------------
+
+RUNS = [
+    ["train", "lm.yaml", "--dry-run"],
+    ["train", "lm.yaml"],
+    ["train", "lm.yaml", "--output_dir", "lora", "--use_peft", "true"],
+    ["train", "lm.yaml", "--output_dir", "on", "--model_config", "null", "--model_name_or_path", "lm"],
+    ["generate", "lm", "--prompt", "lines", "--max_new_tokens", "2"],
+    ["embed", "lm", "--input", "rows.jsonl", "--output", "e.safetensors"],
+    ["train", "vl.yaml", "--dry-run"],
+    ["train", "vl.yaml"],
+]
+
+
+def test_runs_print_nothing_but_our_lines_and_progress_bars(folder):
+    """On stderr, in a process that shows what a user's shell would show: no warning of a library."""
+    script = f"from llm_jepa.cli import main; print([main(words) for words in {RUNS!r}])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, env=environment()
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str([0] * len(RUNS)), done.stderr
+    lines = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
+    others = [line for line in lines if not re.search(r"\d+%\|.*\|", line)]
+    assert len(lines) > len(others), "not even a progress bar: this shows nothing"
+    assert [line for line in others if "llm_jepa" not in line and "\x1b[A" not in line] == []
+
+
+def test_ctrl_c_prints_the_command_that_continues(folder):
+    """With the same overrides, quoted for a shell."""
+    words = ["--max_steps", "100000", "--run_name", "a b"]
+    run = [sys.executable, "-m", "llm_jepa.cli", "train", "lm.yaml"]
+    process = subprocess.Popen([*run, *words], cwd=folder, stderr=subprocess.PIPE, text=True, env=environment())
+    while not (folder / "lm" / "checkpoint-2" / "manifest.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    (line,) = re.findall("llm-jepa: .*", stderr)  # a progress bar may end after it
+    assert process.returncode == 130 and line.startswith("llm-jepa: interrupted. Saved last: lm/checkpoint-"), stderr
+    command = "llm-jepa train lm.yaml --max_steps 100000 --run_name 'a b' --resume_from_checkpoint true"
+    assert line.endswith(f"Continue: {command}")
+
+
+def test_ctrl_c_before_the_first_save_says_so(folder, monkeypatch, capsys):
+    def interrupted(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("llm_jepa.lm.commands.train", interrupted)
+    assert main(["train", "lm.yaml", "--resume_from_checkpoint", "true", "--seed=3"]) == 130
+    said = "Nothing is saved yet; start again: llm-jepa train lm.yaml --seed=3\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--optim", "adamw_8bit"], "optim: adamw_8bit: You need to install `bitsandbytes`"),
+        (["--report_to", "wandb"], "report_to: wandb: WandbCallback requires wandb to be installed"),
+        (["--report_to", "[tensorboard, swanlab]"], "report_to: swanlab"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["lm.yaml", "vl.yaml"])
+def test_a_missing_package_is_named_before_data_and_model_are_read(words, said, recipe, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "rows.jsonl").unlink()
+    (folder / "clips.jsonl").unlink()
+    for dry in ([], ["--dry-run"]):
+        expect_refusal(capsys, ["train", recipe, *words, *dry], said)
+    assert not (folder / "lm").exists() and not (folder / "vl").exists()
+
+
+def test_the_dry_run_prints_values_as_they_were_written(folder, monkeypatch, capsys):
+    """transformers' save_steps and learning_rate are floats."""
+    monkeypatch.chdir(folder)
+    assert main(["train", "lm.yaml", "--dry-run", "--logging_steps", "7"]) == 0
+    out = capsys.readouterr().out
+    for line in ("save_steps: 1\n", "learning_rate: 1\n", "logging_steps: 7\n", "max_steps: 2\n"):
+        assert line in out

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
 
-from .errors import UserError
+from .errors import UserError, one_line
+
+logger = logging.get_logger(__name__)
 
 
 def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:
@@ -46,6 +50,53 @@ def check_used(args: Any, uses: Iterable[tuple[str, bool, str]]) -> None:
 def check_batch_sizes(args: TrainingArguments) -> None:
     names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     check_at_least(args, dict.fromkeys(names, 1))
+
+
+def check_batches(args: TrainingArguments, rows: int, validation_rows: int, *, compares_rows: bool, step: int) -> None:
+    """What the numbers of rows mean for batches. Warns of a last batch that has a single row.
+
+    Args:
+        rows, validation_rows: of the data sets; 0 validation rows if nothing is evaluated.
+        compares_rows: the loss compares the rows of a batch with each other.
+        step: the rows of all ranks that are compared with each other in training.
+
+    Raises UserError if drop_last leaves no batch, or if evaluation compares a row with nothing.
+    """
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise UserError(
+            f"dataloader_drop_last: true leaves no batch: {rows} training rows are fewer than the {batch} of one "
+            "batch; lower per_device_train_batch_size."
+        )
+    if not compares_rows:
+        return
+    alone = "which the loss compares with others of its batch"
+    if validation_rows > 1 and args.per_device_eval_batch_size * args.world_size == 1:
+        raise UserError(
+            f"per_device_eval_batch_size: 1 evaluates each row alone, {alone}, so that eval_loss would say nothing; "
+            "set 2 or more."
+        )
+    # With several ranks, Accelerate fills the last batches up.
+    if args.world_size == 1 and rows % step == 1 and not args.dataloader_drop_last and args.process_index == 0:
+        logger.warning(
+            f"The last step of an epoch has a single row ({rows} rows, {step} at a time), {alone}: its JEPA loss is 0. "
+            "Set dataloader_drop_last: true, or another batch size."
+        )
+
+
+def check_packages(args: TrainingArguments) -> None:
+    """Raises UserError if `optim` or `report_to` needs a package that is not installed."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError, NotImplementedError) as error:
+        if "pass a `model`" not in str(error) and "pass a model" not in str(error):  # its package is there
+            raise UserError(f"optim: {getattr(args.optim, 'value', args.optim)}: {one_line(error)}") from error
+    for integration in args.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([integration]):
+                callback()
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise UserError(f"report_to: {integration}: {one_line(error)}") from error
 
 
 def check_precision(args: TrainingArguments) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,54 @@ def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Of a model or tokenizer folder, the files besides weights that say what is computed.
+MODEL_FILES = (
+    "added_tokens.json", "chat_template.jinja", "config.json", "merges.txt", "modules.json", "preprocessor_config.json",
+    "processor_config.json", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt", "1_Pooling/config.json",
+)  # fmt: skip
+WEIGHTS = "model.safetensors"
+
+
+def content_sha256(source: str, revision: str | None = None) -> str | None:
+    """A hash of a file, or of the weights, config and tokenizer in a folder or in the local cache of the Hub.
+
+    It does not depend on the place, so that a folder can be moved. None if there is nothing to hash: no such folder,
+    or a Hub repository that has not been downloaded yet.
+    """
+    path = Path(source)
+    if path.is_file():
+        return file_sha256(path)
+    folder = path if path.is_dir() else _snapshot(source, revision)
+    if folder is None:
+        return None
+    names = [name for name in MODEL_FILES if (folder / name).is_file()]
+    try:
+        names += set(json.loads((folder / f"{WEIGHTS}.index.json").read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not sharded; loading it names what is wrong
+        names += [WEIGHTS]
+    hashes = [f"{name} {_blob_sha256(folder / name)}\n" for name in sorted(names) if (folder / name).is_file()]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def _snapshot(repository: str, revision: str | None) -> Path | None:
+    """The folder of the local cache that holds a revision of a Hub repository."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(repository, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _blob_sha256(path: Path) -> str:
+    """The cache of the Hub names large files by their SHA-256, so these need not be read."""
+    name = os.path.basename(os.path.realpath(path))
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else file_sha256(path)
 
 
 def text_key(text: str) -> int:

@@ -65,10 +65,11 @@ NOT_OFFERED = {
 }
 # Keys that say how a run is watched and stored, not what it computes. They may change when a run is resumed.
 BOOKKEEPING = {
-    "dataloader_num_workers", "dataset_num_proc", "disable_tqdm", "feature_cache", "hub_model_id", "hub_private_repo",
-    "hub_strategy", "log_level", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "push_to_hub",
-    "report_to", "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "train_data",
-    "validation_data",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout",
+    "disable_tqdm", "feature_cache", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps",
+    "logging_strategy", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_steps",
+    "save_strategy", "save_total_limit", "skip_memory_metrics", "train_data", "validation_data",
 }  # fmt: skip
 
 
@@ -103,13 +104,37 @@ class Recipe:
     data: Any
     training: Any
     given: dict[str, Any]  # the values that the files and the command line set, checked; without `family`
+    written: dict[str, Any]  # the same as they were written: an int for a float is still an int
 
     def identity(self) -> dict[str, Any]:
         """The values that make two runs the same run; plain JSON. `family` follows from the keys, so it is left out."""
-        same = {key: value for key, value in sorted(self.given.items()) if key not in BOOKKEEPING}
+        free = BOOKKEEPING | self.may_change()
+        same = {key: value for key, value in sorted(self.given.items()) if key not in free}
         if self.given.get("feature_cache"):
             same["feature_cache"] = True  # its folder may change, but cached features are float16
         return same
+
+    def may_change(self) -> set[str]:
+        """The keys that may differ when this run is resumed."""
+        keys = BOOKKEEPING - {"feature_cache"}
+        # Evaluation watches the run, unless its figures choose the weights or the learning rate. The batches that
+        # compute cached features and targets have this size, too, and that changes their rounding.
+        decides = (
+            self.given.get("load_best_model_at_end")
+            or self.given.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+            or self.given.get("feature_cache")
+            or self.given.get("target_encoder") == "base"
+        )
+        return keys if decides else {*keys, "per_device_eval_batch_size"}
+
+    def defaults(self) -> dict[str, Any]:
+        """The default of every key that has a plain one, as JSON has it: to leave a key out is to write this."""
+        defaults = {}
+        for group in (self.model, self.data, self.training):
+            for field in dataclasses.fields(group):
+                if field.default is not dataclasses.MISSING:
+                    defaults[field.name] = getattr(field.default, "value", field.default)
+        return defaults
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource:
@@ -155,7 +180,8 @@ def parse(
         raise
     except Exception as error:  # transformers' and TRL's own checks of their fields
         raise UserError(f"{path}: {one_line(error, 400)}") from None
-    return Recipe(family, model, data, training, resolved)
+    written = {key: value for key, value in values.items() if key != FAMILY}
+    return Recipe(family, model, data, training, resolved, written)
 
 
 def recipe_fields(groups: Groups) -> dict[str, tuple[dataclasses.Field[Any], Any]]:

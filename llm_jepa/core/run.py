@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from .checkpoint import RUN_FILE, find_resume
+from .checkpoint import CONTENTS, RUN_FILE, find_resume, hold
 from .errors import UserError
-from .files import write_json
+from .files import WEIGHTS, content_sha256, write_json
 from .recipe import Recipe
 from .trainer import JEPATrainer
 
@@ -26,9 +27,19 @@ NOT_SHOWN = ("runtime", "samples_per_second", "steps_per_second")  # speed is no
 
 
 def identify(
-    recipe: Recipe, train_sha256: str | None, validation_sha256: str | None
+    recipe: Recipe,
+    train_sha256: str | None,
+    validation_sha256: str | None,
+    *,
+    sources: Mapping[str, str | None],
+    further: str,
 ) -> tuple[dict[str, Any], str | None]:
     """The identity of a run (plain JSON) and the checkpoint to resume it from, if any. Writes nothing.
+
+    Args:
+        sources: keys that may name a folder, a file or a Hub repository -> the key of its revision. These are compared
+            by what they hold.
+        further: how to train a finished model for more steps, in words.
 
     Raises UserError if there is nothing to evaluate on, or if the output folder cannot be used.
     """
@@ -43,8 +54,17 @@ def identify(
         "validation_sha256": validation_sha256,
         "num_processes": training.world_size,
     }
+    if contents := _contents(recipe, sources):
+        identity[CONTENTS] = contents
     identity = json.loads(json.dumps(identity))  # as it will be read back from the file
-    resume = find_resume(training.output_dir, identity, resume=training.resume_from_checkpoint)
+    resume = find_resume(
+        training.output_dir,
+        identity,
+        resume=training.resume_from_checkpoint,
+        may_change=recipe.may_change(),
+        defaults=recipe.defaults(),
+        further=further,
+    )
     if resume is not None and training.save_only_model:
         raise UserError(
             "save_only_model: true left no optimizer state to resume from; start a new run in another output_dir."
@@ -52,11 +72,43 @@ def identify(
     return identity, resume
 
 
-def claim(trainer: JEPATrainer, identity: dict[str, Any]) -> None:
+def _contents(recipe: Recipe, sources: Mapping[str, str | None]) -> dict[str, str]:
+    """key -> hash of what it names, for the keys whose files are on this machine."""
+    contents = {}
+    for key, revision_key in sources.items():
+        source = getattr(recipe.model, key, None) or getattr(recipe.training, key, None)
+        revision = getattr(recipe.model, revision_key) if revision_key else None
+        if isinstance(source, str) and (content := content_sha256(source, revision)):
+            contents[key] = content
+    return contents
+
+
+def is_finished(recipe: Recipe, resume: str | None) -> bool:
+    """Whether no step is left and the model is saved; says so. Needs no model."""
+    folder = Path(recipe.training.output_dir)
+    if resume is None or not any((folder / name).exists() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
+        return False
+    state = _state_of(resume)
+    if state.global_step < state.max_steps:
+        return False
+    if recipe.training.process_index == 0:
+        print(f"{folder} is already finished ({state.global_step} steps).")
+    return True
+
+
+def claim(trainer: JEPATrainer, recipe: Recipe, identity: dict[str, Any], *, sources: Mapping[str, str | None]) -> None:
     """Write the run's identity into its folder. Call it last, so that a run that is refused leaves the folder free."""
     trainer.accelerator.wait_for_everyone()  # until every process has looked at the folder
-    if trainer.is_world_process_zero():
-        write_json(Path(trainer.args.output_dir) / RUN_FILE, identity)
+    if not trainer.is_world_process_zero():
+        return
+    missing = {key: revision for key, revision in sources.items() if key not in identity.get(CONTENTS, {})}
+    if downloaded := _contents(recipe, missing):  # from the Hub, since `identify`
+        identity = {**identity, CONTENTS: {**identity.get(CONTENTS, {}), **downloaded}}
+    folder = Path(trainer.args.output_dir)
+    write_json(folder / RUN_FILE, identity)
+    descriptor = hold(folder)
+    if descriptor is not None:
+        trainer.release_folder = weakref.finalize(trainer, os.close, descriptor)
 
 
 def data_seed(recipe: Recipe) -> int:
@@ -88,12 +140,17 @@ def train(
 
     Raises UserError if an optimizer lacks its package, or if nothing computes metric_for_best_model.
     """
-    folder = Path(trainer.args.output_dir)
-    finished = resume is not None and _restore_if_finished(trainer, resume)
-    if finished and (folder / "model.safetensors").exists():
-        print(f"{folder} is already finished ({trainer.state.global_step} steps).")
-        return
-    if not finished:
+    try:
+        _train_and_save(trainer, resume, before_saving)
+    finally:
+        trainer.release_folder()
+
+
+def _train_and_save(
+    trainer: JEPATrainer, resume: str | None, before_saving: Callable[[JEPATrainer], None] | None
+) -> None:
+    # A run that was finished but not saved was killed between its last checkpoint and the final save.
+    if resume is None or not _restore_if_finished(trainer, resume):
         try:
             trainer.train(resume_from_checkpoint=resume)
         except ImportError as error:
@@ -102,7 +159,6 @@ def train(
             if "metric_for_best_model" not in str(error):
                 raise
             raise UserError(f"Training stopped: {error}") from error
-    # A run that was finished but not saved was killed between its last checkpoint and the final save.
     if before_saving is not None:
         before_saving(trainer)
     trainer.save_model()
@@ -125,9 +181,14 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _state_of(checkpoint: str) -> TrainerState:
+    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    return state
+
+
 def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
     """If no step is left, load the state and the weights to keep. (`Trainer.train` would take one more step.)"""
-    state = TrainerState.load_from_json(os.path.join(resume, "trainer_state.json"))
+    state = _state_of(resume)
     if state.global_step < state.max_steps:
         return False
     trainer.state = state

@@ -16,7 +16,7 @@ family fills in these hooks:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -184,6 +184,7 @@ class JEPATrainer(SafeTrainer):
         self._example_sums: list[Tensor] = []
         self._is_collapsed = self._warned_of_collapse = False
         self._resumed_from: str | None = None
+        self.release_folder: Callable[[], object] = lambda: None  # lets other processes train in output_dir again
         self.add_callback(_Hooks(self))
 
     @classmethod

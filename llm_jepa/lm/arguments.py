@@ -224,6 +224,13 @@ class LLMJEPAConfig(SFTConfig):
             "the published script really does (so end-of-turn is never trained if pad = eos)."
         },
     )
+    too_long: Literal["truncate", "drop", "refuse"] = field(
+        default="truncate",
+        metadata={
+            "help": "Rows longer than max_length. truncate: cut their ends, and refuse rows whose prompt leaves no "
+            "completion token. drop: leave them out. refuse: train nothing. All are counted."
+        },
+    )
     diagnostics_pairs: int = field(
         default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
     )
@@ -282,6 +289,7 @@ class LLMJEPAConfig(SFTConfig):
             )
         if self.uses_jepa:
             self._check_jepa()
+        check_used(self, (("too_long", self.max_length is not None, "max_length"),))
         check_dispatch(self)
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
@@ -357,14 +365,10 @@ def check_objective(
             f"readout_layer={args.readout_layer} does not exist: the model has layers 1 to "
             f"{config.num_hidden_layers} (-1 is the last)."
         )
-    # Not checked by the configuration, because the process that starts the ranks does not know their number.
-    pairs = args.per_device_train_batch_size * args.world_size
-    if args.negatives == "optimizer_step":
-        pairs *= args.gradient_accumulation_steps
-    if args.objective == "info_nce":
-        _check_negatives(args, train, pairs)
+    check_pairs(args)
+    check_targets(args, train)
     if args.regularizer is not None:
-        _check_regularizer(args, config, pairs, sharded=sharded)
+        _check_regularizer(args, config, sharded=sharded)
     if args.target_encoder == "ema" and opaque:
         raise UserError(
             "target_encoder: ema cannot follow weights that DeepSpeed or FSDP version 1 holds; use --launch fsdp2 or "
@@ -374,12 +378,37 @@ def check_objective(
         raise UserError("target_encoder: base embeds its targets before the model is sharded; use --launch ddp.")
 
 
-def _check_negatives(args: LLMJEPAConfig, train: Dataset, pairs: int) -> None:
-    if pairs < 2:
+def check_pairs(args: LLMJEPAConfig) -> None:
+    """Raises UserError if a batch has too few pairs for the objective or the regularizer.
+
+    Not checked by the configuration, because the process that starts the ranks does not know their number.
+    """
+    pairs = pairs_compared(args)
+    if not args.uses_views:
+        return
+    if args.objective == "info_nce" and pairs < 2:
         raise UserError(
             "objective: info_nce needs other pairs in the batch as negatives; set per_device_train_batch_size to 2 "
             "or more, negatives: optimizer_step, or objective: cosine."
         )
+    if args.regularizer is not None and pairs < (8 if args.regularizer == "sigreg" else 2):
+        raise UserError(
+            f"regularizer: {args.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
+            "raise per_device_train_batch_size."
+        )
+
+
+def pairs_compared(args: LLMJEPAConfig) -> int:
+    """How many pairs of the training rows meet in one loss."""
+    pairs = args.per_device_train_batch_size * args.world_size
+    return pairs * args.gradient_accumulation_steps if args.negatives == "optimizer_step" else pairs
+
+
+def check_targets(args: LLMJEPAConfig, train: Dataset) -> None:
+    """Raises UserError if the training rows have too few different targets for the batches of InfoNCE."""
+    if not args.uses_views or args.objective != "info_nce":
+        return
+    pairs = pairs_compared(args)
     contexts, targets = "context_key", "target_key"
     if args.direction == "reverse":
         contexts, targets = targets, contexts
@@ -397,12 +426,8 @@ def _check_negatives(args: LLMJEPAConfig, train: Dataset, pairs: int) -> None:
         )
 
 
-def _check_regularizer(args: LLMJEPAConfig, config: PreTrainedConfig, pairs: int, *, sharded: bool) -> None:
-    if pairs < (8 if args.regularizer == "sigreg" else 2):
-        raise UserError(
-            f"regularizer: {args.regularizer} cannot estimate a distribution from {pairs} pair(s) per micro-batch; "
-            "raise per_device_train_batch_size."
-        )
+def _check_regularizer(args: LLMJEPAConfig, config: PreTrainedConfig, *, sharded: bool) -> None:
+    pairs = pairs_compared(args)
     if sharded:
         raise UserError(f"regularizer: {args.regularizer} has no sharded projector; use --launch ddp.")
     if not args.projector_dim and pairs < config.hidden_size:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from ..core.card import Evaluation, settings_of, versions_of, write_card
 from .arguments import LLMJEPAConfig
+from .data import RowCounts
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 ALWAYS_SHOWN = ("jepa_weight", "objective", "num_predictor_tokens", "context_view", "label_protocol")
@@ -17,7 +18,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 
 def write_model_card(
-    output_dir: str | Path, model: PreTrainedModel, args: LLMJEPAConfig, evaluation: Evaluation
+    output_dir: str | Path,
+    model: PreTrainedModel,
+    args: LLMJEPAConfig,
+    evaluation: Evaluation,
+    row_counts: Mapping[str, RowCounts],
 ) -> Path:
     """Write README.md from the run's own configuration and its last evaluation."""
     base = model.config._name_or_path
@@ -38,6 +43,7 @@ def write_model_card(
         model_type=model.config.model_type,
         uses_jepa=args.uses_jepa,
         settings=settings_of(args, own),
+        row_counts=row_counts,
         evaluation=evaluation,
         versions=versions_of(PACKAGES),
     )

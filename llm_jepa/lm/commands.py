@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import UserError
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .prompts import Prompt, PromptForm
     from .trainer import LLMJEPATrainer
 
+# Recipe keys that name a folder, a file or a Hub repository -> the key of its revision. A run is the same if they hold
+# the same.
+SOURCES = {"model_name_or_path": "model_revision", "tokenizer_name_or_path": None, "chat_template_path": None}
+
 
 # -- train ------------------------------------------------------------------------------------------------------------
 
@@ -30,29 +34,67 @@ def train(recipe: Recipe) -> None:
     """Train as the recipe says. Leaves a plain causal LM in output_dir; LoRA is merged into it."""
     from ..core import run
 
-    trainer, resume = build_trainer(recipe)
-    run.train(trainer, resume, before_saving=_merge_adapter)
+    start = _begin(recipe)
+    if not run.is_finished(recipe, start.resume):
+        run.train(_trainer(recipe, start), start.resume, before_saving=_merge_adapter)
 
 
 def build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     """The trainer and the checkpoint to resume from. Raises UserError before anything is written."""
+    start = _begin(recipe)
+    return _trainer(recipe, start), start.resume
+
+
+class _Start(NamedTuple):
+    """What is known of a run before its model is loaded."""
+
+    rows: Dataset
+    validation: Dataset | None
+    identity: dict[str, Any]
+    resume: str | None
+
+
+def _begin(recipe: Recipe) -> _Start:
     from transformers import set_seed
 
     from ..core import run
-    from .loading import load_data, load_model, load_tokenizer, lora_config
+    from .arguments import check_pairs
+    from .loading import load_data
     from .sources import data_sha256
+
+    check_pairs(recipe.training)
+    set_seed(recipe.training.seed)
+    rows, validation = load_data(recipe.data, seed=run.data_seed(recipe))
+    identity, resume = run.identify(
+        recipe, data_sha256(rows), data_sha256(validation), sources=SOURCES, further=_further(recipe)
+    )
+    return _Start(rows, validation, identity, resume)
+
+
+def _further(recipe: Recipe) -> str:
+    """How to train a finished model for more steps."""
+    model = f"--model_name_or_path {recipe.training.output_dir}"
+    if recipe.model.model_config is not None:
+        model += " --model_config null"
+    return f"train its model further as a new run: {model} --output_dir NEW"
+
+
+def _trainer(recipe: Recipe, start: _Start) -> LLMJEPATrainer:
+    from ..core import run
+    from .data import prepare_rows
+    from .loading import load_model, load_tokenizer, lora_config
     from .trainer import LLMJEPATrainer
 
     training = recipe.training
-    set_seed(training.seed)
-    rows, validation = load_data(recipe.data, seed=run.data_seed(recipe))
-    identity, resume = run.identify(recipe, data_sha256(rows), data_sha256(validation))
-    tokenizer = load_tokenizer(recipe.model, training, rows)
+    tokenizer = load_tokenizer(recipe.model, training, start.rows)
+    rows, validation, preparation = prepare_rows(start.rows, start.validation, tokenizer, training)
     model = load_model(recipe.model, tokenizer, seed=training.seed)
     with run.library_refusals():
-        trainer = LLMJEPATrainer(model, training, rows, validation, tokenizer, peft_config=lora_config(recipe.model))
-    run.claim(trainer, identity)
-    return trainer, resume
+        trainer = LLMJEPATrainer(
+            model, training, rows, validation, tokenizer, lora_config(recipe.model), preparation=preparation
+        )
+    run.claim(trainer, recipe, start.identity, sources=SOURCES)
+    return trainer
 
 
 def _merge_adapter(trainer: JEPATrainer) -> None:
@@ -69,22 +111,30 @@ def _merge_adapter(trainer: JEPATrainer) -> None:
     trainer.model = trainer.base_model = trainer.model.merge_and_unload()
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Print the first row as the trainer would pack it, and the cost in tokens. Trains and writes nothing."""
+def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
+    """Print the first row as the trainer would pack it, and the cost in tokens. Trains and writes nothing.
+
+    launched: several processes will train, so the batch of one of them is not yet known to be too small.
+    """
     from ..core.run import data_seed
-    from .data import warn_of_rows
+    from .arguments import check_pairs
+    from .data import prepare_rows
     from .dry_run import describe_row, token_cost
     from .loading import load_data, load_tokenizer
     from .predictor_tokens import predictor_token_names
 
     training = recipe.training
-    rows, _ = load_data(recipe.data, seed=data_seed(recipe))
+    if not launched:
+        check_pairs(training)
+    rows, validation = load_data(recipe.data, seed=data_seed(recipe))
     tokenizer = load_tokenizer(recipe.model, training, rows)
-    tokenizer.pad_token = training.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    rows, _, preparation = prepare_rows(rows, validation, tokenizer, training)
     predictors = predictor_token_names(training.num_predictor_tokens) if training.uses_views else []
     tokenizer.add_tokens(predictors, special_tokens=True)
-    warn_of_rows(rows, "train")
-    print("# The first row, packed\n" + describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty()))
+    print("# Rows")
+    for name, count in preparation.counts.items():
+        print(f"{name}: {count}")
+    print("\n# The first row, packed\n" + describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty()))
     print("\n# Cost\n" + token_cost(rows, tokenizer, training))
 
 

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..core.checks import check_batches
 from ..core.errors import UserError
-from .arguments import LLMJEPAConfig
+from .arguments import LLMJEPAConfig, check_targets, pairs_compared
 from .batching import JEPACollator
 from .limits import check_views
-from .prompts import PromptForm, fitted, template_that_asks, turn_end
+from .prompts import PromptForm, fitted, starting_form, template_that_asks, turn_end
 from .rows import USED_COLUMNS, parse_row
-from .views import Views, add_view_columns
+from .views import NoCompletionLeft, Views, add_view_columns
 
 logger = logging.get_logger(__name__)
 VIEW_COLUMNS = [field.name for field in fields(Views)]
+TOKENS = "tokens_without_completion"  # while views are built: the length of a row that max_length leaves no completion
+_TYPES = {
+    "list[int]": List(Value("int64")),
+    "list[list[int]]": List(List(Value("int64"))),
+    "int": Value("int64"),
+    "bool": Value("bool"),
+    "list[str]": List(Value("string")),
+    "PromptFits": Value("string"),
+}
+# Written out, because the first rows may all be empty.
+FEATURES = Features({field.name: _TYPES[str(field.type)] for field in fields(Views)} | {TOKENS: Value("int64")})
 # What `Views.remarks` says of a row, after "N of M rows: ".
 REMARKS = {
     "joined_space": "the prompt ends in white space that is a part of the completion's first token. The LM row trains "
@@ -133,42 +145,159 @@ def _count_formats(dataset: Dataset) -> tuple[int, int]:
     return plain, both
 
 
-def view_columns(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: LLMJEPAConfig,
-    model_config: PreTrainedConfig,
-    collator: JEPACollator,
-    form: PromptForm,
-    name: str,
-) -> Dataset:
-    """The columns of `views.Views`, and with `group_by_length` the length of each packed row.
+@dataclass(frozen=True)
+class RowCounts:
+    """What `max_length` did to the rows of a data set."""
 
-    Raises UserError for a row without views, and for one longer than the model has positions.
+    rows: int  # that are used
+    cut: int  # of these, the ones that lost their end
+    left_out: int  # not among these
+
+    def __str__(self) -> str:
+        notes = [f"{self.cut} of them cut to max_length"] if self.cut else []
+        notes += [f"{self.left_out} more left out, longer than max_length"] if self.left_out else []
+        return f"{self.rows} ({'; '.join(notes)})" if notes else str(self.rows)
+
+
+def view_columns(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig, form: PromptForm, name: str
+) -> tuple[Dataset, RowCounts]:
+    """The columns of `views.Views`, without the rows that `too_long: drop` leaves out. Warns of every row it changes.
+
+    Raises UserError for a row without views, and for rows that are longer than `too_long` allows: all of them in one
+    message.
     """
     warn_of_rows(dataset, name)
-    dataset = dataset.map(
-        add_view_columns,
+    views = dataset.map(
+        _views_or_length,
         with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "form": form, **view_options(args)},
         num_proc=args.dataset_num_proc,
         load_from_cache_file=False,  # its key does not see a change in views.py or in a template's renderer
         remove_columns=dataset.column_names,
+        features=FEATURES,
         desc=f"Building views of the {name} rows",
     )
-    truncated = sum(dataset["truncated"])
-    if truncated:
-        logger.warning(f"{truncated} of {len(dataset)} {name} rows were cut to max_length={args.max_length} tokens.")
-    for remark, count in Counter(remark for row in dataset["remarks"] for remark in row).items():
-        logger.warning(f"{count} of {len(dataset)} {name} rows: {REMARKS[remark]}")
+    hopeless = [index for index, tokens in enumerate(views[TOKENS]) if tokens]
+    cut = [index for index, is_cut in enumerate(views["truncated"]) if is_cut and not views[TOKENS][index]]
+    too_long = sorted([*hopeless, *cut]) if args.too_long != "truncate" else hopeless
+    if too_long and args.too_long != "drop":
+        raise UserError(_too_long_message(dataset, views, too_long, args, name))
+    if too_long:
+        cut = []
+        left = sorted(set(range(len(views))) - set(too_long))
+        logger.warning(
+            f"too_long: drop leaves out {len(too_long)} of {len(views)} {name} rows, which are longer than "
+            f"max_length={args.max_length} tokens ({_numbers(too_long)})."
+        )
+        if not left:
+            raise UserError(f"too_long: drop leaves no {name} row; raise max_length={args.max_length}.")
+        views = views.select(left)
+    if cut:
+        logger.warning(f"{len(cut)} of {len(views)} {name} rows were cut to max_length={args.max_length} tokens.")
+    for remark, count in Counter(remark for row in views["remarks"] for remark in row).items():
+        logger.warning(f"{count} of {len(views)} {name} rows: {REMARKS[remark]}")
+    return views.remove_columns(TOKENS), RowCounts(len(views), len(cut), len(too_long))
+
+
+def _views_or_length(row: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
+    """The views of a row. Of a row whose prompt fills max_length: empty views, and its length."""
+    try:
+        return {**add_view_columns(row, index, **options), TOKENS: 0}
+    except NoCompletionLeft as error:
+        if error.tokens is None:
+            raise
+        empty: dict[str, Any] = {name: [] if isinstance(feature, List) else 0 for name, feature in FEATURES.items()}
+        return {**empty, "prompt_fits": "neither", "index": index, "truncated": True, TOKENS: error.tokens}
+
+
+def _too_long_message(dataset: Dataset, views: Dataset, too_long: list[int], args: LLMJEPAConfig, name: str) -> str:
+    """How many rows are too long, which ones, and what to do."""
+    prompt = parse_row(dataset[too_long[0]], f"row {too_long[0]}").prompt
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    which = f"{_numbers(too_long)}; the first one: {' '.join(text.split())[:60]!r}"
+    count = f"{len(too_long)} of {len(views)} {name} rows"
+    if args.too_long == "refuse":
+        return (
+            f"{count} are longer than max_length={args.max_length} tokens ({which}); raise max_length, or set "
+            "too_long: drop (leave them out) or truncate (cut their ends)."
+        )
+    longest = max(views[TOKENS])
+    return (
+        f"{count} have a prompt that fills max_length={args.max_length}, so no completion token is left ({which}); "
+        f"raise max_length (the longest of these rows has {longest} tokens), shorten them, or set too_long: drop."
+    )
+
+
+def _numbers(rows: list[int]) -> str:
+    """`row 7`, or `rows 1, 2, 3, 4, 5, ...`, counted from 0."""
+    more = ", ..." if len(rows) > 5 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:5]))}{more}"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known of the rows of a run besides their views.
+
+    form, template: of `settle_form`.
+    """
+
+    counts: dict[str, RowCounts]
+    form: PromptForm
+    template: str | None
+
+
+def prepare_rows(
+    train: Dataset, validation: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig
+) -> tuple[Dataset, Dataset | None, Preparation]:
+    """The views of both data sets, before a model is loaded. Sets the pad token of the tokenizer.
+
+    Raises UserError for rows and batches that cannot be trained as `args` says.
+    """
+    set_pad_token(tokenizer, args)
+    form = form_of(train, tokenizer)
+    counts: dict[str, RowCounts] = {}
+    raw = train
+    with args.main_process_first(desc="building views"):
+        train, counts["train"] = view_columns(raw, tokenizer, args, form, "train")
+        if validation is not None:
+            validation, counts["eval"] = view_columns(validation, tokenizer, args, form, "eval")
+    form, template = settle_form(form, raw, train, tokenizer)
+    evaluated = len(validation) if validation is not None and args.eval_strategy != "no" else 0
+    compares = args.uses_views and (args.objective == "info_nce" or args.regularizer is not None)
+    check_batches(args, len(train), evaluated, compares_rows=compares, step=pairs_compared(args))
+    check_targets(args, train)
+    return train, validation, Preparation(counts, form, template)
+
+
+def form_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """What the prompts of raw rows share."""
+    return starting_form((parse_row(row, f"row {index}") for index, row in enumerate(rows)), tokenizer)
+
+
+def fit_to_model(
+    dataset: Dataset, args: LLMJEPAConfig, model_config: PreTrainedConfig, collator: JEPACollator, name: str
+) -> Dataset:
+    """View columns, and with `group_by_length` the length of each packed row.
+
+    Raises UserError for a row that is longer than the model has positions.
+    """
     check_views(
         model_config, dataset, f"{name} rows", len(collator.predictor_ids), "set max_length: {room}, or remove them"
     )
-    if args.train_sampling_strategy == "group_by_length":
+    if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
         collator = training_collator(collator, args)
         lengths = [sum(len(segment.ids) for segment in collator.example(row).segments) for row in dataset]
         dataset = dataset.add_column(args.length_column_name, lengths)
     return dataset
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> None:
+    """The recipe's pad token, the tokenizer's, or else eos as in the published code. Raises UserError if it is new."""
+    pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if pad_token not in tokenizer.get_vocab():
+        raise UserError(f"The pad token {pad_token!r} is not in the tokenizer's vocabulary; set pad_token to one.")
+    tokenizer.pad_token = pad_token
 
 
 def settle_form(

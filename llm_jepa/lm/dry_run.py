@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import LLMJEPAConfig
 from .batching import CONTEXT, LM_ROW, TARGET, JEPACollator, Segment
-from .data import bank_collator, training_collator, view_options
+from .data import bank_collator, training_collator
 from .predictor_tokens import predictor_token_ids
-from .views import IGNORE, add_view_columns
+from .views import IGNORE
 
 NAMES = {LM_ROW: "LM row", CONTEXT: "context", TARGET: "target"}
 COLORS = {LM_ROW: "36", CONTEXT: "35", TARGET: "33"}  # ANSI cyan, magenta, yellow
@@ -21,14 +21,16 @@ SAMPLE = 256
 def describe_row(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig, *, color: bool = False
 ) -> str:
-    """The segments of one packed row: positions, what each sees, what is trained, where embeddings are read."""
-    views = _views(row, 0, tokenizer, args)
-    packed = _collator(tokenizer, args).example(views)
+    """The segments of one packed row: positions, what each sees, what is trained, where embeddings are read.
+
+    row: the columns of `data.view_columns`.
+    """
+    packed = _collator(tokenizer, args).example(row)
     lines = []
     for segment in packed.segments:
         lines += _describe_segment(segment, tokenizer, color)
         if segment.kind == LM_ROW:
-            trained = [token for token, label in zip(segment.ids, views["labels"], strict=True) if label != IGNORE]
+            trained = [token for token, label in zip(segment.ids, row["labels"], strict=True) if label != IGNORE]
             lines.append(f"         trained: {len(trained)} tokens, {tokenizer.decode(trained)!r}")
     for name, embeddings in (("context", packed.contexts), ("target", packed.targets)):
         for places in embeddings:  # of the states whose mean, or whose last one, is the embedding
@@ -63,19 +65,14 @@ def token_cost(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAC
     collator = _collator(tokenizer, args)
     count = min(SAMPLE, len(rows))
     sft = ours = 0
-    for index, row in enumerate(rows.select(range(count))):
-        views = _views(row, index, tokenizer, args)
-        packed = collator.example(views)
-        sft += len(views["input_ids"])
+    for row in rows.select(range(count)):
+        packed = collator.example(row)
+        sft += len(row["input_ids"])
         ours += sum(len(segment.ids) for segment in packed.segments) + sum(map(len, packed.apart))
     return (
         f"{ours / count:.1f} tokens per example against {sft / count:.1f} of plain SFT: {ours / sft:.2f} x "
         f"(context_view {args.context_view}, mean of {count} rows; the published code pays 3 x before padding)"
     )
-
-
-def _views(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> dict[str, Any]:
-    return add_view_columns(row, index, tokenizer=tokenizer, **view_options(args))
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> JEPACollator:

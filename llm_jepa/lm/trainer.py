@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -38,15 +39,27 @@ from .adapter import save_adapter
 from .arguments import LLMJEPAConfig, check_objective
 from .batching import KEYS, JEPACollator, Layout, keys_of, lm_rows_only
 from .card import write_model_card
-from .data import VIEW_COLUMNS, bank_collator, check_dataset, make_bank, settle_form, training_collator, view_columns
+from .data import (
+    VIEW_COLUMNS,
+    Preparation,
+    RowCounts,
+    bank_collator,
+    check_dataset,
+    fit_to_model,
+    form_of,
+    make_bank,
+    set_pad_token,
+    settle_form,
+    training_collator,
+    view_columns,
+)
 from .loading import model_from, tokenizer_from
 from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids
 from .probe import agree_on_layout
-from .prompts import TRAINED, PromptForm, starting_form
+from .prompts import TRAINED, PromptForm
 from .reading import embed_pairs
-from .rows import parse_row
 from .targets import base_targets
 from .token_rows import add_missing_rows, train_token_rows
 
@@ -72,6 +85,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`rows.parse_row`).
         processing_class: the tokenizer; predictor tokens are added to it and to the model.
         peft_config: LoRA configuration; the rows of the predictor tokens are added to what it trains.
+        preparation: of `data.prepare_rows`, whose data sets are then given.
 
     Raises UserError for data, models and options with which the training would not do what they say.
     """
@@ -95,6 +109,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
+        preparation: Preparation | None = None,
         **kwargs: Any,
     ) -> None:
         self.check_call(args, kwargs)
@@ -114,24 +129,33 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self.masked_ids = known_predictor_ids(processing_class)
         self.base_model = model  # without the wrappers of PEFT and DDP
         self._use_cache = model.config.use_cache
-        self._form = _form_of_rows(train_dataset, processing_class)
+        self.row_counts: dict[str, RowCounts] = {}
+        if preparation is not None:
+            self.row_counts |= preparation.counts
+        self._form = preparation.form if preparation is not None else _form_of_rows(train_dataset, processing_class)
+        self._is_ready = False  # until both data sets are
         self._bank_collator = bank_collator(args, processing_class.pad_token_id, self.predictor_ids)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=self._bank_collator,  # until the layout is known
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        with warnings.catch_warnings():
+            # PEFT asks the model for an old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=self._bank_collator,  # until the layout is known
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        self._is_ready = True
         check_support(self)
-        self._saved_template: str | None = None
-        if self._form is not TRAINED:
+        self._saved_template = preparation.template if preparation is not None else None
+        if preparation is None and self._form is not TRAINED:
             self._form, self._saved_template = settle_form(
                 self._form, train_dataset, self.train_dataset, processing_class
             )
+        if self._form is not TRAINED:
             model.config.llm_jepa["prompt"] = self._form.to_dict()
         config = model.config.get_text_config()
         self.term = JEPATerm(args, config.hidden_size, args.device, model.dtype)
@@ -182,12 +206,14 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self, dataset: Dataset, processing_class: Any, args: Any, packing: Any, formatting_func: Any, dataset_name: str
     ) -> Dataset:
         """Rows -> view columns. Idempotent, because `evaluate` calls it again. (The signature is TRL's.)"""
-        if set(VIEW_COLUMNS) <= set(dataset.column_names):
+        if not set(VIEW_COLUMNS) <= set(dataset.column_names):
+            with args.main_process_first(desc="building views"):
+                dataset, self.row_counts[dataset_name] = view_columns(
+                    dataset, processing_class, args, self._form, dataset_name
+                )
+        elif self._is_ready:
             return dataset
-        with args.main_process_first(desc="building views"):
-            dataset = view_columns(
-                dataset, processing_class, args, self.base_model.config, self._bank_collator, self._form, dataset_name
-            )
+        dataset = fit_to_model(dataset, args, self.base_model.config, self._bank_collator, dataset_name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -413,14 +439,12 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL calls this at every checkpoint; the card says what was trained and measured in this run."""
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation())
+            write_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation(), self.row_counts)
 
 
 def _form_of_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """What the prompts of the raw rows share; `TRAINED` if the rows are views already."""
-    if set(VIEW_COLUMNS) <= set(dataset.column_names):
-        return TRAINED
-    return starting_form((parse_row(row, f"row {index}") for index, row in enumerate(dataset)), tokenizer)
+    return TRAINED if set(VIEW_COLUMNS) <= set(dataset.column_names) else form_of(dataset, tokenizer)
 
 
 def prepare_model(
@@ -431,14 +455,10 @@ def prepare_model(
 ) -> list[int]:
     """Set the pad token, give every token a row, add the predictor tokens and write the settings, all in place.
 
-    The pad token is the recipe's, the tokenizer's, or else eos as in the published code. Returns the ids of the
-    predictor tokens. Raises UserError for a pad token that the tokenizer does not have, or for an adapter that cannot
-    train the new rows.
+    Returns the ids of the predictor tokens. Raises UserError for a pad token that the tokenizer does not have, or for
+    an adapter that cannot train the new rows.
     """
-    pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    if pad_token not in tokenizer.get_vocab():
-        raise UserError(f"The pad token {pad_token!r} is not in the tokenizer's vocabulary; set pad_token to one.")
-    tokenizer.pad_token = pad_token
+    set_pad_token(tokenizer, args)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -32,6 +32,14 @@ IGNORE = -100
 PREDICTOR_TOKEN = "<|predictor_{}|>"
 
 
+class NoCompletionLeft(UserError):
+    """A row without a trained token. `tokens`: its length, if max_length cut it."""
+
+    def __init__(self, message: str, tokens: int | None) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+
 @dataclass(frozen=True)
 class Views:
     """Token ids of one example.
@@ -97,9 +105,10 @@ def build_views(
     ids = parts.input_ids[:limit]
     labels = _labels(ids, parts.prompt_length, label_protocol, tokenizer.pad_token_id)
     if len(ids) <= max(parts.prompt_length, parts.context_end) or all(label == IGNORE for label in labels[1:]):
-        raise UserError(
+        raise NoCompletionLeft(
             f"{where}: no completion token is left after truncation to max_length={max_length} (the prompt alone has "
-            f"{parts.prompt_length} tokens); raise max_length, shorten the prompt or remove the row."
+            f"{parts.prompt_length} tokens); raise max_length, shorten the prompt or remove the row.",
+            longest if longest > limit else None,
         )
     if not all(views):
         raise UserError(f"{where}: a view has no content token; check its text and the tokenizer's chat template.")

@@ -6,57 +6,117 @@ Modules that need torch are imported inside the functions, so that help and wron
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..core.recipe import Recipe
+    from .arguments import VLJEPATrainingArguments
+    from .data import Clip
     from .trainer import VLJEPATrainer
+
+# Recipe keys that may name a folder or a Hub repository -> the key of its revision. A run is the same if they hold the
+# same.
+SOURCES = {
+    "vl_model": None,
+    "x_encoder": "x_encoder_revision",
+    "predictor": "predictor_revision",
+    "y_encoder": "y_encoder_revision",
+}
 
 
 def train(recipe: Recipe) -> None:
     """Train as the recipe says. Leaves a VL-JEPA in output_dir."""
     from ..core import run
 
-    run.train(*build_trainer(recipe))
+    start = _begin(recipe)
+    if not run.is_finished(recipe, start.resume):
+        run.train(_trainer(recipe, start), start.resume)
 
 
 def build_trainer(recipe: Recipe) -> tuple[VLJEPATrainer, str | None]:
     """The trainer and the checkpoint to resume from. Raises UserError before anything is written."""
+    start = _begin(recipe)
+    return _trainer(recipe, start), start.resume
+
+
+class _Start(NamedTuple):
+    """What is known of a run before its model is loaded."""
+
+    clips: list[Clip]
+    validation: list[Clip]
+    identity: dict[str, Any]
+    resume: str | None
+
+
+def _begin(recipe: Recipe) -> _Start:
     from transformers import set_seed
 
     from ..core import run
-    from .data import ClipDataset, clips_sha256
-    from .loading import load_clips, load_vl_model
-    from .trainer import VLJEPATrainer
+    from .data import clips_sha256
+    from .loading import load_clips
 
     training = recipe.training
     set_seed(training.seed)
     clips, validation = load_clips(recipe.data, seed=run.data_seed(recipe))
-    identity, resume = run.identify(recipe, clips_sha256(clips), clips_sha256(validation) if validation else None)
-    model, processor = load_vl_model(recipe.model, clips, seed=training.seed)
-    num_frames = model.config.num_frames
-    held_out = ClipDataset(validation, num_frames=num_frames) if validation else None
+    _check_batches(training, clips, validation)
+    identity, resume = run.identify(
+        recipe,
+        clips_sha256(clips),
+        clips_sha256(validation) if validation else None,
+        sources=SOURCES,
+        further=f"train its model further as a new run: a recipe with vl_model: {training.output_dir} in place of the "
+        "parts, and another output_dir",
+    )
+    return _Start(clips, validation, identity, resume)
+
+
+def _trainer(recipe: Recipe, start: _Start) -> VLJEPATrainer:
+    from ..core import run
+    from .data import ClipDataset
+    from .loading import load_vl_model
+    from .trainer import VLJEPATrainer
+
+    training = recipe.training
+    model, processor = load_vl_model(recipe.model, start.clips, seed=training.seed)
+    clips = ClipDataset(start.clips, num_frames=model.config.num_frames)
+    held_out = ClipDataset(start.validation, num_frames=model.config.num_frames) if start.validation else None
     with run.library_refusals():
-        trainer = VLJEPATrainer(model, training, ClipDataset(clips, num_frames=num_frames), held_out, processor)
-    run.claim(trainer, identity)
-    return trainer, resume
+        trainer = VLJEPATrainer(model, training, clips, held_out, processor)
+    run.claim(trainer, recipe, start.identity, sources=SOURCES)
+    return trainer
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Print the first clip, the shapes of a batch of two and the size of each part. Trains and writes nothing."""
+def _check_batches(training: VLJEPATrainingArguments, clips: list[Clip], validation: list[Clip]) -> None:
+    """What can be refused before a model is loaded: batches with too few pairs."""
+    from ..core.checks import check_batches
+    from .objective import check_pairs
+
+    pairs = check_pairs(clips, training)
+    compares = training.objective == "info_nce" or training.regularizer is not None
+    step = training.per_device_train_batch_size * training.world_size
+    evaluated = len(validation) if training.eval_strategy != "no" else 0
+    check_batches(training, len(clips), evaluated, compares_rows=compares and pairs == step, step=step)
+
+
+def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
+    """Print the first clip, the shapes of a batch of two and the size of each part. Trains and writes nothing.
+
+    launched: several processes will train, so the batch of one of them is not yet known to be too small.
+    """
     from ..core.run import data_seed
     from .data import ClipCollator, ClipDataset
     from .loading import load_clips, load_vl_model
-    from .objective import check_clips, choose_trained_parts
+    from .objective import choose_trained_parts
 
     training = recipe.training
     clips, validation = load_clips(recipe.data, seed=data_seed(recipe))
+    if not launched:
+        _check_batches(training, clips, validation)
     model, processor = load_vl_model(recipe.model, clips, seed=training.seed)
     choose_trained_parts(model, training)
     dataset = ClipDataset(
         clips, num_frames=model.config.num_frames, pairs_per_clip=training.pairs_per_clip, seed=training.seed
     )
-    check_clips(dataset, training)
     batch = ClipCollator(processor)([dataset[i] for i in range(min(2, len(dataset)))])
     print(f"# Clips\n{len(clips)} to train on, {len(validation)} for validation; the first one:")
     for query, target in dataset.draw(0):

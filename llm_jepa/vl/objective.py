@@ -5,13 +5,15 @@ Shapes: B pairs, D shared dimension, T frames, N visual tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.pairs import compare_pairs
 from .arguments import VLJEPATrainingArguments
-from .data import ClipDataset
+from .data import Clip, ClipDataset
 from .modeling import VLJEPAModel
 
 KEYS = ("target_key", "context_key")  # of a batch: they are for the loss, not for the model
@@ -59,7 +61,12 @@ def check_clips(clips: ClipDataset, args: VLJEPATrainingArguments) -> None:
     """Raises UserError for options that these clips cannot be trained with."""
     if args.x_encoder_trainable_layers and clips.features is not None:
         raise UserError("The clips bring their features, so x_encoder_trainable_layers would train nothing; set 0.")
-    each = min(args.pairs_per_clip, max(len(clip.pairs) for clip in clips.clips))
+    check_pairs(clips.clips, args)
+
+
+def check_pairs(clips: Sequence[Clip], args: VLJEPATrainingArguments) -> int:
+    """The most pairs that a batch of all ranks can have. Raises UserError if they are too few for the objective."""
+    each = min(args.pairs_per_clip, max(len(clip.pairs) for clip in clips))
     pairs = args.per_device_train_batch_size * each * args.world_size
     if args.objective == "info_nce" and min(pairs, len(clips) * each) < 2:
         raise UserError("objective: info_nce needs other pairs as negatives; raise per_device_train_batch_size to 2.")
@@ -69,6 +76,7 @@ def check_clips(clips: ClipDataset, args: VLJEPATrainingArguments) -> None:
             f"regularizer: {args.regularizer} cannot estimate a distribution from {pairs} pair(s), it needs {least}; "
             "raise per_device_train_batch_size or pairs_per_clip."
         )
+    return pairs
 
 
 def choose_trained_parts(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:

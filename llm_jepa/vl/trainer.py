@@ -68,6 +68,7 @@ class VLJEPATrainer(JEPATrainer):
         if args.x_encoder_trainable_layers and eval_dataset is not None and eval_dataset.features is not None:
             raise UserError("The validation clips bring features of an x_encoder that is to be trained; give frames.")
         choose_trained_parts(model, args)
+        _name_special_tokens(model, processor)
         self.base_model = model  # without the wrapper of DDP
         super().__init__(
             model=model,
@@ -233,3 +234,12 @@ class VLJEPATrainer(JEPATrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
             write_vl_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation())
+
+
+def _name_special_tokens(model: VLJEPAModel, processor: VLJEPAProcessor) -> None:
+    """Write the tokenizer's special ids into the predictor's config, as Trainer would, which warns of it as of news."""
+    config = model.config.get_text_config()
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        token = getattr(processor.tokenizer, name)
+        if token is not None and not isinstance(getattr(config, name, None), list):
+            setattr(config, name, token)

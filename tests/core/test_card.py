@@ -10,6 +10,7 @@ import yaml
 from llm_jepa.core.card import last_evaluation
 from llm_jepa.lm.arguments import LLMJEPAConfig
 from llm_jepa.lm.card import write_model_card
+from llm_jepa.lm.data import RowCounts
 
 # A run of 4 steps.
 LOG = [
@@ -24,7 +25,8 @@ def card(folder, base: str, log, *, saved_step: int = 4, pairs: int = 40, **sett
     how = {"jepa_weight": 0.1, "objective": "cosine", "num_predictor_tokens": 1, "context_view": "prefix", **settings}
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path=base, model_type="llama", llm_jepa=how))
     args = LLMJEPAConfig(str(folder), use_cpu=True)
-    _, head, text = write_model_card(folder, model, args, last_evaluation(log, saved_step, pairs)).read_text().split("---\n", 2)
+    evaluation, counts = last_evaluation(log, saved_step, pairs), {"train": RowCounts(30, 2, 1)}
+    _, head, text = write_model_card(folder, model, args, evaluation, counts).read_text().split("---\n", 2)
     return yaml.safe_load(head), text
 
 
@@ -33,6 +35,8 @@ def test_metadata_and_figures_are_those_of_the_run(tmp_path):
     assert head["base_model"] == "some/model" and head["library_name"] == "transformers"
     assert "# run\n" in text and "Start: `some/model`" in text and "| figure | step 0 | step 4 |" in text
     assert "| loss |  | 1.235 |\n| recall_at_1 | 0.125 | 0.5 |\n" in text
+    assert "| learning_rate | 2e-05 |" in text
+    assert "| train rows | 30 (2 of them cut to max_length; 1 more left out, longer than max_length) |\n\nLast" in text
     assert "| objective | cosine |" in text and "runtime" not in text and "per_second" not in text
 
 
@@ -61,7 +65,11 @@ def test_figures_of_the_start_model_are_not_those_of_the_trained_one(tmp_path):
     evaluation = last_evaluation([{"step": 0, "eval_recall_at_1": 0.875}, {"step": 4, "loss": 1e9}], 4, 40)
     assert (evaluation.step, evaluation.rows, evaluation.pairs) == (None, [], 0)
     _, text = card(tmp_path / "run", "", [{"step": 0, "eval_recall_at_1": 0.875}])
-    assert "Not evaluated: no figure of the saved weights (step 4)" in text and "0.875" not in text and "|---|---|---|" not in text
+    assert (
+        "Not evaluated: no figure of the saved weights (step 4)" in text
+        and "0.875" not in text
+        and "|---|---|---|" not in text
+    )
 
 
 @pytest.mark.parametrize(("saved_step", "is_said"), [(4, False), (5, True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -351,7 +352,7 @@ BAD_ROWS = {
         ({"loss_type": "dft"}, "loss_type"),
         ({"jepa_weight": -1}, "jepa_weight"),
         ({"num_predictor_tokens": 11}, "0..10"),
-        ({"max_length": 5}, "no completion token is left after truncation to max_length=5"),
+        ({"max_length": 5}, "have a prompt that fills max_length=5"),
         ({"eval_strategy": "steps", "eval_steps": 2}, "nothing to evaluate on"),
         ({"validation_rows": 48}, "leaves nothing"),
         ({"chat_template_path": "none.jinja"}, "No chat template"),
@@ -423,6 +424,248 @@ def test_output_dir_of_another_run_is_left_alone(recipe, trained, tmp_path, caps
     expect_refusal(capsys, ["train", recipe(output_dir=str(tmp_path / "mine" / "thesis.txt"))], "is a file")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+# -- which runs are the same ----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_saved_nothing_leaves_the_folder_free(recipe, tmp_path, capsys):
+    """It failed after it had claimed the folder and before its first checkpoint: another recipe may have it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"optim": "adamw_8bit"}))
+    assert main(["train", recipe(), "--resume_from_checkpoint", "true"]) == 0
+    assert "has no checkpoint yet: starting at step 0" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"optim": "adamw_8bit"}))
+    assert main(["train", recipe()]) == 0
+    assert "optim" not in json.loads((folder / "run.json").read_text())
+    expect_refusal(capsys, ["train", recipe()], "holds a run already")
+
+
+@pytest.mark.parametrize("words", [[], ["--resume_from_checkpoint", "true"]])
+def test_a_folder_in_which_another_process_trains_is_not_taken(words, recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    lock = "fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); input()"
+    other = f"import fcntl; file = open({str(tmp_path / 'run' / 'run.json')!r}); {lock}"
+    process = subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    try:
+        expect_refusal(capsys, ["train", recipe(), *words], "Another process trains in")
+    finally:
+        process.communicate("\n")
+    assert main(["train", recipe(), *words]) == 0
+
+
+def test_a_base_model_may_move_and_may_not_change(recipe, trained, tmp_path, capsys):
+    """LoRA takes the frozen weights from the folder again, so a changed one would silently be another run."""
+    options = {"model_config": None, "use_peft": True, "lora_r": 2, "max_steps": 2, "save_steps": 1}
+    base = tmp_path / "base"
+    shutil.copytree(trained, base, ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert main(["train", recipe(**options, model_name_or_path=str(base))]) == 0
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    base.rename(tmp_path / "moved")
+    moved = recipe(**options, model_name_or_path=str(tmp_path / "moved"))
+    assert main(["train", moved, "--resume_from_checkpoint", "true"]) == 0
+    again = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["contents"] == run["contents"]
+
+    # A run.json of an earlier version has no hash: it names the folder, and resumes from that one alone.
+    old = {key: value for key, value in run.items() if key != "contents"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(old))
+    expect_refusal(capsys, ["train", moved, "--resume_from_checkpoint", "true"], f"{base}' -> ")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**old, "model_name_or_path": str(tmp_path / "moved")}))
+    assert main(["train", moved, "--resume_from_checkpoint", "true"]) == 0
+
+    # The same name with one other weight.
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    changed = load_file(tmp_path / "moved" / "model.safetensors")
+    changed[min(changed)] += 1
+    save_file(changed, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    expect_refusal(
+        capsys, ["train", moved, "--resume_from_checkpoint", "true"], "model_name_or_path", "the run has changed"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logging_steps": 1},
+        {"save_total_limit": 1},
+        {"report_to": "tensorboard"},
+        {"dataloader_num_workers": 1},
+        {"dataloader_pin_memory": False},
+        {"per_device_eval_batch_size": 3},
+        {"weight_decay": 0.0},  # the default, written out
+        {"too_long": "truncate"},
+    ],
+)
+def test_what_does_not_change_the_result_may_change_at_a_resume(change, recipe, capsys):
+    assert main(["train", recipe(validation_rows=8, eval_strategy="steps", eval_steps=2)]) == 0
+    path = recipe(validation_rows=8, eval_strategy="steps", eval_steps=2, **change)
+    assert main(["train", path, "--resume_from_checkpoint", "true"]) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, {"eval_steps": 1}),  # an evaluation draws from the generator of dropout
+        ({}, {"eval_strategy": "no"}),
+        ({"load_best_model_at_end": True}, {"per_device_eval_batch_size": 3}),
+        ({"target_encoder": "base"}, {"per_device_eval_batch_size": 3}),
+        ({}, {"weight_decay": 0.1}),
+        ({}, {"too_long": "drop"}),
+        ({}, {"optim": "sgd"}),
+    ],
+)
+def test_what_changes_the_result_may_not(options, change, recipe, capsys):
+    options = {"validation_rows": 8, "eval_strategy": "steps", "eval_steps": 2, **options}
+    assert main(["train", recipe(**options)]) == 0
+    path = recipe(**{**options, **change})
+    expect_refusal(
+        capsys,
+        ["train", path, "--resume_from_checkpoint", "true"],
+        f"the run has changed in 1 place(s) ({next(iter(change))}",
+    )
+
+
+def test_a_longer_run_is_another_run_and_the_advice_works(recipe, tmp_path, capsys):
+    """The learning rate depends on max_steps from the first step on."""
+    assert main(["train", recipe()]) == 0
+    words = ["train", recipe(max_steps=6), "--resume_from_checkpoint", "true"]
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "max_steps: 4 -> 6" in message and "another run" in message
+    advice = re.search("(--model_name_or_path .*) --output_dir NEW", message).group(1).split()
+    assert main(["train", recipe(), *advice, "--output_dir", str(tmp_path / "further")]) == 0
+    assert (tmp_path / "further" / "model.safetensors").exists()
+
+
+def test_a_finished_run_says_so_before_views_are_built(recipe, tmp_path, monkeypatch, capsys):
+    assert main(["train", recipe()]) == 0
+    monkeypatch.setattr("llm_jepa.lm.loading.load_tokenizer", None)
+    assert main(["train", recipe(), "--resume_from_checkpoint", "true"]) == 0
+    assert "already finished (4 steps)" in capsys.readouterr().out
+
+
+# -- rows that are too long -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_recipe(recipe, tmp_path, rows):
+    """Rows 5 and 9 have a long prompt, row 7 a long completion. Every other row fits into 100 tokens."""
+    data = [{"prompt": f"say {i}", "completion": f"{i} it is"} for i in range(20)]
+    for i in (5, 9):
+        data[i]["prompt"] = "far too long " * 100
+    data[7]["completion"] = "so long " * 100
+
+    def write(**changes):
+        path = recipe(max_length=100, **changes)
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+        return path
+
+    return write
+
+
+def test_prompts_that_are_too_long_are_counted_before_the_model_is_loaded(long_recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("llm_jepa.lm.loading.load_model", None)
+    for words in (["train", long_recipe()], ["train", long_recipe(), "--dry-run"]):
+        expect_refusal(
+            capsys, words, "2 of 20 train rows have a prompt that fills max_length=100", "rows 5, 9; the first",
+            "too_long: drop",
+        )  # fmt: skip
+    expect_refusal(
+        capsys, ["train", long_recipe(too_long="refuse")], "3 of 20 train rows are longer", "rows 5, 7, 9", "truncate"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_length_that_the_message_names_is_enough(long_recipe, capsys):
+    assert main(["train", long_recipe(), "--dry-run"]) == 2
+    tokens = re.search(r"the longest of these rows has (\d+) tokens", capsys.readouterr().err).group(1)
+    assert main(["train", long_recipe(), "--max_length", tokens, "--dry-run"]) == 0
+    assert "train: 20" in capsys.readouterr().out
+
+
+def test_too_long_rows_can_be_left_out_and_are_counted_everywhere(long_recipe, tmp_path, capsys):
+    counts = "17 (3 more left out, longer than max_length)"
+    assert main(["train", long_recipe(too_long="drop"), "--dry-run"]) == 0
+    assert f"train: {counts}\n" in capsys.readouterr().out
+    assert main(["train", long_recipe(too_long="drop")]) == 0
+    assert f"| train rows | {counts} |" in (tmp_path / "run" / "README.md").read_text()
+    # Nothing but these three rows is missing: the run is the one without them.
+    kept = [line for i, line in enumerate((tmp_path / "train.jsonl").read_text().splitlines()) if i not in (5, 7, 9)]
+    (tmp_path / "kept.jsonl").write_text("\n".join(kept))
+    tokenizer = str(tmp_path / "run")  # a new one would be trained on fewer rows
+    for name, source in (("a", "train"), ("b", "kept")):
+        words = ["--output_dir", str(tmp_path / name), "--train_data", str(tmp_path / f"{source}.jsonl")]
+        assert main(["train", long_recipe(too_long="drop"), *words, "--tokenizer_name_or_path", tokenizer]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_cut_rows_are_counted_in_dry_run_and_card(long_recipe, tmp_path, capsys):
+    path = long_recipe(max_steps=1)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(line for i, line in enumerate(lines) if i not in (5, 9)))
+    assert main(["train", path, "--dry-run"]) == 0
+    assert "train: 18 (1 of them cut to max_length)" in capsys.readouterr().out
+    assert main(["train", path]) == 0
+    assert "| train rows | 18 (1 of them cut to max_length) |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_when_every_row_is_too_long_nothing_is_trained(long_recipe, capsys):
+    expect_refusal(capsys, ["train", long_recipe(too_long="drop"), "--max_length", "1"], "leaves no train row")
+    expect_refusal(capsys, ["train", long_recipe(), "--max_length", "1"], "20 of 20 train rows")
+
+
+# -- batches of one row ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"per_device_train_batch_size": 1}, "objective: info_nce needs other pairs"),
+        ({"objective": "cosine", "regularizer": "sigreg"}, "cannot estimate a distribution from 4 pair(s)"),
+        ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size: 1 evaluates each row alone"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 100}, "dataloader_drop_last: true leaves no"),
+    ],
+)
+def test_batches_that_compare_nothing_are_refused_before_a_model_is_loaded(options, said, recipe, monkeypatch, capsys):
+    monkeypatch.setattr("llm_jepa.lm.loading.load_model", None)
+    path = recipe(validation_rows=8, eval_strategy="steps", eval_steps=2, **options)
+    for dry in ([], ["--dry-run"]):
+        expect_refusal(capsys, ["train", path, *dry], said)
+
+
+@pytest.mark.parametrize(
+    ("rows_left", "options", "is_said"),
+    [
+        (9, {}, True),  # 4 + 4 + 1
+        (10, {}, False),
+        (9, {"dataloader_drop_last": True}, False),
+        (9, {"jepa_weight": 0}, False),
+        (9, {"objective": "cosine"}, False),
+        (9, {"negatives": "optimizer_step", "gradient_accumulation_steps": 2}, True),  # (4 + 4) + 1
+        (13, {"negatives": "optimizer_step", "gradient_accumulation_steps": 2}, False),  # (4 + 4) + (4 + 1)
+    ],
+)
+def test_a_last_batch_of_one_row_is_said(rows_left, options, is_said, recipe, tmp_path, caplog, monkeypatch):
+    """Its InfoNCE is 0: nothing is learnt from the pair."""
+    path = recipe(**options)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()[:rows_left]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert main(["train", path, "--dry-run"]) == 0
+    assert ("The last step of an epoch has a single row" in caplog.text) == is_said
 
 
 def test_resume_mistakes(recipe, tmp_path, capsys):

@@ -183,7 +183,7 @@ TABLE = {
     arguments_as_an_object: ("TypeError|none of them empty", BUT_PROMPT),
     no_template: ("no chat template", BUT_PROMPT),
     odd_decoding: ("", []),
-    no_end_of_text: ("pad", TRAINING),
+    no_end_of_text: ("pad", [*TRAINING, "dry run"]),
     embedding_as_target: ("embed_tokens", TRAINING),
     lora: ("", []),
 }

@@ -119,7 +119,7 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
     from ..core.run import data_seed
     from .arguments import check_pairs
     from .data import prepare_rows
-    from .dry_run import describe_row, token_cost
+    from .dry_run import describe_prompt, describe_row, token_cost
     from .loading import load_data, load_tokenizer
     from .predictor_tokens import predictor_token_names
 
@@ -128,13 +128,18 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
         check_pairs(training)
     rows, validation = load_data(recipe.data, seed=data_seed(recipe))
     tokenizer = load_tokenizer(recipe.model, training, rows)
-    rows, _, preparation = prepare_rows(rows, validation, tokenizer, training)
+    raw = rows
+    rows, _, preparation = prepare_rows(raw, validation, tokenizer, training)
     predictors = predictor_token_names(training.num_predictor_tokens) if training.uses_views else []
     tokenizer.add_tokens(predictors, special_tokens=True)
     print("# Rows")
     for name, count in preparation.counts.items():
         print(f"{name}: {count}")
     print("\n# The first row, packed\n" + describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty()))
+    print(
+        "\n# The first prompt, as the trained model is asked it\n"
+        + describe_prompt(raw[0], tokenizer, preparation.form)
+    )
     print("\n# Cost\n" + token_cost(rows, tokenizer, training))
 
 

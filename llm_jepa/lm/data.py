@@ -255,7 +255,7 @@ def prepare_rows(
     Raises UserError for rows and batches that cannot be trained as `args` says.
     """
     set_pad_token(tokenizer, args)
-    form = form_of(train, tokenizer)
+    form = form_of_rows(train, tokenizer)
     counts: dict[str, RowCounts] = {}
     raw = train
     with args.main_process_first(desc="building views"):
@@ -270,7 +270,7 @@ def prepare_rows(
     return train, validation, Preparation(counts, form, template)
 
 
-def form_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+def form_of_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """What the prompts of raw rows share."""
     return starting_form((parse_row(row, f"row {index}") for index, row in enumerate(rows)), tokenizer)
 
@@ -326,10 +326,7 @@ def settle_form(
         )
     if form.format == "text" or form.ends == "generation_prompt":
         return form, None
-    prompts = []
-    for index in range(min(len(raw), 100)):
-        row = parse_row(raw[index], f"row {index}")
-        prompts.append({"prompt": row.prompt, "chat_template_kwargs": row.render_kwargs})
+    prompts = [parse_row(raw[index], f"row {index}").question for index in range(min(len(raw), 100))]
     template = template_that_asks(tokenizer, prompts)
     if template is None:
         logger.warning(

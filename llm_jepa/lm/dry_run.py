@@ -11,6 +11,8 @@ from .arguments import LLMJEPAConfig
 from .batching import CONTEXT, LM_ROW, TARGET, JEPACollator, Segment
 from .data import bank_collator, training_collator
 from .predictor_tokens import predictor_token_ids
+from .prompts import PromptForm, asked_tokens
+from .rows import parse_row
 from .views import IGNORE
 
 NAMES = {LM_ROW: "LM row", CONTEXT: "context", TARGET: "target"}
@@ -46,6 +48,15 @@ def describe_row(
     elif not args.uses_views:
         lines.append("objective: stp compares states within the LM row; no view is added.")
     return "\n".join(lines)
+
+
+def describe_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> str:
+    """The prompt of a raw row, as a checkpoint of this run is asked it."""
+    parsed = parse_row(row, "row 0")
+    ids = asked_tokens(tokenizer, parsed.question, form, "row 0")
+    where = "the content of the answer" if form.ends == "content" else "the generation prompt"
+    ends = f", up to {where}" if form.format == "messages" else ""
+    return f"{len(ids)} tokens{ends}: {tokenizer.decode(ids)!r}"
 
 
 def _describe_segment(segment: Segment, tokenizer: PreTrainedTokenizerBase, color: bool) -> list[str]:

@@ -21,6 +21,13 @@ class ParsedRow(NamedTuple):
     targets: list[str]  # other wordings of the completion
     target_key: str | None  # equal for answers that mean the same, whatever their texts
 
+    @property
+    def question(self) -> str | dict[str, Any]:
+        """The prompt with its template arguments, as `prompts.encode` takes it."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return {"prompt": self.prompt, "chat_template_kwargs": self.render_kwargs}
+
 
 def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
     """Read a TRL row. `messages` becomes (everything before, last assistant turn).

@@ -46,7 +46,7 @@ from .data import (
     bank_collator,
     check_dataset,
     fit_to_model,
-    form_of,
+    form_of_rows,
     make_bank,
     set_pad_token,
     settle_form,
@@ -444,7 +444,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
 
 def _form_of_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """What the prompts of the raw rows share; `TRAINED` if the rows are views already."""
-    return TRAINED if set(VIEW_COLUMNS) <= set(dataset.column_names) else form_of(dataset, tokenizer)
+    return TRAINED if set(VIEW_COLUMNS) <= set(dataset.column_names) else form_of_rows(dataset, tokenizer)
 
 
 def prepare_model(

@@ -271,12 +271,7 @@ def _chat_parts(
         contexts += [tokens_of(tokenizer, header + more.strip())[0] for more in parsed.contexts]
     before = "" if alone else header  # earlier turns are a part of a prefix view
 
-    asked = asked_tokens(
-        tokenizer,
-        {"prompt": prompt, "chat_template_kwargs": parsed.render_kwargs},
-        replace(form, ends="content"),
-        where,
-    )
+    asked = asked_tokens(tokenizer, parsed.question, replace(form, ends="content"), where)
     content_fits = _starts(ids, asked, prompt_length)
     return _Parts(
         input_ids=ids,

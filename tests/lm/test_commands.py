@@ -216,6 +216,8 @@ def test_dry_run_shows_recipe_row_and_cost_and_trains_nothing(recipe, tmp_path, 
     assert re.search(
         r"context +1 tokens, positions (\d+)\.\.\1, sees itself and the first \1 tokens of the LM row", out
     )
+    asked = out.split("# The first prompt, as the trained model is asked it\n")[1].splitlines()[0]
+    assert re.fullmatch(r"\d+ tokens, up to the generation prompt: .*<\|assistant\|>.", asked)
     assert not (tmp_path / "run").exists()
 
 

@@ -245,8 +245,8 @@ def test_ctrl_c_before_the_first_save_says_so(folder, monkeypatch, capsys):
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("llm_jepa.lm.commands.train", interrupted)
-    assert main(["train", "lm.yaml", "--resume_from_checkpoint", "true", "--seed=3"]) == 130
-    said = "Nothing is saved yet; start again: llm-jepa train lm.yaml --seed=3\n"
+    assert main(["train", "lm.yaml", "--resume_from_checkpoint", "true", "--run_name", "a b"]) == 130
+    said = "Nothing is saved yet; start again: llm-jepa train lm.yaml --run_name 'a b'\n"
     assert capsys.readouterr().err.endswith(said)
 
 

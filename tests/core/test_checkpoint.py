@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llm_jepa.cli import main
 from llm_jepa.core.checkpoint import MANIFEST, RUN_FILE, checkpoints, fault, find_resume, newest_complete, seal
 from llm_jepa.core.errors import UserError
-from llm_jepa.core.files import write_json
+from llm_jepa.core.files import content_sha256, file_sha256, write_json
 from tests.lm.test_ranks import RECIPE
 from tests.ranks import start
 
@@ -113,3 +113,30 @@ def test_killed_run_resumes_bit_for_bit(rows, tmp_path):
         resumed_weights, resumed_losses = outcome(name)
         assert all(torch.equal(weights[key], resumed_weights[key]) for key in weights), name
         assert resumed_losses == losses, name
+
+
+def test_content_is_the_same_in_a_folder_and_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """A downloaded copy may take the place of the repository. Of the cache, large files are not read: their name is
+    their hash."""
+    folder, commit = tmp_path / "copy", "c" * 40
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "trainer_state.json").write_text("not what is loaded")
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = repository / "snapshots" / commit
+    for part in (repository / "blobs", repository / "refs", snapshot):
+        part.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    blob = repository / "blobs" / file_sha256(folder / "model.safetensors")
+    blob.write_bytes(b"not read")
+    (snapshot / "model.safetensors").symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert content_sha256("some/model", "main") == content_sha256(str(folder)) is not None
+    assert content_sha256("some/other", "main") is None, "not downloaded yet"
+    before = content_sha256(str(folder))
+    (folder / "trainer_state.json").write_text("another run")
+    assert content_sha256(str(folder)) == before
+    (folder / "chat_template.jinja").write_text("x")
+    assert content_sha256(str(folder)) != before

@@ -428,6 +428,18 @@ def test_output_dir_of_another_run_is_left_alone(recipe, trained, tmp_path, caps
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(("strategy", "is_evaluated"), [("no", False), ("steps", True)])
+def test_the_card_shows_figures_of_trained_weights_alone(strategy, is_evaluated, recipe, tmp_path):
+    """20 validation rows, and diagnostics_pairs asks for 512. The start model is measured in both runs."""
+    path = recipe(validation_rows=20, eval_strategy=strategy, eval_steps=2, diagnostics_pairs=512)
+    assert main(["train", path]) == 0
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert "eval_recall_at_1" in log[0] and log[0]["step"] == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ("measured on 20 pairs" in card) == ("| recall_at_1 |" in card) == is_evaluated
+    assert ("Not evaluated" in card) != is_evaluated
+
+
 # -- which runs are the same ----------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ def generate_as_asked(model: PreTrainedModel, decoding: GenerationConfig, **inpu
 
     `generate` fills each field that `decoding` leaves empty from `model.generation_config` (beams, penalties, a static
     cache, a dict as result, fields of its own), so a new config alone would not be enough. The model gets an empty one
-    meanwhile.
+    meanwhile. So does the base model of an adapter: PEFT's `generate` hands the config down to it.
     """
     own = model.generation_config
     stop_strings = getattr(own, "stop_strings", None)
@@ -24,10 +24,13 @@ def generate_as_asked(model: PreTrainedModel, decoding: GenerationConfig, **inpu
             f"The checkpoint's generation config has stop_strings={stop_strings!r}. They are ignored: decoding stops "
             "at the end of turn and at the eos token."
         )
+    base = getattr(model, "get_base_model", lambda: model)()
+    own_of_base = base.generation_config
     model.generation_config = GenerationConfig()
     try:
         return model.generate(generation_config=decoding, **inputs)
     finally:
+        base.generation_config = own_of_base
         model.generation_config = own
 
 

@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llm_jepa.core.errors import UserError
@@ -272,6 +273,16 @@ def test_decoding_does_not_change_the_model(tokenizer):
     assert model.generation_config.to_dict() == settings
     assert all(torch.equal(p, weights[name]) and p.requires_grad for name, p in model.named_parameters())
     model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+
+
+def test_decoding_with_an_adapter_keeps_the_generation_config_of_the_base_model(tokenizer):
+    """PEFT's `generate` writes its own into it; merged, the model would generate its predictor tokens."""
+    model = tiny_model(tokenizer)
+    model.generation_config.suppress_tokens = [5, 6]
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    generate(adapted, tokenizer, PROMPTS, max_new_tokens=3)
+    assert adapted.generation_config.suppress_tokens == [5, 6]
+    assert adapted.merge_and_unload().generation_config.suppress_tokens == [5, 6]
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

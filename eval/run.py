@@ -154,7 +154,7 @@ def _record(
     data: Data,
     limit: int | None,
     decoding: Row,
-    chat_template: str | None,
+    chat_template: Any,
     encoded: Sequence[list[int]],
     model: Row,
     seed: int | None,
@@ -357,8 +357,9 @@ def _evaluation(entries: Sequence[Row]) -> Row | None:
     return None
 
 
-def _sha256(text: str | None) -> str | None:
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+def _sha256(text: Any) -> str | None:
+    # A chat template may be a dict of several.
+    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ tokens of the row? What fits is saved as a `PromptForm` in the model's config, a
 from __future__ import annotations
 
 import functools
+import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ class PromptForm:
         "content": at the content of the answer, after everything that the template puts in front of it.
     answer_begins: white space and first word of a usual completion. A tokenizer may join them with the end of the
         prompt ("Label: " + "Good" has the token " Good"), and then the asked prompt must not contain that end.
+    space: white space in front of a usual completion, after a prompt that ends in none. None: no such row was trained.
     system: the system turn that all training rows share, for a question that comes without a conversation.
     render_kwargs: likewise `tools` and `chat_template_kwargs`.
     """
@@ -43,11 +45,13 @@ class PromptForm:
     format: Literal["text", "messages"] | None = None
     ends: Literal["generation_prompt", "content"] = "generation_prompt"
     answer_begins: str = ""
+    space: str | None = None
     system: str | None = None
     render_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For a model's config. `render_kwargs` become a text: a config sorts keys, and templates write them out."""
+        return {**asdict(self), "render_kwargs": json.dumps(self.render_kwargs, ensure_ascii=False)}
 
 
 FOREIGN = PromptForm()  # of a model that was not trained here: its generation prompt, tokenized alone
@@ -59,7 +63,10 @@ def form_of(config: PreTrainedConfig) -> PromptForm:
     record = (getattr(config, "llm_jepa", None) or {}).get("prompt")
     if not isinstance(record, Mapping):
         return FOREIGN
-    return PromptForm(**{name.name: record[name.name] for name in fields(PromptForm) if name.name in record})
+    known = {name.name: record[name.name] for name in fields(PromptForm) if name.name in record}
+    if isinstance(kwargs := known.get("render_kwargs"), str):
+        known["render_kwargs"] = json.loads(kwargs)
+    return PromptForm(**known)
 
 
 # -- rendering --------------------------------------------------------------------------------------------------------
@@ -205,7 +212,7 @@ def answer_row(
     """Prompt and answer as one row, cut after the last token of the answer's content.
 
     What a template puts in front of the content belongs to the prompt. After a text, the answer begins with the white
-    space of the trained completions; of other models, with one space unless the prompt ends in white space.
+    space of the trained completions; if none is known, with one space unless the prompt ends in white space.
     """
     turns, kwargs = split_prompt(prompt, where)
     if isinstance(turns, str):
@@ -233,9 +240,14 @@ def answer_row(
 def _space_before(answer: str, prompt: str, form: PromptForm) -> str:
     if answer[:1].isspace():
         return ""
-    if form.answer_begins:
-        return form.answer_begins[: len(form.answer_begins) - len(form.answer_begins.lstrip())]
-    return "" if prompt[-1:].isspace() else " "
+    if not prompt[-1:].isspace():
+        return " " if form.space is None else form.space
+    space = _leading_space(form.answer_begins)
+    return "" if space == form.space else space  # the prompt ends in the space that training had in the completions
+
+
+def _leading_space(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
 
 
 def tokens_up_to(offsets: Sequence[tuple[int, int]], end: int) -> int:
@@ -280,7 +292,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     That is another special token (Gemma's <end_of_turn>, Llama's <|eot_id|>), or a text if the tokenizer has no such
     token.
     """
-    return _turn_end(tokenizer, tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
+    template = None if tokenizer.chat_template is None else str(tokenizer.chat_template)  # it may be a dict of several
+    return _turn_end(tokenizer, template, tokenizer.eos_token_id, len(tokenizer))
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -330,28 +343,39 @@ def without_opening(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> li
 def starting_form(rows: Iterable[ParsedRow], tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """What the rows of a run have in common, before the template is looked at."""
     formats: Counter[Literal["text", "messages"]] = Counter()
-    boundaries: Counter[tuple[bool, int]] = Counter()
-    begins: dict[tuple[str, tuple[bool, int]], str] = {}
+    # (white space in front of the completion, tokens that it joins with white space at the end of the prompt or None)
+    boundaries: Counter[tuple[str, int | None]] = Counter()
+    begins: dict[Any, str] = {}  # the first beginning at each boundary, or of messages
     systems: set[str | None] = set()
     kwargs: list[dict[str, Any]] = []
+    measured = 0
     for row in rows:
-        kind: Literal["text", "messages"] = "text" if isinstance(row.prompt, str) else "messages"
-        boundary = (False, 0)
-        if isinstance(row.prompt, str) and row.prompt[-1].isspace() and boundaries.total() < 1000:
-            boundary = (True, _joined_tokens(tokenizer, row.prompt, str(row.completion)))
-            boundaries[boundary] += 1
-        formats[kind] += 1
-        begins.setdefault((kind, boundary), _beginning(row.completion))
-        systems.add(_system_turn(row.prompt))
-        if not kwargs or row.render_kwargs != kwargs[-1]:
+        beginning = _beginning(row.completion)
+        if isinstance(row.prompt, str):
+            formats["text"] += 1
+            joined = None
+            if row.prompt[-1].isspace() and measured < 1000:
+                joined = _joined_tokens(tokenizer, row.prompt, str(row.completion))
+                measured += 1
+            if joined is not None or not row.prompt[-1].isspace():
+                boundaries[_leading_space(beginning), joined] += 1
+                begins.setdefault((_leading_space(beginning), joined), beginning)
+        else:
+            formats["messages"] += 1
+            begins.setdefault("messages", beginning)
+        if len(systems) < 2:
+            systems.add(_system_turn(row.prompt))
+        if not kwargs or len(kwargs) < 2 and row.render_kwargs != kwargs[0]:
             kwargs.append(row.render_kwargs)
     chosen = formats.most_common(1)[0][0]
     # Of prompts that end in white space, the most common kind of boundary decides; the others do not depend on it.
-    usual = boundaries.most_common(1)[0][0] if boundaries and chosen == "text" else (False, 0)
+    open_ends = [boundary for boundary, _ in boundaries.most_common() if boundary[1] is None]
+    usual = [boundary for boundary, _ in boundaries.most_common() if boundary[1] is not None] or open_ends
     return PromptForm(
         format=chosen,
         ends="content",
-        answer_begins=begins[chosen, usual],
+        answer_begins=begins[usual[0] if chosen == "text" else "messages"],
+        space=open_ends[0][0] if open_ends else None,
         system=systems.pop() if len(systems) == 1 else None,
         render_kwargs=kwargs[0] if len(kwargs) == 1 else {},
     )
@@ -366,7 +390,7 @@ def _joined_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
 def _beginning(completion: str | list[Message]) -> str:
     """White space and first word of a completion; templates trim contents, so of messages the word alone."""
     text = completion if isinstance(completion, str) else str(completion[0]["content"]).lstrip()
-    return text[: len(text) - len(text.lstrip())] + text.split(maxsplit=1)[0][:20]
+    return _leading_space(text) + text.split(maxsplit=1)[0][:20]
 
 
 def _system_turn(prompt: str | list[Message]) -> str | None:
@@ -398,8 +422,13 @@ def template_that_asks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pro
     """The chat template with a generation prompt that ends at the content of the answer, as `ends: content` asks.
 
     It is saved with the model, so that tools which know only the template ask what was trained. None if the text in
-    front of the content is not the same after every prompt.
+    front of the content is not the same after every prompt, and for a tokenizer with several templates.
     """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return None
+    if template.startswith(_ASKS):  # of an earlier training
+        template = template.removeprefix(_ASKS).removeprefix("-%}").removeprefix("%}\n").rpartition(_IF_ASKED)[0]
     headers = set()
     for index, prompt in enumerate(prompts):
         turns, kwargs = split_prompt(prompt, f"row {index}")
@@ -413,9 +442,13 @@ def template_that_asks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pro
         return None
     for character, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         header = header.replace(character, escaped)
-    return (
-        "{%- set asks_for_answer = add_generation_prompt is defined and add_generation_prompt -%}"
-        "{%- set add_generation_prompt = false -%}"
-        f"{tokenizer.chat_template}"
-        f'{{%- if asks_for_answer -%}}{{{{- "{header}" -}}}}{{%- endif -%}}'
-    )
+    # White space at the start of a template is written; of what follows a block, transformers drops one line break.
+    ends = "%}\n" if template[:1].isspace() else "-%}"
+    return f'{_ASKS}{ends}{template}{_IF_ASKED}{{{{- "{header}" -}}}}{{%- endif -%}}'
+
+
+_ASKS = (
+    "{%- set asks_for_answer = add_generation_prompt is defined and add_generation_prompt -%}"
+    "{%- set add_generation_prompt = false "
+)
+_IF_ASKED = "{%- if asks_for_answer -%}"

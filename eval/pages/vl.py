@@ -63,6 +63,7 @@ def vl_tables() -> str:
         photos=photos,
         recall=recall,
         clips=clips,
+        commits={"photos": short_commits([photos]), "clips": short_commits([clips])},
         small=small,
         large=large,
         stream=cost["streaming"],

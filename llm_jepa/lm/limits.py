@@ -9,15 +9,21 @@ from transformers import PreTrainedConfig
 
 from ..core.errors import UserError
 
+# Models whose config states a number of positions, although they have none, or make more when they need them.
+UNLIMITED = (
+    *("inkling_text", "inkling2_text", "inkling2_loop_text"),
+    *("jamba", "kimi_linear", "nemotron_h", "rwkv", "xglm", "xlnet", "zamba"),
+)
+
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has if they are learned (GPT-2, OPT); None if positions are computed.
+    """How many positions a model has if they are learned (GPT-2, OPT); None if they are computed, or there are none.
 
     Beyond a table of positions there is an index error; beyond the length that rotary positions were trained on, worse
     answers only.
     """
     config = config.get_text_config()
-    if getattr(config, "rope_parameters", None) is not None:
+    if getattr(config, "rope_parameters", None) is not None or config.model_type in UNLIMITED:
         return None
     limit: int | None = getattr(config, "max_position_embeddings", None)
     return limit

@@ -99,8 +99,8 @@ def tokens_of(
     """Token ids, and the range of characters of each. Raises UserError for a tokenizer without offsets."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets, by which the views are cut; use the fast (Rust) "
-            "version of this tokenizer."
+            f"{type(tokenizer).__name__} gives no character offsets, which tell where a prompt or a view ends; use the "
+            "fast (Rust) version of this tokenizer."
         )
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     return encoded["input_ids"], encoded["offset_mapping"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_jepa import UserError
 from llm_jepa.lm import choose_batches, generate, inference
@@ -110,3 +110,34 @@ def test_a_table_of_positions_ends(family, tokenizer):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_neox", "bloom", "mamba2"])
 def test_computed_positions_do_not_end(family):
     assert position_limit(AutoConfig.for_model(family, **MORE_FAMILIES[family])) is None
+
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("jamba", {**MORE_FAMILIES["jamba"], "max_position_embeddings": 16}),
+        ("nemotron_h", {**SMALL, "num_key_value_heads": 4, "layers_block_type": ["mamba", "attention", "mamba"],
+                        "mamba_num_heads": 4, "mamba_head_dim": 16, "head_dim": 8, "ssm_state_size": 8, "n_groups": 1,
+                        "chunk_size": 8}),
+        ("zamba", {**SMALL, "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2,
+                   "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 8}),
+        ("rwkv", {**MORE_FAMILIES["rwkv"], "context_length": 16}),
+        ("xglm", {"vocab_size": 320, "d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 4,
+                  "max_position_embeddings": 16}),
+        ("xlnet", {"vocab_size": 320, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 32}),
+    ],
+)  # fmt: skip
+def test_a_stated_number_of_positions_is_no_limit_without_a_table(family, options):
+    config = AutoConfig.for_model(family, **options)
+    assert position_limit(config) is None
+    AutoModelForCausalLM.from_config(config)(torch.tensor([list(range(5, 45))]))

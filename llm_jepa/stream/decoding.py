@@ -115,6 +115,9 @@ class _Times:
         # `average_rate` of a raw stream is 25, whatever it says itself.
         self._step = 1 / Fraction(stream.guessed_rate or stream.average_rate or _DEFAULT_RATE)
         self._own_start, self._start = (None, None) if live else _starts(container, stream)
+        self._end: Fraction | None = None
+        if self._own_start is not None and self._has_pts and stream.duration and stream.time_base:
+            self._end = self._own_start + stream.duration * stream.time_base
         self._origin: Fraction | None = None
         self._next = Fraction(0)
 
@@ -125,6 +128,8 @@ class _Times:
         self._next = stamp + duration
         if self._origin is None:
             self._origin = self._origin_of(stamp)
+        if self._end is not None and stamp < self._end:  # with B-frames, mp4 has the duration of another frame here
+            duration = min(duration, self._end - stamp)
         return stamp - self._origin, duration
 
     def _origin_of(self, stamp: Fraction) -> Fraction:

@@ -83,6 +83,17 @@ def test_a_clip_of_variable_rate_is_uniform_in_time(tmp_path, kind):
     assert times.tolist() == [shown[k] for k in (2, 3, 5, 9, 9, 9)]
 
 
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
+def test_the_last_frame_of_a_film_lasts_until_its_end(tmp_path, kind):
+    """5.5 s in 6 parts: at the centres 0.46, 1.38, 2.29, 3.21, 4.13, 5.04 s. With B-frames, mp4 gives the last frame
+    the duration of another one, which would make the film 2.75 s longer.
+    """
+    shown_from = [0, 1, 2, 3, 16, 17, 40, 41, 42, 43]  # eighths of a second
+    b_frames = {"bf": "2", "b_strategy": "0", "sc_threshold": "0"}
+    film = write(str(tmp_path / f"a.{kind}"), [grey(k) for k in range(10)], pts=shown_from, **b_frames)
+    assert [number_of(image) for image in read_clip(film, 6)[0]] == [3, 3, 5, 5, 5, 6]
+
+
 def test_a_clip_within_a_still_shows_it(tmp_path):
     """2.5 to 3.5 s: no frame begins there, and frame 9 is on the screen. After the film there is none."""
     source = stills("mp4", tmp_path)

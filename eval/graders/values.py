@@ -5,7 +5,7 @@
     whole    = digits | groups of three with , ' _ or a space: 1,234   1 234   1'234      | Indian: 12,34,567
     exponent = "e" [sign] digits | "x 10^" digits, also alone: 10^5, 10⁵, 1.5 × 10⁵
     fraction = whole "/" whole      mixed = digits " " fraction below 1, "1½", "5 and a half"
-    scale    = hundred, thousand, million, billion, trillion, dozen, lakh, crore, 万, 億: a factor
+    scale    = hundred, thousand, million, billion, trillion, dozen, lakh, crore, 万, 億: a factor (not 3億5000万)
     percent  = "%", "percent", "‰": a hundredth, a thousandth; so 50% is 0.5, and not 50
     currency = $, €, USD, euros, ...: two different ones differ; one that is missing on a side does not count
     time     = h:mm[:ss] [am|pm] | h am|pm: a kind of its own, in seconds, never equal to a number
@@ -103,6 +103,7 @@ _SPOILED_BEFORE = re.compile(
     |(?:√|\b(?:sqrt|log|ln))[\ \t]*[({{]*
     |\}}(?:[\ \t]*\{{)?
     |\+[0-9]{{1,3}}[-\ 0-9()]*
+    |[0-9][百千万萬億亿]+
     |[0-9]\ [0-9]{{3}}\ )$""",
     re.VERBOSE,
 )

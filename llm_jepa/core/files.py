@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,20 +73,36 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+STAGE = ".stage-"  # how the names of stages begin
+
+
+def make_stage(folder: str | Path) -> Path:
+    """A new folder in `folder`, for files that are not finished. Nobody else can have prepared links in it.
+
+    Its name is random and nobody but this user may enter it. It is on the file system of `folder`, so that its files
+    can be renamed into `folder`. Remove it with `shutil.rmtree`; a killed process leaves it to
+    `publish.remove_leftovers`.
+    """
+    return Path(tempfile.mkdtemp(prefix=STAGE, dir=folder))
+
+
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path to write to. It replaces `path` when the block ends, and is removed if the block fails.
 
-    A reader sees the old file or the new one, never half of it. The process id keeps two runs apart, and the suffix
-    stays because some writers choose the format by it.
+    A reader sees the old file or the new one, never half of it. The name stays, because some writers choose the format
+    by its suffix. If `path` is a link, the link is replaced and not followed.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        stage = make_stage(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the stage's name says nothing to a user
+    try:
+        yield stage / path.name
+        os.replace(stage / path.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

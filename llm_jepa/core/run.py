@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from .checkpoint import CONTENTS, RUN_FILE, find_resume, hold
+from .checkpoint import CONTENTS, RUN_FILE, STATE_FILE, fault_of_model, find_resume, hold, is_finished_of_before
 from .errors import UserError
-from .files import WEIGHTS, content_sha256, write_json
+from .files import content_sha256, write_json
+from .publish import MANIFEST, publish_into, remove_leftovers, seal
 from .recipe import Recipe
 from .trainer import JEPATrainer
 
@@ -64,11 +65,8 @@ def identify(
         may_change=recipe.may_change(),
         defaults=recipe.defaults(),
         further=further,
+        num_processes=None if training.save_on_each_node else training.world_size,
     )
-    if resume is not None and training.save_only_model:
-        raise UserError(
-            "save_only_model: true left no optimizer state to resume from; start a new run in another output_dir."
-        )
     return identity, resume
 
 
@@ -84,16 +82,28 @@ def _contents(recipe: Recipe, sources: Mapping[str, str | None]) -> dict[str, st
 
 
 def is_finished(recipe: Recipe, resume: str | None) -> bool:
-    """Whether no step is left and the model is saved; says so. Needs no model."""
+    """Whether no step is left and the final model is whole; says so. Needs no model."""
     folder = Path(recipe.training.output_dir)
-    if resume is None or not any((folder / name).exists() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
+    if resume is None:
         return False
     state = _state_of(resume)
     if state.global_step < state.max_steps:
         return False
+    is_verified = (folder / MANIFEST).exists()
+    if resume != str(folder):  # otherwise `find_resume` has looked
+        is_whole = fault_of_model(folder) is None if is_verified else is_finished_of_before(folder)
+        if not is_whole:
+            return False
     if recipe.training.process_index == 0:
-        print(f"{folder} is already finished ({state.global_step} steps).")
+        note = "" if is_verified else "; an earlier version saved it without a manifest to verify it by"
+        print(f"{folder} is already finished ({state.global_step} steps{note}).")
+        _clean(folder)
     return True
+
+
+def _clean(folder: Path) -> None:
+    if count := remove_leftovers(folder):
+        print(f"Removed {count} leftover(s) of a killed process from {folder}.")
 
 
 def claim(trainer: JEPATrainer, recipe: Recipe, identity: dict[str, Any], *, sources: Mapping[str, str | None]) -> None:
@@ -109,6 +119,7 @@ def claim(trainer: JEPATrainer, recipe: Recipe, identity: dict[str, Any], *, sou
     descriptor = hold(folder)
     if descriptor is not None:
         trainer.release_folder = weakref.finalize(trainer, os.close, descriptor)
+    _clean(folder)
 
 
 def data_seed(recipe: Recipe) -> int:
@@ -132,11 +143,11 @@ def library_refusals() -> Iterator[None]:
 
 
 def train(
-    trainer: JEPATrainer, resume: str | None, *, before_saving: Callable[[JEPATrainer], None] | None = None
+    trainer: JEPATrainer, resume: str | None, *, before_saving: Callable[[JEPATrainer, Path], None] | None = None
 ) -> None:
     """Train, or continue at the checkpoint `resume`, and leave a plain, loadable model in output_dir.
 
-    before_saving: called with the trainer before the final model is saved, e.g. to merge an adapter.
+    before_saving: called with the trainer and the folder before the final model is saved, e.g. to merge an adapter.
 
     Raises UserError if an optimizer lacks its package, or if nothing computes metric_for_best_model.
     """
@@ -147,7 +158,7 @@ def train(
 
 
 def _train_and_save(
-    trainer: JEPATrainer, resume: str | None, before_saving: Callable[[JEPATrainer], None] | None
+    trainer: JEPATrainer, resume: str | None, before_saving: Callable[[JEPATrainer, Path], None] | None
 ) -> None:
     # A run that was finished but not saved was killed between its last checkpoint and the final save.
     if resume is None or not _restore_if_finished(trainer, resume):
@@ -159,14 +170,30 @@ def _train_and_save(
             if "metric_for_best_model" not in str(error):
                 raise
             raise UserError(f"Training stopped: {error}") from error
-    if before_saving is not None:
-        before_saving(trainer)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card()
+    _save(trainer, before_saving)
     if trainer.is_world_process_zero():
         _print_evaluation(trainer)
         print(f"Saved to {trainer.args.output_dir}")
+
+
+def _save(trainer: JEPATrainer, before_saving: Callable[[JEPATrainer, Path], None] | None) -> None:
+    """Save the model, the log and the card in a stage, and move them into output_dir, with their manifest last."""
+    folder, args = Path(trainer.args.output_dir), trainer.args
+    with trainer.stage(folder) as stage:
+        staged = stage / (folder.resolve().name or "model")  # cards take their title from it
+        if before_saving is not None:
+            before_saving(trainer, staged)
+        trainer.save_model(str(staged), _internal_call=True)  # True: not to the Hub yet
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(staged / STATE_FILE))
+            trainer.write_card(staged)
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save and staged.exists():
+            seal(staged)
+            publish_into(staged, folder)
+        trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
 
 
 def leave_process_group() -> None:
@@ -182,7 +209,7 @@ def leave_process_group() -> None:
 
 
 def _state_of(checkpoint: str) -> TrainerState:
-    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, STATE_FILE))
     return state
 
 

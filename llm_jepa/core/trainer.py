@@ -16,12 +16,17 @@ family fills in these hooks:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -33,14 +38,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from . import checkpoint
+from . import checkpoint, publish
 from .card import Evaluation, last_evaluation
 from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
+from .files import make_stage
 from .pairs import PairKeys
 from .sums import NamedSums
 from .tokenizer import forget_local_keys
@@ -63,6 +69,7 @@ class SafeTrainer(Trainer):
     """
 
     advice_if_not_finite = "Lower learning_rate, or look at the rows of this step."
+    _stage: Path | None = None  # while a checkpoint is saved
 
     @property
     def is_fsdp(self) -> bool:
@@ -82,7 +89,7 @@ class SafeTrainer(Trainer):
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16 skips overflowing steps by itself
         finite = self.losses_are_finite()
         if not finite or not (scaled or math.isfinite(float(norm))):
-            last = checkpoint.newest_complete(self.args.output_dir)
+            last = checkpoint.newest_complete(self.args.output_dir, has_state=not self.args.save_only_model)
             raise NonFiniteLossError(
                 f"{'Gradient' if finite else 'Loss'} is not finite at step {self.state.global_step + 1}; stopped "
                 f"before the optimizer took it. Last good checkpoint: {last or 'none yet'}. {self.advice_if_not_finite}"
@@ -102,49 +109,118 @@ class SafeTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def load_weights(self, folder: str) -> None:
-        """Load the weights of one of this run's checkpoints."""
+        """Load the weights of one of this run's checkpoints. Raises UserError if it is not whole."""
+        self._check_whole(folder)
         self._load_from_checkpoint(folder)
 
     def _load_best_model(self) -> None:
+        self._check_whole(str(self.state.best_model_checkpoint))
         if not self._load_by_name(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
+
+    def _check_whole(self, folder: str) -> None:
+        reason = checkpoint.fault(folder, has_state=False) if Path(folder).is_dir() else "there is no such folder"
+        if reason:
+            raise UserError(f"Cannot load the weights of {folder}: {reason}.")
 
     def _load_by_name(self, folder: str) -> bool:
         """Load a whole model from its checkpoint. False if the folder holds adapters or shards instead.
 
         transformers writes some families (ViT, GPT-NeoX, mixtures of experts) under the names of version 4. Only
         `from_pretrained` translates them back; Trainer warns of missing keys and goes on with the weights it has.
+
+        Raises UserError for missing and for unexpected weights.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            self._check_adapter(folder, model)
         if self.is_sharded or not isinstance(model, PreTrainedModel):
             return False
-        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        saved, report = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+        _check_same_names(folder, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
         model.load_state_dict(saved.state_dict())
         return True
+
+    def _check_adapter(self, folder: str, model: PeftModel) -> None:
+        """PEFT and Trainer load what is there, and leave the rest of the adapter as it was."""
+        path = Path(folder) / "adapter_model.safetensors"
+        if self.is_sharded or not path.is_file():
+            return
+        with safe_open(path, "pt") as file:
+            saved = set(file.keys())
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        known = expected | set(get_peft_model_state_dict(model, save_embedding_layers=True))  # of earlier versions
+        _check_same_names(folder, missing=expected - saved, unexpected=saved - known)
 
     def save_more(self, folder: Path) -> None:
         """Write what else belongs into a checkpoint. Called on every rank before the checkpoint is sealed."""
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The manifest comes last, and older checkpoints go only after it: a kill at any moment leaves one whole."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+    @contextmanager
+    def stage(self, folder: Path) -> Iterator[Path]:
+        """A private folder in `folder`, the same on all ranks, which is removed when the block ends."""
+        names: list[str | None] = [None]
+        if self.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            names = [str(make_stage(folder))]
+        if self.args.world_size > 1:
+            broadcast_object_list(names)
+        path = Path(str(names[0]))
         try:
-            super()._save_checkpoint(model, trial)
+            yield path
         finally:
-            self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
-        self.save_more(folder)
+            if self.args.should_save:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written: while one is saved, a stage."""
+        return str(self._stage or super()._get_output_dir(trial=trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save in a stage, seal, and rename: a kill at any moment leaves a whole checkpoint or none.
+
+        Older checkpoints are removed after that.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        limit, pushes = self.args.save_total_limit, self.args.push_to_hub
+        with self.stage(run_dir) as self._stage:
+            staged = self._stage / target.name
+            self.args.save_total_limit, self.args.push_to_hub = None, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit, self.args.push_to_hub = limit, pushes
+                self._stage = None
+            self._name_best_checkpoint(run_dir, staged)
+            self.save_more(staged)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._publish_checkpoint(staged, target, limit)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and staged.exists():  # save_on_each_node, without a shared file system
+                self._publish_checkpoint(staged, target, limit)
+        if pushes:
+            self._push_from_checkpoint(str(target))
         self.accelerator.wait_for_everyone()
+
+    def _name_best_checkpoint(self, run_dir: Path, staged: Path) -> None:
+        """Trainer looked for the best checkpoint in the stage; its path in the state must be the final one."""
+        step = self.state.best_global_step
+        if not step:
+            return
+        best = run_dir / f"checkpoint-{step}"
+        if best.name == staged.name or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            checkpoint.seal(folder)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
+            self.state.save_to_json(str(staged / checkpoint.STATE_FILE))
+
+    def _publish_checkpoint(self, staged: Path, target: Path, limit: int | None) -> None:
+        publish.seal(staged)
+        publish.publish(staged, target)
+        best = self.state.best_model_checkpoint
+        checkpoint.rotate(target.parent, step=self.state.global_step, best=best, limit=limit)
 
     def saved_step(self) -> int:
         """The step whose weights are saved: with load_best_model_at_end, the best one, not the last."""
@@ -154,6 +230,15 @@ class SafeTrainer(Trainer):
     def history_of_saved_weights(self) -> list[dict[str, float]]:
         """The log up to the step whose weights are saved."""
         return [entry for entry in self.state.log_history if entry["step"] <= self.saved_step()]
+
+
+def _check_same_names(folder: str, *, missing: Collection[str], unexpected: Collection[str]) -> None:
+    for names, what in ((missing, "lacks"), (unexpected, "has unexpected")):
+        if names:
+            examples = ", ".join(sorted(names)[:3])
+            raise UserError(
+                f"{folder} {what} {len(names)} weight(s) of this model ({examples}); it is not from this run."
+            )
 
 
 @dataclass(frozen=True)
@@ -325,6 +410,15 @@ class JEPATrainer(SafeTrainer):
         self._warned_of_collapse = True
         figures = ", ".join(f"{name} {start[name]:.3g} -> {now[name]:.3g}" for name in COLLAPSE_FIGURES)
         logger.warning(COLLAPSED.format(figures=figures, advice=advice))
+
+    def write_card(self, folder: Path) -> None:
+        """Write the model card of the saved weights into `folder`."""
+        raise NotImplementedError
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card into output_dir; nothing while a checkpoint is saved, when TRL calls this, too."""
+        if self.is_world_process_zero() and self._stage is None:
+            self.write_card(Path(self.args.output_dir))
 
     def last_evaluation(self) -> Evaluation:
         """What is known of the saved weights, for their card."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core.card import versions_of, write_card
-from ..core.files import write_json
+from ..core.files import STAGE, write_json
 from ..core.tokenizer import forget_local_keys
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md.jinja")
@@ -73,7 +73,7 @@ def _write_card(model: PeftModel, folder: Path) -> None:
         folder,
         TEMPLATE,
         metadata,
-        source="/".join(folder.absolute().parts[-2:]),
+        source="/".join([part for part in folder.absolute().parts if not part.startswith(STAGE)][-2:]),
         base=Path(source).name if is_local else source,
         is_local=is_local,
         revision=None if is_local else getattr(base_model.config, "_commit_hash", None),

@@ -97,8 +97,8 @@ def _trainer(recipe: Recipe, start: _Start) -> LLMJEPATrainer:
     return trainer
 
 
-def _merge_adapter(trainer: JEPATrainer) -> None:
-    """Save a LoRA adapter into output_dir/adapter and merge it into the model; nothing for other models."""
+def _merge_adapter(trainer: JEPATrainer, folder: Path) -> None:
+    """Save a LoRA adapter into folder/adapter and merge it into the model; nothing for other models."""
     from peft import PeftModel
 
     from .adapter import save_adapter
@@ -107,7 +107,7 @@ def _merge_adapter(trainer: JEPATrainer) -> None:
         return
     if trainer.is_world_process_zero():
         with trainer.template_to_save():
-            save_adapter(trainer.model, trainer.processing_class, Path(trainer.args.output_dir) / "adapter")
+            save_adapter(trainer.model, trainer.processing_class, folder / "adapter")
     trainer.model = trainer.base_model = trainer.model.merge_and_unload()
 
 

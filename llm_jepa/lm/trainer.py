@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -436,10 +437,8 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         missing = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL calls this at every checkpoint; the card says what was trained and measured in this run."""
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation(), self.row_counts)
+    def write_card(self, folder: Path) -> None:
+        write_model_card(folder, self.base_model, self.args, self.last_evaluation(), self.row_counts)
 
 
 def _form_of_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:

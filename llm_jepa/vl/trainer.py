@@ -11,6 +11,7 @@ Shapes: B pairs, D shared dimension, T frames, N visual tokens.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,9 +232,8 @@ class VLJEPATrainer(JEPATrainer):
             "The loss is low for a trivial reason: try objective: info_nce, a regularizer, or y_encoder_lr_factor: 0."
         )
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_world_process_zero():
-            write_vl_model_card(self.args.output_dir, self.base_model, self.args, self.last_evaluation())
+    def write_card(self, folder: Path) -> None:
+        write_vl_model_card(folder, self.base_model, self.args, self.last_evaluation())
 
 
 def _name_special_tokens(model: VLJEPAModel, processor: VLJEPAProcessor) -> None:

@@ -13,21 +13,23 @@ import yaml
 from safetensors.torch import load_file
 
 from llm_jepa.cli import main
-from llm_jepa.core.checkpoint import MANIFEST, RUN_FILE, checkpoints, fault, find_resume, newest_complete, seal
+from llm_jepa.core.checkpoint import RUN_FILE, checkpoints, fault, find_resume, newest_complete
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.files import content_sha256, file_sha256, write_json
+from llm_jepa.core.publish import MANIFEST, seal
 from tests.lm.test_ranks import RECIPE
 from tests.ranks import start
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run with two sealed checkpoints of three files each."""
+    """A run with two sealed checkpoints."""
     for step in (2, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             (folder / name).write_bytes(f"{name} of step {step}".encode() * 50)
+        write_json(folder / "trainer_state.json", {"global_step": step, "max_steps": 20, "log_history": []})
         seal(folder)
     write_json(tmp_path / RUN_FILE, {"seed": 0})
     return tmp_path
@@ -99,11 +101,13 @@ def test_killed_run_resumes_bit_for_bit(rows, tmp_path):
     weights, losses = outcome("whole")
     assert len(losses) == 40
 
-    for name, last_file in (("between", MANIFEST), ("inside", "model.safetensors")):
+    for name, wanted in (
+        ("between", f"checkpoint-15/{MANIFEST}"),
+        ("inside", ".stage-*/checkpoint-15/model.safetensors"),
+    ):
         process = start(main, ["train", recipe(name)])
-        wanted = tmp_path / name / "checkpoint-15" / last_file
         deadline = time.monotonic() + 120
-        while not wanted.exists() and process.is_alive() and time.monotonic() < deadline:
+        while not any((tmp_path / name).glob(wanted)) and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.0005)
         process.kill()
         process.join()

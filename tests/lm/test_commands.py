@@ -691,6 +691,8 @@ def test_resume_mistakes(recipe, tmp_path, capsys):
     expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", str(tmp_path / "x")], "no such folder")
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         (folder / "optimizer.pt").unlink()
+    assert main(["train", recipe(), "--resume_from_checkpoint", "true"]) == 0  # finished; nothing to resume
+    (tmp_path / "run" / "model.safetensors").unlink()
     expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "optimizer.pt is missing")
 
 
@@ -701,8 +703,9 @@ def test_resume_on_another_number_of_processes_is_refused(recipe, tmp_path, caps
     expect_refusal(capsys, ["train", recipe(), "--resume_from_checkpoint", "true"], "num_processes: 2 -> 1")
 
 
-def test_resume_without_optimizer_state_is_refused(recipe, capsys):
+def test_resume_without_optimizer_state_is_refused(recipe, tmp_path, capsys):
     assert main(["train", recipe(save_only_model=True)]) == 0
+    (tmp_path / "run" / "model.safetensors").unlink()
     expect_refusal(
         capsys, ["train", recipe(save_only_model=True), "--resume_from_checkpoint", "true"], "no optimizer state"
     )

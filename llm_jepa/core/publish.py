@@ -1,0 +1,207 @@
+"""One way to publish a folder: files are written into a private stage, listed in a manifest, and renamed.
+
+    stage = make_stage(folder)           files are written into stage / NAME
+    seal(stage / NAME)                   every file is flushed to disk, and the manifest lists it
+    publish(stage / NAME, folder / NAME) one rename; or publish_into, for a folder that holds other files too
+
+A kill at any moment leaves the folder as it was or as it shall be. `broken` tells which. The stage of a killed process
+stays until `remove_leftovers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .files import STAGE, file_sha256, write_json
+
+MANIFEST = "manifest.json"
+MOVING = "moving"  # name of a folder in a stage whose files are being moved out of the stage
+# Written by earlier versions, and by safetensors before 0.8 ended a file: run.123.tmp.json, .tmpAb12Cd
+OLD_LEFTOVER = re.compile(r".+\.\d+\.tmp(\.\w+)?|\.tmp\w{6}")
+
+
+def seal(folder: str | Path) -> None:
+    """Flush every file of a folder to disk, then write its manifest: the size and SHA-256 of each file."""
+    folder = Path(folder)
+    files = {}
+    for name in sorted(_files_of(folder) - {MANIFEST}):
+        path = folder / name
+        _flush(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_json(folder / MANIFEST, {"files": files})
+    for path in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        _flush(path)
+    _flush(folder)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The files that a manifest lists -> their size and SHA-256. None if there is no manifest of that form."""
+    try:
+        files = read_object(Path(folder) / MANIFEST)["files"]
+    except (OSError, ValueError, KeyError):
+        return None
+    is_valid = isinstance(files, dict) and all(_is_entry(name, entry) for name, entry in files.items())
+    return files if is_valid else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises OSError, or ValueError for anything else than an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def broken(
+    folder: str | Path,
+    *,
+    required: Callable[[set[str]], str | None],
+    may_change: Collection[str] = (),
+    is_shared: bool = False,
+) -> str | None:
+    """Why a folder is not what was sealed, or None if it is: its files are those of the manifest and no others.
+
+    Args:
+        required: the listed names -> what is missing among them in words, or None. A manifest can be forged or of
+            another kind of folder.
+        may_change: names of files that only have to be there.
+        is_shared: the folder holds other files, too; these are not looked at.
+    """
+    folder = Path(folder)
+    files = read_manifest(folder)
+    if files is None:
+        return f"it has no readable {MANIFEST}: the save was cut short"
+    reason = required(set(files))
+    if reason is not None:
+        return reason
+    if not is_shared and (others := _files_of(folder) - set(files) - {MANIFEST}):
+        return f"{min(others)} is not in its {MANIFEST}"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if name in may_change:
+            continue
+        if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+            return f"{name} is damaged"
+    return None
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Rename a sealed folder to `target`, which must be on the same file system. A folder of that name is replaced."""
+    if os.path.lexists(target):
+        os.rename(target, staged.with_name(f"{target.name}.replaced"))  # removed with the stage
+    os.rename(staged, target)
+    _flush(target.parent)
+
+
+def publish_into(staged: Path, folder: Path) -> None:
+    """Move the files of a sealed folder into one that holds other files, too. The manifest comes last.
+
+    Until then the folder has no manifest, and `is_cut_move` is true of it if the process was killed. `remove_leftovers`
+    takes back what it had moved.
+
+    Raises OSError if a link is in the place of one of its folders.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _flush(folder)
+    staged = staged.rename(staged.with_name(MOVING))
+    folders = {folder}
+    for name in sorted(_files_of(staged) - {MANIFEST}):
+        target = folder / name
+        for parent in reversed(PurePosixPath(name).parents[:-1]):
+            if (folder / parent).is_symlink():
+                raise OSError(f"{folder / parent} is a link; a model is not written through links. Remove it.")
+            (folder / parent).mkdir(exist_ok=True)
+        os.replace(staged / name, target)
+        folders.add(target.parent)
+    for changed in sorted(folders):
+        _flush(changed)
+    os.replace(staged / MANIFEST, folder / MANIFEST)
+    _flush(folder)
+
+
+def is_cut_move(folder: str | Path) -> bool:
+    """Whether files in the folder are those that a killed `publish_into` had moved, and not all of them."""
+    return not (Path(folder) / MANIFEST).exists() and any(Path(folder).glob(f"{STAGE}*/{MOVING}/{MANIFEST}"))
+
+
+def leftovers(folder: str | Path) -> list[Path]:
+    """What killed processes left in a folder: stages and, from earlier versions, temporary files."""
+    if not os.path.isdir(folder):
+        return []
+    found = []
+    for path in sorted(Path(folder).iterdir()):
+        is_stage = path.name.startswith(STAGE) and path.is_dir()
+        if (is_stage or OLD_LEFTOVER.fullmatch(path.name)) and not path.is_symlink():
+            found.append(path)
+    return found
+
+
+def remove_leftovers(folder: str | Path) -> int:
+    """Remove the leftovers of killed processes and return their number. No other process may write to the folder.
+
+    Files that a killed `publish_into` had moved are removed, too, since the folder has no manifest of them.
+    """
+    folder = Path(folder)
+    paths = leftovers(folder)
+    for path in paths:
+        if not path.is_dir():
+            path.unlink()
+            continue
+        if not (folder / MANIFEST).exists():
+            for name in read_manifest(path / MOVING) or {}:
+                _remove_file(folder, name)
+        shutil.rmtree(path)
+    return len(paths)
+
+
+def _remove_file(folder: Path, name: str) -> None:
+    """Remove folder/name, but nothing behind a link."""
+    parents = PurePosixPath(name).parents[:-1]
+    if not any((folder / parent).is_symlink() for parent in parents):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The names of all files under a folder, links included, relative to it. Folders behind links are not entered.
+
+    Hidden files are left out: nothing reads them, and network file systems and desktops make some.
+    """
+    names = [path.relative_to(folder) for path in _walk(folder)]
+    return {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (Path(parent) / name for name in (*files, *links))
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    path = PurePosixPath(name)
+    is_inside = bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if not is_inside or not isinstance(entry, dict):
+        return False
+    size, sha256 = entry.get("bytes"), entry.get("sha256")
+    return type(size) is int and size >= 0 and isinstance(sha256, str)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

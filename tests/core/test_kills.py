@@ -1,0 +1,203 @@
+"""Claim: whatever a kill leaves in output_dir, the same command ends with the run that was not killed.
+
+SIGKILL leaves the files as they are at that moment. So one run copies its folder before every file event of its saves,
+and each copy is a killed run. A file that was being written at that moment is also cut to its half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from llm_jepa.cli import main
+from llm_jepa.core.checkpoint import MANIFEST, fault_of_model
+from tests.conftest import LLAMA
+from tests.ranks import start
+from tests.vl.test_commands import RECIPE as VL_RECIPE
+
+SHORT = {
+    "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01,
+    "use_cpu": True, "report_to": "none", "disable_tqdm": True, "diagnostics_pairs": 8,
+}  # fmt: skip
+LM = {
+    "family": "lm", "model_config": {**LLAMA, "attention_dropout": 0.1}, "tokenizer_vocab_size": 320,
+    "per_device_train_batch_size": 4, "activation_checkpointing": False, "eval_strategy": "no", **SHORT,
+}  # fmt: skip
+VL = {**VL_RECIPE, "pairs_per_clip": 1, **SHORT}
+BEST = {"validation_rows": 6, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+CASES = {
+    "lm": LM,
+    "lm, best": {**LM, **BEST, "save_total_limit": 1},
+    "lm, ema": {**LM, "target_encoder": "ema"},
+    "lm, lora": {**LM, "use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"},
+    "lm, no checkpoint": {**LM, "save_strategy": "no"},
+    "vl": VL,
+    "vl, best": {**VL, **BEST, "save_total_limit": 1},
+}
+RESUME = ["--resume_from_checkpoint", "true"]
+EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+class Killed:
+    """A finished run, and copies of its folder before every file event."""
+
+    def __init__(self, name: str, folder: Path, rows: list[dict]) -> None:
+        self.run, self.whole, self.states = folder / "run", folder / "whole", folder / "states"
+        values = {**CASES[name], "output_dir": str(self.run)}
+        values["train_data"] = str(_images(folder) if values["family"] == "vl" else _rows(folder, rows))
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(values))
+        self.states.mkdir()
+        process = start(_record, ["train", str(self.recipe)], str(self.run), str(self.states))
+        process.join()
+        assert process.exitcode == 0
+        self.run.rename(self.whole)
+        _add_torn_files(self.states)
+        self.names = sorted(path.name for path in self.states.iterdir())
+
+    def can_resume(self, state: str) -> bool:
+        return any((self.states / state).glob(f"checkpoint-*/{MANIFEST}"))
+
+    def resume(self, state: str, *words: str) -> int:
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.copytree(self.states / state, self.run, symlinks=True)
+        return main(["train", str(self.recipe), *words])
+
+    def check(self, state: str, output: str) -> None:
+        """The run in its folder is the one that was not killed."""
+        assert fault_of_model(self.run) is None, state
+        assert not list(self.run.rglob(".stage-*")), state
+        files = {path.relative_to(self.run) for path in self.run.rglob("*") if path.is_file()}
+        assert files == {path.relative_to(self.whole) for path in self.whole.rglob("*") if path.is_file()}, state
+        assert not [name for name in files if b".stage-" in (self.run / name).read_bytes()], state
+        a, b = (load_file(folder / "model.safetensors") for folder in (self.run, self.whole))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), state
+        assert _losses(self.run) == _losses(self.whole), state
+        for path in sorted(self.whole.glob("**/*.json*")):
+            name = path.relative_to(self.whole)
+            if name.name not in (MANIFEST, "trainer_state.json"):  # these tell times
+                assert (self.run / name).read_bytes() == path.read_bytes(), (state, name)
+        is_new = not (self.states / state / "run.json").exists()
+        if not is_new and not self.can_resume(state) and "already finished" not in output:
+            assert "starting at step 0" in output, state
+
+
+def _rows(folder: Path, rows: list[dict]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _images(folder: Path) -> Path:
+    draw = np.random.default_rng(0)
+    lines = []
+    for i in range(12):
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "target": f"number {i % 5}"}) + "\n")
+    (folder / "clips.jsonl").write_text("".join(lines))
+    return folder / "clips.jsonl"
+
+
+def _losses(folder: Path) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def _record(words: list[str], run: str, states: str) -> None:
+    """Run the command in this process, and copy its folder before each of its file events."""
+    busy, count = False, 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal busy, count
+        if busy or not (event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))):
+            return
+        if not str(arguments[0]).startswith(run + "/"):
+            return
+        busy = True
+        file = os.path.relpath(arguments[0], run) if event == "open" else ""
+        # run.json is opened to lock it
+        assert file in ("", "run.json") or file.startswith(".stage-"), f"{file} is written in place"
+        shutil.copytree(run, f"{states}/{count:04d}", symlinks=True)
+        Path(states, f"{count:04d}.txt").write_text(file)
+        count += 1
+        busy = False
+
+    sys.addaudithook(hook)
+    assert main(words) == 0
+
+
+def _add_torn_files(states: Path) -> None:
+    """Between two events a file was written: the state after half of it. safetensors writes under a hidden name."""
+    names = sorted(path.name for path in states.iterdir() if path.is_dir())
+    for before, after in zip(names, names[1:], strict=False):
+        opened = Path(states, f"{before}.txt").read_text()
+        new = _files(states / after) - _files(states / before)
+        for file in sorted(new | ({Path(opened)} if opened else set())):
+            whole = states / after / file
+            if not whole.is_file() or not whole.stat().st_size or ".stage-" not in str(file):
+                continue  # a file outside a stage was renamed
+            torn = states / f"{before}-{'-'.join(file.parts[-3:])}"
+            shutil.copytree(states / after, torn, symlinks=True)
+            half = whole.read_bytes()[: whole.stat().st_size // 2]
+            (torn / file).write_bytes(half)
+            if file.suffix == ".safetensors":
+                (torn / file).rename(torn / file.with_name(".tmpAb12Cd"))
+    for path in states.glob("*.txt"):
+        path.unlink()
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def _phase(state: Path) -> str:
+    """Which save was cut: the first, a later one, the final one."""
+    sealed = len(list(state.glob(f"checkpoint-*/{MANIFEST}")))
+    return ("first", "later", "final")[sealed]
+
+
+@pytest.mark.parametrize("name", ["lm", "vl"])
+def test_a_sample_of_kills(name, rows, tmp_path, capsys):
+    killed = Killed(name, tmp_path, rows)
+    phases = {
+        phase: [s for s in killed.names if _phase(killed.states / s) == phase] for phase in ("first", "later", "final")
+    }
+    assert all(len(states) > 10 for states in phases.values()), {k: len(v) for k, v in phases.items()}
+    for phase, states in phases.items():
+        for state in states[len(states) // 3 :: len(states)] if phase != "final" else (states[9], states[-4]):
+            capsys.readouterr()
+            words = [] if phase == "first" else RESUME
+            assert killed.resume(state, *words) == 0, state
+            killed.check(state, capsys.readouterr().out)
+    assert main(["train", str(killed.recipe), *RESUME]) == 0
+    assert "already finished (4 steps)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_all_kills(name, rows, tmp_path, capsys):
+    killed = Killed(name, tmp_path, rows)
+    lost = {}
+    for state in killed.names[:: 1 if name in ("lm", "vl") else 5]:
+        for words in ([], RESUME):
+            is_saved = killed.can_resume(state) or (killed.states / state / MANIFEST).exists()
+            if is_saved and not words or words and not (killed.states / state / "run.json").exists():
+                continue  # refused: without the words if there is a checkpoint, with them if there is no run
+            capsys.readouterr()
+            try:
+                assert killed.resume(state, *words) == 0
+                killed.check(state, capsys.readouterr().out)
+            except (AssertionError, SystemExit) as error:
+                lost[state, *words] = f"{error} {capsys.readouterr()}"[:300]
+    print(f"{name}: {len(killed.names)} states, {len(lost)} lost", *lost.items(), sep="\n")
+    assert not lost

@@ -227,12 +227,20 @@ def test_ctrl_c_prints_the_command_that_continues(folder):
     """With the same overrides, quoted for a shell."""
     words = ["--max_steps", "100000", "--run_name", "a b"]
     run = [sys.executable, "-m", "llm_jepa.cli", "train", "lm.yaml"]
-    process = subprocess.Popen([*run, *words], cwd=folder, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        [*run, *words],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        # As at a terminal. Parallel test workers and jobs in the background start with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (folder / "lm" / "checkpoint-2" / "manifest.json").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
+    _, stderr = process.communicate(timeout=120)
     (line,) = re.findall("llm-jepa: .*", stderr)  # a progress bar may end after it
     assert process.returncode == 130 and line.startswith("llm-jepa: interrupted. Saved last: lm/checkpoint-"), stderr
     command = "llm-jepa train lm.yaml --max_steps 100000 --run_name 'a b' --resume_from_checkpoint true"

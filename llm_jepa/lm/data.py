@@ -178,8 +178,9 @@ def view_columns(
         features=FEATURES,
         desc=f"Building views of the {name} rows",
     )
-    hopeless = [index for index, tokens in enumerate(views[TOKENS]) if tokens]
-    cut = [index for index, is_cut in enumerate(views["truncated"]) if is_cut and not views[TOKENS][index]]
+    tokens = list(views[TOKENS])  # read once: a column is read from the table at every index
+    hopeless = [index for index, count in enumerate(tokens) if count]
+    cut = [index for index, is_cut in enumerate(views["truncated"]) if is_cut and not tokens[index]]
     too_long = sorted([*hopeless, *cut]) if args.too_long != "truncate" else hopeless
     if too_long and args.too_long != "drop":
         raise UserError(_too_long_message(dataset, views, too_long, args, name))

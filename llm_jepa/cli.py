@@ -1,8 +1,7 @@
 """llm-jepa train | train-decoder | generate | embed | watch.
 
-An error is one line on stderr and exit code 2; with --traceback, where it was raised comes before the line. A
-non-finite loss is exit code 3, Ctrl-C is 130. If the reader of our output leaves (`| head`), the code is 141 and
-nothing is printed.
+An error is one line on stderr and exit code 2; with --traceback, where it was raised comes before the line. All exit
+codes are in a table of docs/lm.md. If the reader of our output leaves (`| head`), it is 141 and nothing is printed.
 """
 
 from __future__ import annotations
@@ -10,21 +9,26 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .core.errors import (
+    LAUNCHED,
     TRACEBACK,
     ArgumentParser,
     NonFiniteLossError,
     UserError,
     print_error,
+    report,
+    show_traceback,
     traceback_flag,
 )
+from .core.failures import machine_failure
+from .core.signals import INTERRUPTED, Stopped, ending_at_once
 from .families import FAMILIES, commands_of, describe_keys, parse_recipe
-from .launch import LAUNCHED
 
 if TYPE_CHECKING:
     from .core.recipe import Recipe
@@ -57,12 +61,15 @@ def _exit_code_of(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's code for SIGPIPE, because a training that wrote to it did not end
     except NonFiniteLossError as error:
-        print(f"llm-jepa: stopped: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt as interrupt:
-        if LAUNCHED not in os.environ:  # the launcher says it once for all of its processes
-            print(f"llm-jepa: interrupted{interrupt}", file=sys.stderr)
-        return 130
+        return report("llm-jepa", f"stopped: {error}", 3)
+    except _MachineFailed as failure:
+        if failure.__cause__ is not None:
+            show_traceback(failure.__cause__)
+        return report("llm-jepa", str(failure), failure.exit_code)
+    except (_Ended, KeyboardInterrupt) as end:
+        if LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":  # the launcher says it once for all
+            print(f"llm-jepa: {end if isinstance(end, _Ended) else 'interrupted'}", file=sys.stderr)
+        return end.exit_code if isinstance(end, _Ended) else INTERRUPTED
     except Exception as error:  # a model's own code may raise anything
         return print_error("llm-jepa", error)
 
@@ -71,6 +78,22 @@ class _ProcessFailed(Exception):
     """One of several processes failed. It has printed its message; its exit code becomes ours."""
 
     def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+class _MachineFailed(Exception):
+    """The disk is full, memory ran out, or another process is lost. The message says what to do."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class _Ended(BaseException):
+    """A training was asked to stop. The message says what is saved, and how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
         self.exit_code = exit_code
 
 
@@ -129,9 +152,17 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         family.dry_run(recipe, launched=options.launch is not None)
         return
     try:
-        _train_here_or_launch(options, overrides, recipe, family)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(options, overrides, recipe)) from None
+        with ending_at_once():
+            _train_here_or_launch(options, overrides, recipe, family)
+    except (KeyboardInterrupt, Stopped) as end:
+        stopped = end if isinstance(end, Stopped) else Stopped(signal.SIGINT)
+        message = f"{stopped}{_how_to_go_on(options, overrides, recipe)}"
+        raise _Ended(message, stopped.exit_code) from None
+    except Exception as error:
+        failure = machine_failure(error, recipe)
+        if failure is None:
+            raise
+        raise _MachineFailed(*failure) from error
 
 
 def _train_here_or_launch(
@@ -152,8 +183,10 @@ def _train_here_or_launch(
             f"{os.environ['WORLD_SIZE']} processes were started and cannot see each other: without a GPU each, add "
             "--use_cpu true."
         )
+    from .core.run import leave_process_group, set_timeout
+
+    set_timeout(recipe.training)
     family.train(recipe)
-    from .core.run import leave_process_group
 
     leave_process_group()
 

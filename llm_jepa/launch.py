@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
-from .core.errors import UserError
+from .core.errors import LAUNCHED, UserError, first_failure
+from .core.failures import LOST_RANK
+from .core.signals import INTERRUPTED, SCHEDULER, TRY_AGAIN, Stopped, handled
 
-LAUNCHED = "LLM_JEPA_LAUNCHED"  # an environment variable of the processes that `launch` starts
+MODULE = "llm_jepa.cli"
+# Torch's agent would end the processes at a signal; we pass it on, and they end by themselves.
+AGENT = {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}
+GRACE_S = 3.0  # for the other ranks, if one has failed; torch's agent gives a frozen one 30
 CONFIGS = ("cpu", "ddp", "fsdp2", "zero3")  # accelerate_configs/*.yaml
 
 
@@ -25,12 +36,9 @@ def launch(config: str, num_processes: str | None, recipe: str, overrides: Seque
         num_processes: default: one per GPU, or 2 on the CPU; with a config file, as the file says.
         recipe: a recipe file, already checked by the caller.
 
-    Raises UserError for a config that cannot work on this machine, and KeyboardInterrupt for Ctrl-C.
+    Raises UserError for a config that cannot work on this machine, and `Stopped` if the run was asked to stop.
     """
     import torch
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if config in CONFIGS:
         gpus = torch.cuda.device_count()
@@ -50,25 +58,113 @@ def launch(config: str, num_processes: str | None, recipe: str, overrides: Seque
     command = ["--config_file", file, "--main_process_port", str(_free_port())]
     command += ["--num_processes", num_processes] if num_processes else []
     # Without --launch: if the file asks for one process, that process would launch itself again, endlessly.
-    command += ["-m", "llm_jepa.cli", "train", recipe, *overrides]
-    if config == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    os.environ[LAUNCHED] = "true"
+    command += ["-m", MODULE, "train", recipe, *overrides]
+    with _Signals().passed_on() as signals, _environment(config) as failures:
+        code, last_words = _run_agent(command)
+        if code == 0:
+            return 0
+        if code in (TRY_AGAIN, INTERRUPTED) or signals.last and -code in (*SCHEDULER, signal.SIGINT):
+            raise Stopped(signals.last or (signal.SIGINT if code == INTERRUPTED else signal.SIGTERM))
+        cause = first_failure(failures)
+        # Others only know that it is gone.
+        is_killed = code < 0 and cause is not None and cause[0] == LOST_RANK
+        if cause is not None and not is_killed:
+            code, last_words = cause
+        print(f"llm-jepa: {last_words}", file=sys.stderr)
+        return code if code > 0 else LOST_RANK
+
+
+class _Signals:
+    """Signals that this process passes on to the ranks."""
+
+    last = 0
+
+    @contextmanager
+    def passed_on(self) -> Iterator[_Signals]:
+        with handled((*SCHEDULER, signal.SIGINT), self._pass_on):
+            yield self
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        self.last = number
+        ranks = _ranks()
+        if not ranks:
+            raise Stopped(number)
+        for rank in ranks:
+            # The terminal sends Ctrl-C to all of its processes; a second one would end them at once.
+            with suppress(ProcessLookupError):
+                if number != signal.SIGINT or os.getpgid(rank) != os.getpgrp():
+                    os.kill(rank, number)
+
+
+def _ranks() -> list[int]:
+    """The processes that train; not the helpers of torch and Python."""
+    import psutil
+
+    ranks = []
+    for child in psutil.Process().children():
+        try:
+            if MODULE in child.cmdline():
+                ranks.append(child.pid)
+        except psutil.Error:  # it has ended
+            continue
+    return ranks
+
+
+def _end_others(failures: str, is_over: threading.Event) -> None:
+    """Wait until a rank reports a failure, and kill the ranks that are left after GRACE_S: they are frozen."""
+    while not is_over.wait(0.2):
+        if any(Path(failures).iterdir()):
+            if not is_over.wait(GRACE_S):
+                for rank in _ranks():
+                    with suppress(ProcessLookupError):
+                        os.kill(rank, signal.SIGKILL)
+            return
+
+
+@contextmanager
+def _environment(config: str) -> Iterator[str]:
+    """The environment of the launch, and silence of torch's agent. Yields the folder for the ranks' failures."""
+    changes = {**AGENT, **({"ACCELERATE_USE_CPU": "true"} if config == "cpu" else {})}
+    before = {name: os.environ.get(name) for name in (*changes, LAUNCHED)}
+    with tempfile.TemporaryDirectory(prefix="llm_jepa_launch_") as failures:
+        os.environ.update(changes, **{LAUNCHED: failures})
+        logging.disable(logging.CRITICAL)  # 60 lines about a rank that has said in one why it ended
+        is_over = threading.Event()
+        watch = threading.Thread(target=_end_others, args=(failures, is_over), daemon=True)
+        watch.start()
+        try:
+            yield failures
+        finally:
+            is_over.set()
+            watch.join()
+            logging.disable(logging.NOTSET)
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _run_agent(command: list[str]) -> tuple[int, str]:
+    """The exit code of the rank that failed first, or 0, and a line about it."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"llm-jepa: rank {rank} ended with exit code {failure.exitcode}; see its message above.", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException as error:
-        if error.sigval != signal.SIGINT:
-            raise
-        raise KeyboardInterrupt from None
+        if failure.exitcode >= 0:
+            return failure.exitcode, f"rank {rank} ended with exit code {failure.exitcode}; see its message above."
+        name = signal.Signals(-failure.exitcode).name
+        hint = " The system kills a process that way if memory runs out." if name == "SIGKILL" else ""
+        return failure.exitcode, f"stopped: rank {rank} was killed by {name}.{hint} Continue from the last checkpoint."
     except subprocess.CalledProcessError as error:  # from a config file that asks for one process
-        return error.returncode if error.returncode > 0 else 1
-    finally:
-        del os.environ[LAUNCHED]
-    return 0
+        return error.returncode, f"the process ended with exit code {error.returncode}; see its message above."
+    except SignalException as error:
+        raise Stopped(error.sigval) from None
+    return 0, ""
 
 
 def _free_port() -> int:

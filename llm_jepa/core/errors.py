@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 TRACEBACK = "--traceback"
 EXTRAS = {"PIL": "vl", "av": "vl", "matplotlib": "eval", "scipy": "eval", "evaluate": "eval"}  # package -> our extra
+LAUNCHED = "LLM_JEPA_LAUNCHED"  # in the environment of a launched process: a folder for its failure
 _ASKED_FOR_TRACEBACK = "LLM_JEPA_TRACEBACK"  # in the environment, so that the processes of a launch see it too
 
 
@@ -59,7 +63,7 @@ def traceback_flag(words: Sequence[str]) -> Iterator[list[str]]:
 def print_error(program: str, error: Exception) -> int:
     """Print an error as one line on stderr and return the exit code, 2.
 
-    `UserError` and `OSError` (a full disk) speak for themselves, and a package of an extra gets the command that
+    `UserError` and `OSError` speak for themselves, and a package of an extra gets the command that
     installs it. Any other error comes from the code of a model or a
     library, or is a bug of ours; its line begins with its type and says how to see where it was raised.
     """
@@ -76,8 +80,29 @@ def print_error(program: str, error: Exception) -> int:
         name = type(error).__name__
         text = (lines[-1] if is_of_worker else " ".join(lines)).removeprefix(f"{name}: ")[:300]
         line = f"{name}: {text} (run again with {TRACEBACK} to see where)"
-    print(f"{program}: error: {line}", file=sys.stderr)
-    return 2
+    return report(program, f"error: {line}", 2)
+
+
+def report(program: str, line: str, exit_code: int) -> int:
+    """Print a line on stderr. A launched process hands it to its launcher, which prints one for all of them."""
+    folder = os.environ.get(LAUNCHED)
+    if folder is None or not os.path.isdir(folder):
+        print(f"{program}: {line}", file=sys.stderr)
+        return exit_code
+    rank = os.environ.get("RANK", "0")
+    failure = {"time": time.time(), "rank": int(rank), "line": line, "exit_code": exit_code}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(failure))
+    return exit_code
+
+
+def first_failure(folder: str) -> tuple[int, str] | None:
+    """The exit code and the line of the launched process that failed first; the others missed it then."""
+    failures = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    if not failures:
+        return None
+    first = min(failures, key=lambda failure: failure["time"])
+    is_same = all(failure["line"] == first["line"] for failure in failures) and len(failures) > 1
+    return first["exit_code"], first["line"] if is_same else f"rank {first['rank']}: {first['line']}"
 
 
 def show_traceback(error: BaseException) -> None:

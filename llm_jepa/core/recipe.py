@@ -69,7 +69,7 @@ BOOKKEEPING = {
     "disable_tqdm", "feature_cache", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
     "hub_strategy", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps",
     "logging_strategy", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_steps",
-    "save_strategy", "save_total_limit", "skip_memory_metrics", "train_data", "validation_data",
+    "save_strategy", "save_total_limit", "skip_memory_metrics", "stop_after", "train_data", "validation_data",
 }  # fmt: skip
 
 

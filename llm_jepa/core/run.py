@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from .checkpoint import CONTENTS, RUN_FILE, STATE_FILE, fault_of_model, find_resume, hold, is_finished_of_before
 from .errors import UserError
 from .files import content_sha256, write_json
 from .publish import MANIFEST, publish_into, remove_leftovers, seal
 from .recipe import Recipe
+from .signals import StopRequest
+from .stopping import OWED
 from .trainer import JEPATrainer
 
 NOT_SHOWN = ("runtime", "samples_per_second", "steps_per_second")  # speed is not a result of training
@@ -149,10 +151,15 @@ def train(
 
     before_saving: called with the trainer and the folder before the final model is saved, e.g. to merge an adapter.
 
-    Raises UserError if an optimizer lacks its package, or if nothing computes metric_for_best_model.
+    A request to stop that comes after the last step changes nothing: the final save is short.
+
+    Raises UserError if an optimizer lacks its package, or if nothing computes metric_for_best_model, and `Stopped` if
+    the run was asked to stop and has saved a checkpoint.
     """
+    trainer.stop_request = StopRequest(trainer.args.stop_after)
     try:
-        _train_and_save(trainer, resume, before_saving)
+        with trainer.stop_request.listening():
+            _train_and_save(trainer, resume, before_saving)
     finally:
         trainer.release_folder()
 
@@ -196,6 +203,12 @@ def _save(trainer: JEPATrainer, before_saving: Callable[[JEPATrainer, Path], Non
         trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
 
 
+def set_timeout(training: TrainingArguments) -> None:
+    """Let gloo wait for `ddp_timeout`. transformers passes it on for GPUs only, and gloo's own is half an hour."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(training.ddp_timeout_delta)
+
+
 def leave_process_group() -> None:
     """Destroy the process group of a multi-process run. Call it only after the trainer is gone.
 
@@ -219,6 +232,11 @@ def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
     if state.global_step < state.max_steps:
         return False
     trainer.state = state
+    if (Path(resume) / OWED).is_file():
+        trainer.load_weights(resume)
+        trainer.begin_training(state)
+        trainer.restore_extra_state()
+        trainer.evaluate_if_owed(resume)
     keep_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     trainer.load_weights(str(state.best_model_checkpoint) if keep_best else resume)
     return True

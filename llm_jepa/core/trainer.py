@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -48,6 +47,7 @@ from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
 from .files import make_stage
 from .pairs import PairKeys
+from .stopping import StoppableTrainer
 from .sums import NamedSums
 from .tokenizer import forget_local_keys
 
@@ -62,7 +62,7 @@ COLLAPSED = (
 COLLAPSE_FIGURES = ("raw_cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(StoppableTrainer):
     """`Trainer` whose checkpoints are complete, without pickles, and which stops before NaN reaches the weights.
 
     It extends by inheritance because that is how `Trainer` is extended: `class Ours(SafeTrainer, SFTTrainer)`.
@@ -95,6 +95,19 @@ class SafeTrainer(Trainer):
                 f"before the optimizer took it. Last good checkpoint: {last or 'none yet'}. {self.advice_if_not_finite}"
             )
         return norm
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """NaN is neither better nor worse than another figure, so nothing would be chosen, and nothing said."""
+        name = str(self.args.metric_for_best_model or "")
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if not math.isfinite(metrics.get(name, 0.0)):
+            last = checkpoint.newest_complete(self.args.output_dir, has_state=not self.args.save_only_model)
+            raise NonFiniteLossError(
+                f"{name} is {metrics[name]} at step {self.state.global_step}, and the best weights are chosen by it. "
+                f"Last good checkpoint: {last or 'none yet'}. Look at the validation rows, or lower learning_rate."
+            )
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        return is_best
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save without `training_args.bin`, which is a pickle, and without the local keys of tokenizers."""
@@ -153,9 +166,6 @@ class SafeTrainer(Trainer):
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         known = expected | set(get_peft_model_state_dict(model, save_embedding_layers=True))  # of earlier versions
         _check_same_names(folder, missing=expected - saved, unexpected=saved - known)
-
-    def save_more(self, folder: Path) -> None:
-        """Write what else belongs into a checkpoint. Called on every rank before the checkpoint is sealed."""
 
     @contextmanager
     def stage(self, folder: Path) -> Iterator[Path]:
@@ -365,6 +375,7 @@ class JEPATrainer(SafeTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
         """Collect sums per example; `evaluation_loop` turns them into means over tokens and pairs."""
+        self.abandon_evaluation_if_asked()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self.example_sums(model, inputs)  # [examples, S]
@@ -388,6 +399,8 @@ class JEPATrainer(SafeTrainer):
             space = self.measure_space(dataloader.dataset)
             figures |= space
             self._warn_if_collapsed(space)
+        if not math.isfinite(figures["loss"]) and self.args.metric_for_best_model is None:
+            logger.warning(f"{metric_key_prefix}_loss is {figures['loss']} at step {self.state.global_step}.")
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in figures.items()})
         return output
 
@@ -427,6 +440,7 @@ class JEPATrainer(SafeTrainer):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_more(self, folder: Path) -> None:
+        super().save_more(folder)
         state = self.extra_state()
         if state and (self.args.should_save or self.is_fsdp):
             save_file(

@@ -22,6 +22,7 @@ from ..core.checks import (
     check_validation,
 )
 from ..core.errors import UserError
+from ..core.signals import seconds_of
 from .predictor_tokens import MAX_PREDICTOR_TOKENS
 
 # Options of SFTConfig and TrainingArguments that must keep these values, and why.
@@ -234,6 +235,10 @@ class LLMJEPAConfig(SFTConfig):
     diagnostics_pairs: int = field(
         default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
     )
+    stop_after: str | None = field(
+        default=None,
+        metadata={"help": "Time from the start of training, as 2h or 1h30m: then save a checkpoint and exit with 75."},
+    )
     share_rows: bool = field(
         default=False,
         metadata={
@@ -291,6 +296,8 @@ class LLMJEPAConfig(SFTConfig):
             self._check_jepa()
         check_used(self, (("too_long", self.max_length is not None, "max_length"),))
         check_dispatch(self)
+        if self.stop_after is not None:
+            seconds_of(self.stop_after)
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
         if self.max_length is not None and self.max_length < 1:

@@ -66,7 +66,8 @@ from .token_rows import add_missing_rows, train_token_rows
 
 logger = logging.get_logger(__name__)
 
-BOOKKEEPING = ("diagnostics_pairs", "share_rows", "logging_nan_inf_filter")  # they do not change what is learned
+# They do not change what is learned.
+BOOKKEEPING = ("diagnostics_pairs", "share_rows", "stop_after", "logging_nan_inf_filter")
 ADVICE = {
     "info_nce": "From random weights this can pass; if it stays, lower learning_rate, or raise the batch size.",
     "stp": "STP does not look at pairs, so this is its side effect or the model's own; compare with jepa_weight: 0.",

@@ -17,6 +17,7 @@ from ..core.checks import (
     check_validation,
 )
 from ..core.errors import UserError
+from ..core.signals import seconds_of
 from .configuration import HELP
 
 # Options of TrainingArguments that must keep these values, and why.
@@ -158,6 +159,10 @@ class VLJEPATrainingArguments(TrainingArguments):
     diagnostics_pairs: int = field(
         default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
     )
+    stop_after: str | None = field(
+        default=None,
+        metadata={"help": "Time from the start of training, as 2h or 1h30m: then save a checkpoint and exit with 75."},
+    )
     # Other defaults than the parent's.
     learning_rate: float = field(default=5e-5, metadata={"help": "The paper's pretraining: 5e-5, constant."})
     lr_scheduler_type: str = field(
@@ -201,6 +206,8 @@ class VLJEPATrainingArguments(TrainingArguments):
             ),
         )
         check_dispatch(self)
+        if self.stop_after is not None:
+            seconds_of(self.stop_after)
 
 
 def check_together(model: VLModelArguments, training: VLJEPATrainingArguments) -> None:

@@ -1,0 +1,114 @@
+"""Requests to stop a run: SIGTERM and SIGUSR1 of a scheduler, Ctrl-C, and the time limit `stop_after`.
+
+A scheduler sends a signal some time before it kills. While a model is trained, the request waits for the end of the
+optimizer step, where a checkpoint is saved (`stopping.StoppableTrainer`). Before that there is nothing to save, and the
+command ends at once. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import UserError
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may be run again
+INTERRUPTED = 130  # the shell's code for SIGINT
+# Of a scheduler. Windows has no SIGUSR1.
+SCHEDULER = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+TIME_LIMIT = 1000  # a "signal" number that no signal has
+SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+Handler = Callable[[int, Any], None]
+
+
+class Stopped(BaseException):
+    """The run was asked to stop and did. Like KeyboardInterrupt not an `Exception`, which libraries catch.
+
+    code: the number of the signal, or TIME_LIMIT.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+    def __str__(self) -> str:
+        if self.code == TIME_LIMIT:
+            return "stopped, because the time of stop_after is over"
+        return "interrupted" if self.code == signal.SIGINT else f"stopped by {signal.Signals(self.code).name}"
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self.code == signal.SIGINT else TRY_AGAIN
+
+
+class StopRequest:
+    """What has asked the run to stop. Nothing, until `listening` is entered.
+
+    stop_after: the run asks itself after this time, as "2h" or "1h30m", counted from the start of listening.
+    """
+
+    def __init__(self, stop_after: str | None = None) -> None:
+        self._seconds = seconds_of(stop_after) if stop_after is not None else None
+        self._end: float | None = None
+        self._signal = 0
+        self.is_listening = False
+
+    @property
+    def code(self) -> int:
+        """0, the number of a signal, or TIME_LIMIT."""
+        is_over = self._end is not None and time.monotonic() >= self._end
+        return self._signal or (TIME_LIMIT if is_over else 0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside the block, signals are noted instead of ending the process. A second Ctrl-C leaves at once."""
+        self.is_listening = True
+        if self._seconds is not None:
+            self._end = time.monotonic() + self._seconds
+        try:
+            with handled((*SCHEDULER, signal.SIGINT), self._note):
+                yield
+        finally:
+            self.is_listening = False
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT == self._signal:
+            raise KeyboardInterrupt
+        self._signal = number
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside the block, SIGTERM and SIGUSR1 raise `Stopped`, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    with handled(SCHEDULER, stop):
+        yield
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Inside the block, `handler` is called for these signals. Only the main thread can have handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)
+
+
+def seconds_of(text: str) -> float:
+    """ "2h", "1h30m" or "90s" in seconds. Raises UserError."""
+    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
+        raise UserError(f"stop_after: {text!r} is not a time; write 2h, 1h30m or 90s.")
+    return sum(float(number) * SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))

@@ -64,7 +64,7 @@ def forge(folder: Path, value: object) -> None:
     "value",
     [
         "", "{", "[" * 100_000, "null", "[]", "{}", '"x"', "1e999",
-        {"files": None}, {"files": []}, {"files": {}}, {"files": "abc"},
+        {"files": None}, {"files": []}, {"files": {}}, {"files": "abc"}, {"files": [*FILES, "trainer_state.json", "README.md"]},
         {"files": {"a": None}}, {"files": {"a": {}}}, {"files": {"a": {"bytes": "1", "sha256": ""}}},
         {"files": {"a": {"bytes": True, "sha256": ""}}}, {"files": {"a": {"bytes": -1, "sha256": ""}}},
         {"files": {"../a": {"bytes": 1, "sha256": ""}}}, {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
@@ -176,7 +176,8 @@ def test_links_are_replaced_and_not_followed(kind, tmp_path):
         publish(fill(stage / "checkpoint-4"), folder / "checkpoint-4")
     else:
         publish_into(fill(stage / "run", "model.safetensors", "config.json", "README.md"), folder)
-        with written_whole(folder / "README.md") as temporary:
+        (folder / "card.md").symlink_to(elsewhere / "target")
+        with written_whole(folder / "card.md") as temporary:
             temporary.write_text("again")
     assert (elsewhere / "target").read_text() == "precious" and len(list(elsewhere.iterdir())) == 1
 

@@ -64,7 +64,8 @@ def forge(folder: Path, value: object) -> None:
     "value",
     [
         "", "{", "[" * 100_000, "null", "[]", "{}", '"x"', "1e999",
-        {"files": None}, {"files": []}, {"files": {}}, {"files": "abc"}, {"files": [*FILES, "trainer_state.json", "README.md"]},
+        {"files": None}, {"files": []}, {"files": {}}, {"files": "abc"},
+        {"files": [*FILES, "trainer_state.json", "README.md"]},
         {"files": {"a": None}}, {"files": {"a": {}}}, {"files": {"a": {"bytes": "1", "sha256": ""}}},
         {"files": {"a": {"bytes": True, "sha256": ""}}}, {"files": {"a": {"bytes": -1, "sha256": ""}}},
         {"files": {"../a": {"bytes": 1, "sha256": ""}}}, {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},

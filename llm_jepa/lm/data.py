@@ -41,6 +41,8 @@ REMARKS = {
     "start of the completions.",
     "answer_changed": "the chat template leaves out a part of the answer (a reasoning, for example), so that part is "
     "not trained. Move it into the field that the template renders, or change the template.",
+    "stops_early": "a token at which generation stops is a trained token before the end of the answer (eos inside a "
+    "turn, for example), so answers will be cut there. Choose another eos token, or another template.",
 }
 
 

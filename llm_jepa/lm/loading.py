@@ -95,7 +95,11 @@ def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokeni
     if not (Path(source) / "tokenizer_config.json").is_file():
         _check_folder(source)
     try:
+        if (Path(source) / "config.json").is_file():
+            _refuse_other_families(source, "main")  # before transformers warns of a model type that it does not know
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot load a tokenizer from {source!r}{_no_folder(source)}: {first_line(error)}") from None
 
@@ -107,9 +111,7 @@ def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
     """
     _check_folder(source)
     try:
-        options, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-        if other := OTHER_FAMILIES.get(options.get("model_type", "")):
-            raise UserError(f"{source!r} is {other}")
+        _refuse_other_families(source, revision)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except UserError:
         raise
@@ -118,6 +120,12 @@ def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source!r} is a {config.model_type} model, not a causal LM; choose one that generates.")
     return config
+
+
+def _refuse_other_families(source: str, revision: str) -> None:
+    options, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if other := OTHER_FAMILIES.get(options.get("model_type", "")):
+        raise UserError(f"{source!r} is {other}")
 
 
 def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTrainedModel:

@@ -213,6 +213,8 @@ def answer_row(
 
     What a template puts in front of the content belongs to the prompt. After a text, the answer begins with the white
     space of the trained completions; if none is known, with one space unless the prompt ends in white space.
+
+    Raises UserError like `encode`, and for a model that was trained to reason before it answers.
     """
     turns, kwargs = split_prompt(prompt, where)
     if isinstance(turns, str):
@@ -230,6 +232,14 @@ def answer_row(
         answered = [*turns, {"role": "assistant", "content": answer}]
         text = show(answered)
         start, stop = content_span(show, answered, len(turns), where)
+        if form.format is not None and form.ends == "generation_prompt":
+            asked, _ = asked_text(tokenizer, prompt, form, where)
+            if text[:start] != asked:
+                raise UserError(
+                    f"{where}: the model was trained to write a reasoning between the prompt and the answer, so the "
+                    "likelihood of an answer is not known before it is written; leave 'choices' out, and grade what "
+                    "the model generates."
+                )
         ids, offsets = tokens_of(tokenizer, text)
     first = whole_tokens(offsets, start)
     if first == 0:

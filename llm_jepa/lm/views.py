@@ -21,7 +21,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import UserError
 from ..core.files import text_key
-from .prompts import PROBE, TRAINED, PromptForm, asked_tokens, content_span, render, tokens_of, tokens_up_to
+from .prompts import (
+    PROBE,
+    TRAINED,
+    PromptForm,
+    asked_tokens,
+    content_span,
+    end_of_turn_ids,
+    render,
+    tokens_of,
+    tokens_up_to,
+)
 from .rows import Message, ParsedRow, parse_row
 
 ContextView = Literal["prefix", "message"]
@@ -273,6 +283,10 @@ def _chat_parts(
 
     asked = asked_tokens(tokenizer, parsed.question, replace(form, ends="content"), where)
     content_fits = _starts(ids, asked, prompt_length)
+    target_end = tokens_up_to(offsets, target_start + len(goal))
+    remarks = [] if goal.strip() == completion[0]["content"].strip() else ["answer_changed"]
+    if not set(end_of_turn_ids(tokenizer)).isdisjoint(ids[prompt_length:target_end]):
+        remarks.append("stops_early")
     return _Parts(
         input_ids=ids,
         prompt_length=prompt_length,
@@ -283,11 +297,11 @@ def _chat_parts(
         context_start=sum(stop <= context_start for _, stop in offsets[:split]),
         context_end=split,
         target_start=max(prompt_length, before_target),
-        target_end=tokens_up_to(offsets, target_start + len(goal)),
+        target_end=target_end,
         context_texts=[before + text.strip() for text in (source, *parsed.contexts)],
         target_texts=[goal, *parsed.targets],
         prompt_fits=_fits(content_fits, prompt_length == len(generation_ids), asked == generation_ids),
-        remarks=[] if goal.strip() == completion[0]["content"].strip() else ["answer_changed"],
+        remarks=remarks,
     )
 
 

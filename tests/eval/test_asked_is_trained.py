@@ -162,15 +162,21 @@ def test_what_a_row_brings_travels_with_the_question(name, tokenizer, tmp_path, 
     assert figures["accuracy"]["estimate"] == figures["worst_of_k"]["estimate"] == 1.0
 
 
-def test_a_reasoning_is_generated_and_not_graded(tokenizer, tmp_path):
+@ASKS_WHAT_IS_NOT_TRAINED
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("nemotron_3_nano", marks=pytest.mark.slow)])
+def test_a_reasoning_is_generated_and_not_graded(name, tokenizer, tmp_path):
     """With a reasoning in the rows, the prompt ends at the generation prompt; the answer is what follows."""
-    tokenizer = templated(tokenizer, "qwen3")
+    tokenizer = templated(tokenizer, name)
     rows, groups = rows_and_groups()
     for row in rows:
         row["messages"][-1]["reasoning_content"] = "so a"
     model = memorise(rows, tokenizer, tmp_path)
     assert form_from(str(model)).ends == "generation_prompt"
-    assert scores(model, groups, tmp_path)[:2] == [1.0, 1.0]
+    with pytest.raises(UserError, match="was trained to write a reasoning between the prompt and the answer"):
+        scores(model, groups, tmp_path)
+    data = TASKS["groups"].load(str(tmp_path / "written.jsonl"))
+    result, _ = evaluate_model(str(model), TASKS["groups"], data, out=None, progress=False, max_new_tokens=48)
+    assert [figures["correct"] for figures in result["metrics"].values()] == [1.0, 1.0]
 
 
 SPACES = {  # prompt, completion
@@ -229,3 +235,14 @@ def test_a_template_that_drops_a_part_of_the_answer_is_said(tokenizer, tmp_path,
     rows = [{"messages": [*conversation(0, "plain"), {"role": "assistant", "content": "so</think>red"}]}] * 4
     memorise(rows, tokenizer, tmp_path)
     assert "4 of 4 train rows: the chat template leaves out a part of the answer" in caplog.text
+
+
+def test_a_stop_token_inside_an_answer_is_said(tokenizer, tmp_path, caplog):
+    """The template closes the reasoning with this tokenizer's eos."""
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{{ message.thinking + '<|end|>' if message.thinking else '' }}{{ message['content'] }}",
+    )
+    rows = [{"messages": [*conversation(0, "plain"), {"role": "assistant", "content": "red", "thinking": "so"}]}] * 4
+    memorise(rows, tokenizer, tmp_path)
+    assert "4 of 4 train rows: a token at which generation stops is a trained token before the end" in caplog.text

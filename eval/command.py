@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,9 @@ def one_line_errors(name: str) -> Callable[[Callable[[Words], int]], Callable[..
         def guarded(argv: Words = None) -> int:
             with traceback_flag(sys.argv[1:] if argv is None else argv) as words:
                 try:
-                    return main(words)
+                    with warnings.catch_warnings():
+                        warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+                        return main(words)
                 except Exception as error:  # a model's own code may raise anything
                     return print_error(name, error)
 

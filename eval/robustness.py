@@ -203,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = task.name if Path(options.data).exists() else options.data
         for name, sources in models.items():
             for source, run in zip(sources, arms[name], strict=True):
+                if note := run.result.get("prompts_in_another_format"):
+                    print(f"No figures in the card of {source}, because {note}", file=sys.stderr)
+                    continue
                 print(f"Wrote {write_card(source, run, dataset=dataset, metric=metric)}")
     return 0
 

@@ -33,6 +33,7 @@ from llm_jepa.lm import (
     form_from,
     generate_batches,
     model_from,
+    other_format,
     tokenizer_from,
 )
 
@@ -99,8 +100,9 @@ def evaluate_model(
     files = None if out is None else RunFiles(out, samples)
     tokenizer = tokenizer_from(model)
     form = form_from(model)
-    _warn_of_other_prompts(questions, tokenizer, form)
-    encoded = encode(tokenizer, [question.prompt for question in questions], form)
+    prompts = [question.prompt for question in questions]
+    note = _warn_of_other_prompts(prompts, tokenizer, form)
+    encoded = encode(tokenizer, prompts, form)
     _warn_of_untrained_starts(questions, encoded, tokenizer, form)
     lm = model_from(model, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     new_tokens = max_new_tokens or task.max_new_tokens
@@ -139,6 +141,7 @@ def evaluate_model(
         "dropped_as_known_from_train": data.dropped,
         "dropped_for_their_gold": data.unusable,
         "beyond_token_limit": too_long,
+        "prompts_in_another_format": note,
         "resumed_answers": num_resumed,
         "published": task.published,
         "trap": task.trap,
@@ -259,22 +262,20 @@ def _means(rows: Sequence[Row]) -> dict[str, float]:
 # stacklevel=3: each is called by `evaluate_model`, and the warning belongs to the line that called that one.
 
 
-def _warn_of_other_prompts(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> None:
-    """Warn of prompts in another format than the model was trained on."""
-    plain = sum(isinstance(turns_of(question.prompt), str) for question in questions)
-    templated = len(questions) - plain
-    if plain and form.format != "text" and tokenizer.chat_template is not None:
-        warnings.warn(
-            f"{plain} of {len(questions)} prompts are plain strings, so the model continues them without its chat "
-            "template. Give lists of messages to use the template.",
-            stacklevel=3,
+def _warn_of_other_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, form: PromptForm
+) -> str | None:
+    """Warn of prompts in another format than the model was trained on. The note goes into the result, too."""
+    note = other_format(prompts, form)
+    plain = sum(isinstance(turns_of(prompt), str) for prompt in prompts)
+    if note is None and plain and form.format is None and tokenizer.chat_template is not None:
+        note = (
+            f"{plain} of {len(prompts)} prompts are plain strings, so the model continues them without its chat "
+            "template. Give lists of messages to use the template."
         )
-    if templated and form.format == "text":
-        warnings.warn(
-            f"{templated} of {len(questions)} prompts are messages, but the model was trained on plain prompts. Give "
-            "strings to ask what was trained.",
-            stacklevel=3,
-        )
+    if note is not None:
+        warnings.warn(note, stacklevel=3)
+    return note
 
 
 def _warn_of_untrained_starts(
@@ -398,16 +399,18 @@ def table(result: Row) -> str:
     for figures in result["metrics"].values():
         names |= dict.fromkeys(figures)
     width = max(len(name) for name in [*names, "12345678"]) + 2
-    lines = [" " * 16 + "".join(f"{name:>{width}}" for name in names)]
+    lines = ["wording         " + "".join(f"{name:>{width}}" for name in names)]
     for wording, figures in result["metrics"].items():
         shown = {name: f"{100 * value:.1f}%" for name, value in figures.items()}
         line = f"{wording:16s}"
         for name in names:
             line += f"{shown.get(name, ''):>{width}}"
         lines.append(line)
+    dropped = result["dropped_as_known_from_train"]
     lines.append(
-        f"{result['items']} items ({result['dropped_as_known_from_train']} dropped, known from train); "
-        f"primary metric: {result['primary']}"
+        f"{result['items']} items"
+        + (f" ({dropped} left out, because they are in the training data)" if dropped else "")
+        + f"; primary metric: {result['primary']}"
     )
     return "\n".join(lines)
 

@@ -98,7 +98,10 @@ def _parsed(text: bytes, place: str) -> Any:
     except RecursionError:
         raise UserError(f"{place} is nested too deep to be read.") from None
     except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(f"{place} is not JSON in UTF-8: {first_line(error)}.") from None
+        reason = first_line(error)
+        if isinstance(error, json.JSONDecodeError) and "\n" not in text.decode("utf-8").strip():
+            reason = f"{error.msg} at column {error.pos + 1}"  # the parser counts lines from the start of this text
+        raise UserError(f"{place} is not JSON in UTF-8: {reason}.") from None
     return value
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from .loading import check_model, form_from, model_from, tokenizer_from
     from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
-    from .prompts import Prompt, PromptForm, answer_row, encode, end_of_turn_ids, form_of, turn_end
+    from .prompts import Prompt, PromptForm, answer_row, encode, end_of_turn_ids, form_of, other_format, turn_end
     from .reading import embed_pairs
     from .rows import parse_row, render_kwargs_of
     from .sources import FILE_SUFFIXES, data_sha256, read_rows
@@ -63,6 +63,7 @@ _HOMES = {
     "known_predictor_ids": ".predictor_tokens",
     "model_from": ".loading",
     "model_inputs": ".attention",
+    "other_format": ".prompts",
     "parse_row": ".rows",
     "render_kwargs_of": ".rows",
     "predictor_token_ids": ".predictor_tokens",
@@ -102,6 +103,7 @@ __all__ = [
     "known_predictor_ids",
     "model_from",
     "model_inputs",
+    "other_format",
     "parse_row",
     "predictor_token_ids",
     "random_model",

@@ -426,10 +426,12 @@ def check_targets(args: LLMJEPAConfig, train: Dataset) -> None:
             "objective: cosine with a regularizer."
         )
     distinct = len(set(train[targets]))
-    if distinct < min(pairs, len(train) // 2):  # a few equal rows of a small file are positives of each other
+    # At least two; a few equal rows of a small file are positives of each other.
+    if distinct < max(2, min(pairs, len(train) // 2)):
+        smaller = ", or smaller batches" if distinct > 1 else ""
         raise UserError(
             f"objective: info_nce needs different targets as negatives, and the training rows have {distinct} "
-            f"for batches of {pairs}; use objective: cosine with a regularizer, or smaller batches."
+            f"for batches of {pairs}; use objective: cosine with a regularizer{smaller}."
         )
 
 

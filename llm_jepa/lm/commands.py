@@ -168,13 +168,15 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     _check_output(options, ".jsonl", "JSON lines")
     from . import inference
-    from .prompts import form_of
+    from .prompts import form_of, other_format
     from .sources import read_rows
 
     rows = read_rows(options.input) if options.input is not None else None
     model, tokenizer = _load(options.model)
     form = form_of(model.config)
     prompts = _prompts_of_options(options, tokenizer, form) if rows is None else _prompts_of_rows(rows)
+    if note := other_format(prompts, form):
+        print(f"Note: {note}", file=sys.stderr)
     generations = inference.generate(
         model,
         tokenizer,
@@ -222,7 +224,7 @@ def embed(options: argparse.Namespace) -> None:
     from .limits import check_tokens, check_views
     from .predictor_tokens import predictor_token_ids
     from .probe import choose_layout
-    from .prompts import form_of
+    from .prompts import form_of, other_format
     from .reading import embed_pairs
     from .rows import stand_in_answer
     from .sources import read_rows
@@ -240,11 +242,14 @@ def embed(options: argparse.Namespace) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # no state sees the padding
     form = form_of(model.config)
-    views, unanswered = [], 0
+    views, prompts, unanswered = [], [], 0
     for index, row in enumerate(rows):
         has_answer, row = stand_in_answer(_with_prompt(row, tokenizer, form), tokenizer.eos_token)
         unanswered += not has_answer
+        prompts.append(row.get("messages") or row.get("prompt") or "")
         views.append(add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"]))
+    if note := other_format(prompts, form):
+        print(f"Note: {note}", file=sys.stderr)
     check_views(model.config, views, "rows", len(predictors), "shorten them to {room} tokens, or leave them out")
     for row in views:
         check_tokens(model.config, [predictors, row["input_ids"], *row["contexts"], *row["targets"]], "rows")

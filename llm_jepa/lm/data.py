@@ -41,6 +41,8 @@ REMARKS = {
     "start of the completions.",
     "answer_changed": "the chat template leaves out a part of the answer (a reasoning, for example), so that part is "
     "not trained. Move it into the field that the template renders, or change the template.",
+    "tools_left_out": "the chat template writes nothing of the row's tools or tool calls, so they are not trained; use "
+    "a template that renders them.",
     "stops_early": "a token at which generation stops is a trained token before the end of the answer (eos inside a "
     "turn, for example), so answers will be cut there. Choose another eos token, or another template.",
 }
@@ -128,7 +130,7 @@ def warn_of_rows(dataset: Dataset, name: str) -> None:
     if ignored:
         logger.warning(
             f"The {name} rows have columns that are not used: {', '.join(ignored)}. Used are "
-            f"{', '.join(USED_COLUMNS)}; other wordings belong into views."
+            f"{', '.join(USED_COLUMNS)}; other wordings belong in views."
         )
 
 

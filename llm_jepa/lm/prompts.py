@@ -265,6 +265,19 @@ def tokens_up_to(offsets: Sequence[tuple[int, int]], end: int) -> int:
     return max((i + 1 for i, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
 
 
+def other_format(prompts: Sequence[Prompt], form: PromptForm) -> str | None:
+    """A note on prompts in another format than the model was trained on; None if there are none."""
+    if form.format is None:
+        return None
+    plain = sum(isinstance(split_prompt(prompt, "a prompt")[0], str) for prompt in prompts)
+    count, found, trained = plain, "plain strings", "messages"
+    if form.format == "text":
+        count, found, trained = len(prompts) - plain, "messages", "plain prompts"
+    if not count:
+        return None
+    return f"{count} of {len(prompts)} prompts are {found}, but the model was trained on {trained}."
+
+
 # -- the end of an answer, and what stands before it ------------------------------------------------------------------
 
 

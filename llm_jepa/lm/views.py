@@ -285,6 +285,8 @@ def _chat_parts(
     content_fits = _starts(ids, asked, prompt_length)
     target_end = tokens_up_to(offsets, target_start + len(goal))
     remarks = [] if goal.strip() == completion[0]["content"].strip() else ["answer_changed"]
+    if text == _without_tools(prompt + completion, parsed, tokenizer, where):
+        remarks.append("tools_left_out")
     if not set(end_of_turn_ids(tokenizer)).isdisjoint(ids[prompt_length:target_end]):
         remarks.append("stops_early")
     return _Parts(
@@ -303,6 +305,20 @@ def _chat_parts(
         prompt_fits=_fits(content_fits, prompt_length == len(generation_ids), asked == generation_ids),
         remarks=remarks,
     )
+
+
+def _without_tools(
+    messages: list[Message], parsed: ParsedRow, tokenizer: PreTrainedTokenizerBase, where: str
+) -> str | None:
+    """The conversation rendered without its tools and tool calls; None if it has neither."""
+    if not parsed.render_kwargs.get("tools") and not any(message.get("tool_calls") for message in messages):
+        return None
+    kwargs = {name: value for name, value in parsed.render_kwargs.items() if name != "tools"}
+    plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    try:
+        return render(tokenizer, plain, kwargs, where)
+    except UserError:  # a template that asks for them writes them
+        return None
 
 
 def _starts(ids: list[int], asked: list[int], prompt_length: int) -> bool:

@@ -224,10 +224,16 @@ def test_a_boundary_that_depends_on_the_answer_is_said_before_training_and_when_
         scores(model, groups, tmp_path, ["red", "7"])
 
 
-def test_a_format_that_was_not_trained_is_said(tokenizer, tmp_path, recwarn):
+def test_a_format_that_was_not_trained_is_said(tokenizer, tmp_path, recwarn, capsys):
     model = memorise([{"prompt": f"line {i}", "completion": "red"} for i in range(4)], tokenizer, tmp_path)
     scores(model, [{"id": "0", "prompts": [conversation(0, "plain")], "answer": "red"}], tmp_path, ["red"])
-    assert "1 of 1 prompts are messages, but the model was trained on plain prompts" in str(recwarn[0].message)
+    said = "1 of 1 prompts are messages, but the model was trained on plain prompts."
+    assert said in str(recwarn[0].message)
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": conversation(0, "plain")}) + "\n")
+    chat = ["--input", str(tmp_path / "chat.jsonl"), "--output"]
+    for verb, output in (("generate", "answers.jsonl"), ("embed", "prompts.safetensors")):
+        assert cli.main([verb, str(model), *chat, str(tmp_path / output)]) == 0
+        assert f"Note: {said}" in capsys.readouterr().err
 
 
 def test_a_template_that_drops_a_part_of_the_answer_is_said(tokenizer, tmp_path, caplog):
@@ -246,3 +252,15 @@ def test_a_stop_token_inside_an_answer_is_said(tokenizer, tmp_path, caplog):
     rows = [{"messages": [*conversation(0, "plain"), {"role": "assistant", "content": "red", "thinking": "so"}]}] * 4
     memorise(rows, tokenizer, tmp_path)
     assert "4 of 4 train rows: a token at which generation stops is a trained token before the end" in caplog.text
+
+
+def test_tools_that_the_template_does_not_write_are_said(tokenizer, tmp_path, caplog):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": TOOLS[0]["function"]}]}
+    answer = {"role": "assistant", "content": "red"}
+    rows = [
+        {"messages": [*conversation(0, "plain"), answer], "tools": TOOLS},
+        {"messages": [*conversation(1, "plain"), call, {"role": "user", "content": "and?"}, answer], "tools": None},
+        {"messages": [*conversation(2, "plain"), answer], "tools": None},
+    ]
+    memorise(rows, tokenizer, tmp_path)
+    assert "2 of 3 train rows: the chat template writes nothing of the row's tools or tool calls" in caplog.text

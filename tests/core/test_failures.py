@@ -54,7 +54,14 @@ def disk(tmp_path):
 # share: how much of a checkpoint the disk holds. The largest files are the weights and, twice as large, the optimizer.
 @pytest.mark.parametrize(
     ("family", "share", "step"),
-    [("lm", 0.1, 0), ("lm", 0.6, 0), ("lm", 1.1, 3), ("lm", 1.6, 3), ("vl", 0.6, 0), ("vl", 1.6, 3)],
+    [
+        ("lm", 0.1, 0),
+        ("lm", 0.6, 0),
+        ("lm", 1.1, 3),
+        ("lm", 1.6, 3),
+        pytest.param("vl", 0.6, 0, marks=pytest.mark.slow),
+        ("vl", 1.6, 3),
+    ],
 )
 def test_a_full_disk(family, share, step, folder, disk, capsys):  # noqa: F811
     """In the first save and in a later one; in the weights and in torch's zip writer. Then there is room again."""

@@ -125,8 +125,16 @@ EVALUATED_LATER = {"in a step that is evaluated", "in an evaluation", "in the la
 OF_VL = ("in a step that is evaluated", "in the last step of an epoch", "in a save")
 
 
+# Seconds each: a run that is like another in the default suite is slow.
+SLOW = {
+    *(("lm", place) for place in ("before the first step", "in the optimizer", "after a save", "in the last save")),
+    ("vl", "in a save"),
+}
+CASES = [*(("lm", place) for place in PLACES), *(("vl", place) for place in OF_VL)]
+
+
 @pytest.mark.parametrize(
-    ("family", "place"), [*(("lm", place) for place in PLACES), *(("vl", place) for place in OF_VL)]
+    ("family", "place"), [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
 )
 def test_a_stopped_run_goes_on_bit_for_bit(family, place, folder, tmp_path, capsys):
     method, step, after, saved = PLACES[place]
@@ -264,7 +272,9 @@ def two_ranks(folder):
     return words
 
 
-@pytest.mark.parametrize(("method", "step", "saved"), [("compute_loss", 3, 4), ("example_sums", 6, 6)])
+@pytest.mark.parametrize(
+    ("method", "step", "saved"), [pytest.param("compute_loss", 3, 4, marks=pytest.mark.slow), ("example_sums", 6, 6)]
+)
 def test_all_ranks_stop_if_one_is_asked(method, step, saved, two_ranks, folder, tmp_path):
     words = [*two_ranks, str(tmp_path / "run")]
     assert on_ranks(2, train_as_rank, words, method, step) == [75, 75]

@@ -185,7 +185,7 @@ def test_rows_in_two_formats_and_columns_that_nothing_reads_are_said_once(recipe
         assert len(formats) == len(unused) == 1, "one line each, and none about the validation rows"
         assert "8 of 12 train rows" in formats[0] and "4 are plain texts" in formats[0]
         assert "paraphrases, id, prompt and completion of 1 rows that have messages" in unused[0]
-        assert "other wordings belong into views" in unused[0]
+        assert "other wordings belong in views" in unused[0]
 
 
 def test_rows_with_a_byte_order_mark_train(recipe, tmp_path):

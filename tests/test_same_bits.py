@@ -22,7 +22,7 @@ from tests.same_bits import LM_CASES, VL_CASES, folder_of
 
 ROOT = Path(__file__).parents[1]
 BASE = os.environ.get("LLM_JEPA_BASE", "d05be9c")  # the last commit with the old tree
-# A mixture of experts with a router loss had a row for each view; since 0.1.0 its rows are packed, so it rounds otherwise.
+# With a router loss, a mixture of experts had a row for each view. Its rows are packed now, so it rounds otherwise.
 OTHER_BITS = {"experts"}
 RESUMED = ["info_nce", "ema and projector", "base", "jepa_dropout", "lora", "vl", "vl, cached"]
 

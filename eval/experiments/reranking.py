@@ -119,7 +119,7 @@ def contrastive_head(
     """Train one linear map for each side with InfoNCE (temperature 0.07) on frozen states [N, D] of pairs.
 
     target_key, context_key: [N] ints, see `info_nce`. A batch draws with replacement, so it may hold a pair twice;
-    without `context_key` every pair of the N has a context of its own.
+    without `context_key`, all N pairs have different contexts.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

@@ -77,7 +77,7 @@ def _inverse_frequency(documents: Sequence[Sequence[str]]) -> Callable[[tuple[st
 def tokenize(text: str) -> list[str]:
     """Lower-case words: letters, digits, and apostrophes and hyphens inside a word. All other punctuation goes.
 
-    Unicode forms of a letter are one, as are the two apostrophes: without NFC, an accent of its own would end a word.
+    All Unicode forms of a letter count as one, and so do both apostrophes. Without NFC, an accent would end a word.
     Stands in for coco-caption's PTBTokenizer, which needs Java. They differ in contractions ("isn't" is "is n't"
     there) and in rare symbols.
     """

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.lm import render_kwargs_of
+from llm_jepa.lm import render_kwargs_of, with_kwargs
 
 from .. import graders
 from ..graders import Grade
 from .choices import one_of
-from .questions import Data, Group, Task, nearest, read, with_kwargs
+from .questions import Data, Group, Task, nearest, read
 
 KEYS = ("id", "prompts", "answer", "wordings", "choices", "grader", "tools", "chat_template_kwargs")
 REQUIRED = KEYS[:3]

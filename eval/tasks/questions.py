@@ -16,7 +16,7 @@ from typing import Any
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
 from llm_jepa.core.row_files import PACKED_SUFFIXES, row_suffix
-from llm_jepa.lm import FILE_SUFFIXES, Prompt, data_sha256, parse_row, read_rows
+from llm_jepa.lm import FILE_SUFFIXES, Prompt, data_sha256, parse_row, read_rows, with_kwargs
 
 from ..graders import Grade
 
@@ -183,13 +183,6 @@ def left_out(faults: Sequence[str], num_rows: int) -> int:
         f"{len(faults)} of {num_rows} rows cannot be graded and are left out; the first: {faults[0]}", stacklevel=4
     )
     return len(faults)
-
-
-def with_kwargs(turns: str | list[dict[str, Any]], render_kwargs: dict[str, Any]) -> Prompt:
-    """A prompt that carries `tools` and `chat_template_kwargs`, if a row has any."""
-    if isinstance(turns, str) or not render_kwargs:
-        return turns
-    return {"prompt": turns, "chat_template_kwargs": render_kwargs}
 
 
 def _check_columns(row: dict[str, Any], columns: Sequence[str], name: str, where: str) -> None:

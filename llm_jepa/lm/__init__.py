@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .predictor_tokens import add_predictor_tokens, known_predictor_ids, predictor_token_ids
     from .prompts import Prompt, PromptForm, answer_row, encode, end_of_turn_ids, form_of, other_format, turn_end
     from .reading import embed_pairs
-    from .rows import parse_row, render_kwargs_of
+    from .rows import parse_row, render_kwargs_of, with_kwargs
     from .sources import FILE_SUFFIXES, data_sha256, read_rows
     from .trainer import LLMJEPATrainer
     from .views import IGNORE, add_view_columns, build_views
@@ -73,6 +73,7 @@ _HOMES = {
     "train_tokenizer": ".from_scratch",
     "training_collator": ".data",
     "turn_end": ".prompts",
+    "with_kwargs": ".rows",
 }
 __all__ = [
     "Choice",
@@ -113,5 +114,6 @@ __all__ = [
     "train_tokenizer",
     "training_collator",
     "turn_end",
+    "with_kwargs",
 ]
 __getattr__ = names_from(__name__, _HOMES)

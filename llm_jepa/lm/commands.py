@@ -302,6 +302,8 @@ def _prompts_of_options(
     A model that was not trained here gets messages if its tokenizer has a chat template, else text. A system turn,
     tools and template arguments that all training rows shared go with each prompt; --system replaces that turn.
     """
+    from .rows import with_kwargs
+
     if _is_asked_as_text(tokenizer, form):
         if options.system:
             raise UserError("--system needs a model that was trained on messages; put it into --prompt.")
@@ -311,8 +313,7 @@ def _prompts_of_options(
         print(f"Note: every training row had this system turn, so it goes with --prompt: {text!r}", file=sys.stderr)
     prompts: list[Prompt] = []
     for prompt in options.prompt:
-        turns = _conversation(text, prompt)
-        prompts.append({"prompt": turns, "chat_template_kwargs": form.render_kwargs} if form.render_kwargs else turns)
+        prompts.append(with_kwargs(_conversation(text, prompt), form.render_kwargs))
     return prompts
 
 
@@ -337,7 +338,7 @@ def _with_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: 
 
 def _prompts_of_rows(rows: Dataset) -> list[Prompt]:
     """The prompt of each row: its text, or its messages without a last assistant turn, with its template arguments."""
-    from .rows import render_kwargs_of
+    from .rows import render_kwargs_of, with_kwargs
 
     prompts: list[Prompt] = []
     for index, row in enumerate(rows):
@@ -349,8 +350,7 @@ def _prompts_of_rows(rows: Dataset) -> list[Prompt]:
         elif isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt):
             is_answered = row.get("messages") and prompt[-1].get("role") == "assistant"
             turns = prompt[:-1] if is_answered else prompt
-            kwargs = render_kwargs_of(row, f"row {index}")
-            prompts.append({"prompt": turns, "chat_template_kwargs": kwargs} if kwargs else turns)
+            prompts.append(with_kwargs(turns, render_kwargs_of(row, f"row {index}")))
         else:
             raise UserError(f"row {index}: give 'prompt' as text, or turns of {{'role', 'content'}}.")
     return prompts

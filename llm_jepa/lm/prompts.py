@@ -26,6 +26,12 @@ Prompt = str | list[Message] | dict[str, Any]
 # Letters only, so that no template trims, escapes or splits it.
 PROBE = "jepaprobecontent"
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # the names that templates know
+# The start and the end of what `template_that_asks` puts around a template.
+_ASKS = (
+    "{%- set asks_for_answer = add_generation_prompt is defined and add_generation_prompt -%}"
+    "{%- set add_generation_prompt = false "
+)
+_IF_ASKED = "{%- if asks_for_answer -%}"
 
 
 @dataclass(frozen=True)
@@ -427,7 +433,7 @@ def _system_turn(prompt: str | list[Message]) -> str | None:
 def fitted(form: PromptForm, fits: Sequence[str]) -> tuple[PromptForm, int]:
     """The form whose prompts start the most rows, and how many rows they do not start.
 
-    fits: `Views.prompt_fits` of each row. The generation prompt is preferred where both are equal, because other tools
+    fits: `Views.prompt_fits` of each row. The generation prompt is preferred if both are equal, because other tools
     ask it as well; else the content, because nothing but the answer is generated then.
     """
     counts = Counter(fits)
@@ -468,10 +474,3 @@ def template_that_asks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Pro
     # White space at the start of a template is written; of what follows a block, transformers drops one line break.
     ends = "%}\n" if template[:1].isspace() else "-%}"
     return f'{_ASKS}{ends}{template}{_IF_ASKED}{{{{- "{header}" -}}}}{{%- endif -%}}'
-
-
-_ASKS = (
-    "{%- set asks_for_answer = add_generation_prompt is defined and add_generation_prompt -%}"
-    "{%- set add_generation_prompt = false "
-)
-_IF_ASKED = "{%- if asks_for_answer -%}"

@@ -22,11 +22,9 @@ class ParsedRow(NamedTuple):
     target_key: str | None  # equal for answers that mean the same, whatever their texts
 
     @property
-    def question(self) -> str | dict[str, Any]:
+    def question(self) -> str | list[Message] | dict[str, Any]:
         """The prompt with its template arguments, as `prompts.encode` takes it."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return {"prompt": self.prompt, "chat_template_kwargs": self.render_kwargs}
+        return with_kwargs(self.prompt, self.render_kwargs)
 
 
 def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
@@ -49,6 +47,13 @@ def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
         raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
     contexts, targets = _other_wordings(row.get("views"), where)
     return ParsedRow(prompt, completion, render_kwargs_of(row, where), contexts, targets, _target_key(row, where))
+
+
+def with_kwargs(turns: str | list[Message], render_kwargs: dict[str, Any]) -> str | list[Message] | dict[str, Any]:
+    """A prompt that carries `tools` and `chat_template_kwargs`, if a row has any, as `prompts.encode` takes it."""
+    if isinstance(turns, str) or not render_kwargs:
+        return turns
+    return {"prompt": turns, "chat_template_kwargs": render_kwargs}
 
 
 def render_kwargs_of(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Faults and hostile input: what is tried on the package, and what happens then."""

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from eval import pretrained
 from llm_jepa import cli
 from llm_jepa.core import recipe
 from llm_jepa.families import FAMILIES, groups_of, parse_recipe
@@ -385,6 +386,8 @@ def test_commands_parse(page, line, stop_after_parsing, monkeypatch, capsys):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         extras = re.findall(r"\[([\w,]+)\]", line)
         assert {extra for group in extras for extra in group.split(",")} <= known.keys()
+    elif words[:2] == ["pip", "download"]:
+        assert line == pretrained.DOWNLOAD
     else:
         assert words[0] in ("source", "git"), f"{page_id(page)}: no test knows how to check {line!r}"
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 TRACEBACK = "--traceback"
-EXTRAS = {"PIL": "vl", "av": "vl", "matplotlib": "eval", "scipy": "eval", "evaluate": "eval"}  # package -> our extra
+# Package -> our extra
+EXTRAS = {"PIL": "vl", "av": "vl", "matplotlib": "eval", "scipy": "eval", "evaluate": "eval", "gguf": "gguf"}
 LAUNCHED = "LLM_JEPA_LAUNCHED"  # in the environment of a launched process: a folder for its failure
 _ASKED_FOR_TRACEBACK = "LLM_JEPA_TRACEBACK"  # in the environment, so that the processes of a launch see it too
 

@@ -8,10 +8,12 @@ The two pairs (their cosines are neither 1, 0 nor -1, and one is negative):
 
 from __future__ import annotations
 
+import contextlib
 import math
 from math import exp, log, pi, sqrt
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -449,7 +451,7 @@ def test_keys_that_are_not_one_per_pair_are_refused(shape):
     """Three pairs. Broadcast, a single key makes every row a positive (loss 0), and [3, 1] gives [3, 3] values."""
     z, s = pairs(3)
     for name in ("target_key", "context_key"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=f"^{name} "):
             info_nce(z, s, **{name: torch.zeros(shape, dtype=torch.long)})
 
 
@@ -464,6 +466,72 @@ def test_the_objectives_of_a_recipe_are_those_of_the_losses():
     choices = get_args(get_type_hints(LLMJEPAConfig)["objective"])
     assert sorted(choices) == sorted([*OBJECTIVES, "stp"])
     assert sorted(OBJECTIVES) == sorted([*DISTANCES, "info_nce"])
+
+
+def test_what_is_left_out_is_what_the_docstrings_say():
+    z, s = pairs()
+    assert torch.equal(jepa_distance(z, s), jepa_distance(z, s, kind="cosine"))
+    default = info_nce(z, s)
+    assert torch.equal(default, info_nce(z, s, temperature=0.07, target_key=None, context_key=None))
+    assert torch.equal(default, jepa_loss(z, s, objective="info_nce"))
+
+
+def test_jepa_loss_hands_on_the_temperature_and_both_keys():
+    z, s = pairs()
+    options = {"temperature": 0.3, "target_key": torch.tensor([1, 2, 1, 3, 4]), "context_key": torch.arange(5) // 2}
+    value = jepa_loss(z, s, objective="info_nce", **options)
+    assert torch.equal(value, info_nce(z, s, **options))
+    for name in options:
+        assert not torch.equal(value, info_nce(z, s, **{**options, name: {"temperature": 0.4}.get(name)})), name
+
+
+@pytest.mark.parametrize("objective", ["cosine", "info_nce"])
+def test_embeddings_shorter_than_a_millionth_count_as_that_long(objective):
+    """|z| = |s| = 1e-7 along one direction: the cosine is 1e-14 / 1e-12. No gradient of 1e7."""
+    z = torch.tensor([[1e-7, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    if objective == "cosine":
+        assert jepa_distance(z, z).tolist() == pytest.approx([0.99, 0.0], abs=1e-9)
+    else:
+        logits = torch.tensor([[0.01, 0.0], [0.0, 1.0]], dtype=torch.float64) / 0.07
+        expected = logits.logsumexp(dim=1) - logits.diagonal()
+        torch.testing.assert_close(info_nce(z, z), expected, rtol=0, atol=1e-9)
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """The device `meta` holds no values: a tensor on the CPU beside its tensors is an error, as it is on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
+    return torch.zeros(3, 4, device="meta")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_distances_are_computed_where_the_embeddings_are(objective, meta):
+    keys = meta[:, 0].long()
+    for options in ({}, {"target_key": keys}, {"context_key": keys}, {"target_key": keys, "context_key": keys}):
+        assert jepa_loss(meta, meta, objective=objective, **options).device == meta.device
+
+
+def test_terms_are_computed_where_the_embeddings_are(meta):
+    slices = random_slices(4, 5, seed=0, step=0, device="meta")
+    assert slices.device == sigreg(meta, slices).device == vicreg(meta).device == meta.device
+
+
+def test_random_slices_never_change():
+    """Pinned: with others, a resumed run would not be the one that was not interrupted."""
+    expected = [[0.1262, -0.9519, -0.9906], [0.992, 0.3065, -0.1368]]
+    torch.testing.assert_close(
+        random_slices(2, 3, seed=1, step=2, device="cpu"), torch.tensor(expected), rtol=0, atol=1e-4
+    )
+
+
+def test_sigreg_in_float64_is_the_trapezoid_rule_at_17_points():
+    """By numpy, to the last digits: a step of 5 / 16, and the even integrand's other half is the factor 2."""
+    x, slices = cloud(), unit_columns(5, 3)
+    t = np.linspace(0, 5, 17)
+    normal, phase = np.exp(-(t**2) / 2), (x.detach().numpy() @ slices.numpy())[..., None] * t
+    error = np.abs(np.exp(1j * phase).mean(axis=0) - normal) ** 2 * normal
+    step = (error[:, 1:] + error[:, :-1]).sum(axis=1) / 2 * (5 / 16)
+    assert sigreg(x, slices).item() == pytest.approx(2 * len(x) * step.mean(), rel=1e-12)
 
 
 def test_jepa_loss_is_the_named_objective():

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.graders.cider import cider_d, tokenize
+from tests.properties import examples
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -95,7 +96,7 @@ CAPTION = st.lists(WORDS, max_size=9).map(" ".join)
 ITEM = st.tuples(CAPTION, st.lists(CAPTION, min_size=1, max_size=3))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(ITEM, min_size=2, max_size=6))
 def test_equal_to_coco_caption(items):
     """Any captions, empty and repeated ones too: the same number per item and in the mean."""
@@ -111,7 +112,7 @@ def test_equal_to_coco_caption(items):
     assert mean == pytest.approx(expected_mean, abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(ITEM, min_size=2, max_size=5))
 def test_scores_lie_between_0_and_10(items):
     _, scores = cider_d([c for c, _ in items], [r for _, r in items])

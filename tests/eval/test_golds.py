@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import graders
@@ -17,6 +17,7 @@ from eval.graders.cider import cider_d
 from eval.tasks import TASKS, Data
 from llm_jepa.synthetic import nl_rx as generator
 from tests.eval.number_pairs import DIFFERENT, EQUAL, pairs
+from tests.properties import examples
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SPACES = ("", " ", "\n")
@@ -55,7 +56,7 @@ NUMBERS = st.sampled_from(sorted({gold for gold, _ in pairs(EQUAL) + pairs(DIFFE
 REGEXES = st.sampled_from([row["messages"][-1]["content"] for row in generator.generate(200, seed=7)])
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(
     st.lists(st.tuples(st.lists(WORDS, min_size=1, max_size=3), st.lists(TEXT, max_size=1)), min_size=1, max_size=10)
 )
@@ -64,7 +65,7 @@ def test_nq_open(rows):
     assert len(data.groups) == len(rows) and assert_golds_are_right("nq_open", data) >= len(rows)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.lists(st.decimals(-(10**9), 10**9, places=2), min_size=1, max_size=10), TEXT.filter(lambda t: "#" not in t))
 def test_gsm8k(numbers, solution):
     rows = [{"question": "q", "answer": f"{solution}\n#### {value:{mark}f}"} for value in numbers for mark in ("", ",")]
@@ -81,7 +82,7 @@ GROUPS = st.one_of(
 )
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(GROUPS, min_size=1, max_size=20), st.sampled_from(SPACES))
 def test_groups(golds, space):
     rows = []
@@ -101,7 +102,7 @@ def test_groups(golds, space):
     assert assert_golds_are_right("groups", data) == len(rows)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.lists(TEXT.filter(str.strip), min_size=1, max_size=10))
 def test_pararel(golds):
     rows = [{"id": str(i), "prompts": ["x is [Y]."], "answer": gold} for i, gold in enumerate(golds)]

@@ -24,6 +24,7 @@ from llm_jepa import UserError
 from llm_jepa.lm.inference import Choice, choose_batches, encode
 from llm_jepa.lm.predictor_tokens import add_predictor_tokens
 from tests.conftest import tiny_model
+from tests.properties import examples
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -54,6 +55,7 @@ def test_numbers_by_hand(text, value):
 
 
 # 10**20: value + 0.001 must fit the 28 digits of Decimal, the oracle.
+@examples(100)
 @given(
     st.decimals(-(10**20), 10**20, allow_nan=False, allow_infinity=False, places=3),
     st.booleans(),
@@ -197,6 +199,7 @@ MARKED = st.lists(st.sampled_from([*"aAbB.!?\"'“”’*`() ;-—…5:/\n", "th
 )
 
 
+@examples(100)
 @given(st.text(max_size=20) | MARKED, st.text(max_size=20) | MARKED)
 def test_keys_of_words_agree_with_their_grades(gold, text):
     """The key is the right answers' iff the answer is right, and normalising twice changes nothing that counts."""

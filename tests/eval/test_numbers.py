@@ -13,6 +13,7 @@ from eval.graders import check_gold, same_number
 from eval.graders.values import stated_value, value_of
 from llm_jepa import UserError
 from tests.eval.number_pairs import DIFFERENT, EQUAL, NOT_A_NUMBER, lines, pairs
+from tests.properties import examples
 
 
 def test_the_table_is_large():
@@ -56,6 +57,7 @@ DECIMALS = st.decimals(-(10**20), 10**20, allow_nan=False, allow_infinity=False,
 SEPARATORS = st.sampled_from(["", ",", " ", "'", "_", "\u00a0", "\u2009", "\u202f"])
 
 
+@examples(100)
 @given(DECIMALS, SEPARATORS, st.sampled_from(["-", "\u2212", "\u2013", "minus "]), st.sampled_from(["", "$", "€"]))
 def test_spellings_of_a_decimal_are_its_value(value, separator, minus, currency):
     """Decimal is the oracle, and the neighbour 0.001 away is another number."""
@@ -66,6 +68,7 @@ def test_spellings_of_a_decimal_are_its_value(value, separator, minus, currency)
     assert same_number(f"{value:f}", text)[0] and not same_number(f"{value + Decimal('0.001'):f}", text)[0]
 
 
+@examples(100)
 @given(st.integers(0, 10**6), st.integers(1, 999), st.integers(1, 999), st.integers(-30, 30))
 def test_fractions_mixed_numbers_and_powers_of_ten(whole, top, bottom, exponent):
     assert value_of(f"{top}/{bottom}").amount == Fraction(top, bottom)
@@ -79,6 +82,23 @@ def test_fractions_mixed_numbers_and_powers_of_ten(whole, top, bottom, exponent)
         assert mixed is None or mixed.amount == Fraction(int(f"{whole}{top}"), bottom)  # groups of three: 5 100/7
 
 
+SPELLINGS = st.sampled_from(["{:f}", "{:,f}", "${:,f}", "{:f} ", "#### {:f}", "{:f}000", "+{:f}"])
+
+
+@examples(100)
+@given(st.decimals(-2, 2, places=1), st.decimals(-2, 2, places=1), SPELLINGS, SPELLINGS)
+def test_two_numbers_are_the_same_iff_their_values_are_whichever_is_the_gold(one, other, how, also):
+    """Reflexive, symmetric, and with it transitive: the keys of two answers are equal iff their values are."""
+    a, b = (spelling.format(value) for spelling, value in ((how, one), (also, other)))
+    a, b = (text.replace("+-", "-").replace("$-", "-$") for text in (a, b))
+    for gold, text in ((a, b), (b, a)):
+        gold = gold.replace("#### ", "")
+        assert same_number(gold, gold)[0]
+        right, key = same_number(gold, text)
+        assert right == (one == other) == (key == same_number(gold, gold)[1]), (gold, text)
+
+
+@examples(100)
 @given(st.text(alphabet="0123456789.,:/-+eE%$€ '_x^()½⁵−\n#kmt√<>=", max_size=40))
 def test_any_text_has_a_value_or_none(text):
     """Never an error; and what is a number as a whole is the number that the text states."""

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 from automata.fa.dfa import DFA
 from automata.fa.nfa import NFA
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.graders import same_language
 from eval.graders.regexes import Language, RegexError, Verdict, equivalent, language, matches
 from llm_jepa import UserError
+from tests.properties import examples
 
 ATTACKS = [
     json.loads(line) for line in (Path(__file__).parents[1] / "attacks" / "regexes.jsonl").read_text().splitlines()
@@ -194,13 +196,13 @@ def test_a_boundary_is_no_letter():
     assert equivalent(r"\bdog\b", "dog") == Verdict("equal") and equivalent(r"\bdog\b", "bdogb").status == "different"
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(looking, lines)
 def test_a_line_matches_by_the_definition_of_the_operators(node, line):
     assert matches(spelled(node), line) == denotes(node, line)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(known_to_re, lines)
 def test_a_line_matches_as_in_re_without_complement_and_intersection(node, line):
     assert matches(spelled(node), line) == bool(re.fullmatch(python_re(node), line, re.ASCII | re.DOTALL))
@@ -232,7 +234,7 @@ def test_equality_and_the_shortest_line_that_denies_it(gold, answer, line, winne
         assert equivalent(gold, answer) == Verdict("different", line, f"only the {winner} matches {ascii(line)}")
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(without_looking, without_looking)
 def test_equality_emptiness_and_length_of_the_counterexample_as_in_automata_lib(one, other):
     ours, theirs = equivalent(spelled(one), spelled(other)), automaton(one).symmetric_difference(automaton(other))
@@ -244,7 +246,7 @@ def test_equality_emptiness_and_length_of_the_counterexample_as_in_automata_lib(
     assert ours.is_everything == minimal.complement().isempty()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(looking, looking)
 def test_a_counterexample_is_in_one_language_only_and_no_shorter_line_is(one, other):
     """By the definition of the operators, over all lines of LETTERS that are shorter, up to three letters."""
@@ -258,14 +260,26 @@ def test_a_counterexample_is_in_one_language_only_and_no_shorter_line_is(one, ot
         assert denotes(one, "".join(line)) == denotes(other, "".join(line))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(looking, looking)
 def test_keys_are_equal_iff_the_languages_are(one, other):
     keys = language(spelled(one)).key, language(spelled(other)).key
     assert (equivalent(spelled(one), spelled(other)).status == "equal") == (keys[0] == keys[1])
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
+@given(looking, looking, st.sampled_from(["", " ", "\n"]))
+def test_the_grader_is_reflexive_and_symmetric_and_its_keys_tell_answers_apart(one, other, space):
+    gold, answer = spelled(one), spelled(other)
+    if not gold.strip() or not answer.strip():
+        return
+    assert same_language(gold, gold + space)[0] and same_language(answer, space + answer)[0]
+    there, back = same_language(gold, answer + space), same_language(answer, gold + space)
+    assert there[0] == back[0]
+    assert there[0] == (there[1] == same_language(gold, gold)[1]) == (back[1] == same_language(answer, answer)[1])
+
+
+@examples(100)
 @given(looking, looking, looking)
 def test_laws_of_languages(one, other, third):
     r, s, t = (f"({spelled(node)})" for node in (one, other, third))
@@ -345,7 +359,7 @@ def test_attacks_are_many_and_differ():
     assert {attack["expected"] for attack in ATTACKS} == {"equal", "different", "invalid", "limit"}
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(*[st.text(st.sampled_from("()[]{}|&~*+?.\\^-,bdw01a\u00e9\ud800\0") | st.characters(), max_size=25)] * 2)
 def test_any_text_ends_in_a_verdict(gold, answer):
     verdict = equivalent(gold, answer)

@@ -17,12 +17,13 @@ from operator import add
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.graders import sql, sql_child
 from eval.graders.sql import Databases, Result, is_ordered, same_rows
 from llm_jepa import UserError
+from tests.properties import examples
 
 pytestmark = pytest.mark.skipif(sql.resource is None, reason="needs resource limits (Linux)")
 ATTACKS = [json.loads(line) for line in (Path(__file__).parents[1] / "attacks" / "sql.jsonl").read_text().splitlines()]
@@ -473,7 +474,7 @@ tables = st.integers(1, 2).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(tables, st.randoms(use_true_random=False))
 def test_same_rows_agrees_with_striking_out(pair, random):
     gold, answer = pair
@@ -487,7 +488,7 @@ def test_same_rows_agrees_with_striking_out(pair, random):
         assert same_rows(Result("ok", width, gold), Result("ok", width, other), ordered=True) == in_order
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=1, max_size=30), st.randoms(use_true_random=False))
 def test_sums_in_another_order_are_the_same_and_other_sums_are_not(units, random):
     """Numbers of 4 decimals below 10^5. Their sums stay below 10^7 and are compared to 5 decimals; 30 additions err by
@@ -546,7 +547,7 @@ bracket = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(st.lists(noise | bracket, max_size=6), st.booleans(), st.data())
 def test_only_an_order_by_outside_every_bracket_orders(pieces, ordered, data):
     if ordered:

@@ -26,6 +26,7 @@ from llm_jepa.lm.reading import read_pairs
 from llm_jepa.lm.targets import target_table
 from llm_jepa.lm.views import add_view_columns
 from tests.conftest import FAMILIES, config, tiny_model
+from tests.properties import examples
 
 # Relative, in float64. Not `EXACT`: most families have RMS norms, which transformers computes in float32.
 TOLERANCE = 1e-6
@@ -228,6 +229,7 @@ def cost_of(lengths, rows, row_cost):
     return len(rows) * length * (row_cost + length)
 
 
+@examples(100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=14), st.integers(1, 20_000))
 def test_share_rows_loses_nothing_and_never_costs_more(lengths, row_cost):
     rows = share_rows(lengths, row_cost)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -33,6 +33,7 @@ from llm_jepa.lm.prompts import end_of_turn_ids
 from llm_jepa.lm.rows import parse_row, stand_in_answer
 from llm_jepa.lm.views import IGNORE, build_views
 from tests.conftest import tiny_model
+from tests.properties import examples
 
 # -- templates ----------------------------------------------------------------------------------------------------
 
@@ -562,24 +563,53 @@ printable = st.text(
 ).filter(str.strip)
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3"])
-def test_cuts_hold_for_any_printable_content(name):
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma"])
+@examples(40)
+@given(earlier=printable, content=printable, answer=printable)
+@example(earlier="x", content="x", answer="x")
+@example(earlier="\u00a0a\u3000", content="\u2028b\u2028", answer="\u2003c\u2003")
+def test_cuts_hold_for_any_printable_content(name, earlier, content, answer):
+    """Both views are the text of their turn; the LM row is the whole text, and the labels are its completion."""
     shape, tokenizer = SHAPES[name], tokenizer_of(name)
+    turns = [("user", earlier), ("assistant", content), ("user", content)]
+    view = build_views(pair(turns, answer), tokenizer, context_view="message")
+    assert tokenizer.decode(view.input_ids[: view.context_end]) == shape.text(turns)
+    assert tokenizer.decode(view.contexts[0]) == shape.context(content)
+    assert tokenizer.decode(view.targets[0]) == shape.target(answer)
+    assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
+    assert view.targets[0] == ids_of(tokenizer, shape.target(answer))
+    # Both contents are in the row, once, in order, and only what follows the prompt is trained.
+    assert tokenizer.decode(view.input_ids[: view.target_end]) == shape.text([*turns, ("assistant", answer)])
+    assert 0 < view.context_start < view.context_end <= view.target_start < view.target_end <= len(view.input_ids)
+    first = next(i for i, label in enumerate(view.labels) if label != IGNORE)
+    assert view.context_end <= first <= view.target_start, "an answer token is no label, or a prompt token is one"
+    assert view.labels == [IGNORE] * first + view.input_ids[first:]
+    prefix = build_views(pair(turns, answer), tokenizer, context_view="prefix")
+    assert prefix.contexts[0] == prefix.input_ids[: prefix.context_end] and prefix.input_ids == view.input_ids
+    assert prefix.targets == view.targets and prefix.labels == view.labels
 
-    @settings(deadline=None, max_examples=60, database=None, derandomize=True)
-    @given(earlier=printable, content=printable, answer=printable)
-    @example(earlier="x", content="x", answer="x")
-    @example(earlier="\u00a0a\u3000", content="\u2028b\u2028", answer="\u2003c\u2003")
-    def check(earlier, content, answer):
-        turns = [("user", earlier), ("assistant", content), ("user", content)]
-        view = build_views(pair(turns, answer), tokenizer, context_view="message")
-        assert tokenizer.decode(view.input_ids[: view.context_end]) == shape.text(turns)
-        assert tokenizer.decode(view.contexts[0]) == shape.context(content)
-        assert tokenizer.decode(view.targets[0]) == shape.target(answer)
-        assert view.contexts[0] == ids_of(tokenizer, shape.context(content))
-        assert view.targets[0] == ids_of(tokenizer, shape.target(answer))
 
-    check()
+@examples(40)
+@given(prompt=printable, completion=printable, data=st.data())
+def test_a_cut_row_is_the_beginning_of_the_whole_one(prompt, completion, data):
+    """For every max_length: rows, labels and views are cut at their ends, or the row is refused. Nothing moves."""
+    tokenizer = tokenizer_of("chatml")
+    whole = build_views({"prompt": prompt, "completion": completion}, tokenizer)
+    longest = max(map(len, [whole.input_ids, *whole.contexts, *whole.targets]))
+    limit = data.draw(st.integers(1, longest + 2))
+    try:
+        cut = build_views({"prompt": prompt, "completion": completion}, tokenizer, max_length=limit)
+    except UserError:
+        assert all(label == IGNORE for label in whole.labels[1:limit]) or limit <= whole.context_end
+        return
+    assert cut.truncated == (longest > limit)
+    for name in ("input_ids", "labels"):
+        assert getattr(cut, name) == getattr(whole, name)[:limit]
+    for name in ("contexts", "targets"):
+        assert getattr(cut, name) == [ids[:limit] for ids in getattr(whole, name)]
+    for name in ("context_start", "context_end", "target_start", "target_end"):
+        assert getattr(cut, name) == min(getattr(whole, name), limit)
+    assert (cut.context_key, cut.target_key) == (whole.context_key, whole.target_key), "keys are of the texts"
 
 
 # -- rows of messages ---------------------------------------------------------------------------------------------

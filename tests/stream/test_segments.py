@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jepa.stream import segments as sd
@@ -18,6 +18,7 @@ from llm_jepa.stream.segments import (
     segment_offline,
     segment_uniform,
 )
+from tests.properties import examples
 from tests.stream.streams import A, B, C, D, cuts, noisy, push_all, unit, video
 
 # --- offline
@@ -35,13 +36,26 @@ def brute_force_ward(x, num_segments):
     return [len(part) for part in parts]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 24), st.data())
 def test_offline_merges_the_cheapest_neighbours(count, data):
     num_segments = data.draw(st.integers(1, count))
     x = np.random.default_rng(data.draw(st.integers(0, 10**6))).standard_normal((count, 3)) + 5
     segments = segment_offline(x, np.arange(count), num_segments=num_segments)
     assert [segment.num_windows for segment in segments] == brute_force_ward(x, num_segments)
+
+
+@examples(60)
+@given(st.integers(1, 24), st.data())
+def test_offline_of_a_stream_that_runs_backwards_is_the_mirror_image(count, data):
+    num_segments = data.draw(st.integers(1, count))
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    x, times = rng.standard_normal((count, 3)), np.cumsum(rng.uniform(0.1, 2, count))
+    forwards = segment_offline(x, times, num_segments=num_segments)
+    backwards = segment_offline(x[::-1], -times[::-1], num_segments=num_segments)[::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert (one.start_s, one.end_s, one.num_windows) == (-other.end_s, -other.start_s, other.num_windows)
+        np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-6)
 
 
 def test_offline_survives_a_large_common_offset():
@@ -81,7 +95,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(count=st.integers(1, 30), data=st.data())
 def test_n_segments_cover_all_windows_without_a_gap(strategy, count, data):
     num_segments = data.draw(st.integers(1, count))
@@ -138,7 +152,7 @@ def test_offline_refuses_what_is_no_stream(x, times, n, said):
 # --- online
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 10**6), st.sampled_from([1e-6, 0.01, 0.1, 0.5]))
 def test_a_still_scene_is_one_segment(seed, noise):
     z = noisy(np.random.default_rng(seed), A, 300, noise)
@@ -287,7 +301,7 @@ def test_sensitivity_cuts_at_smaller_changes():
     assert abs(cut - 29.75) <= 1
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 1e4]))
 def test_cuts_do_not_depend_on_rotation_or_scale(seed, scale):
     z, times, _ = video(seed, noise=0.1, seconds=60)
@@ -298,7 +312,7 @@ def test_cuts_do_not_depend_on_rotation_or_scale(seed, scale):
         np.testing.assert_allclose(scale * a.embedding @ rotation, b.embedding, atol=1e-5 * scale)
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(0, 10**6), st.integers(1, 110))
 def test_what_was_emitted_does_not_depend_on_the_future(seed, known):
     z, times, _ = video(seed, seconds=60)
@@ -318,7 +332,7 @@ def described(segment):
     return segment and (segment.start_s, segment.end_s, segment.num_windows, segment.core_embedding.tobytes())
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(0, 10**6))
 def test_online_segments_cover_all_windows_and_remember_their_middle(seed):
     z, times, _ = video(seed, seconds=90)
@@ -337,6 +351,46 @@ def test_online_segments_cover_all_windows_and_remember_their_middle(seed):
     assert first == len(z)
 
 
+RUNS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=12)
+
+
+@examples(60)
+@given(
+    runs=RUNS, noise=st.sampled_from([0.0, 1e-3, 0.3]), scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    shortest=st.sampled_from([None, 0.0, 2.0]), start=st.sampled_from([0.0, 1e5, -7.5]), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_any_stream_is_covered_once_by_a_bounded_state(runs, noise, scale, shortest, start, seed):
+    """Scenes of any lengths, one window too, equal neighbours, no noise or much, and windows at uneven times."""
+    rng = np.random.default_rng(seed)
+    z = np.concatenate([noisy(rng, (A, B, C, 0 * A)[scene], count, noise) for scene, count in runs]) * scale
+    times = start + np.cumsum(rng.uniform(0.05, 3, len(z)))
+    options = {} if shortest is None else {"min_duration_s": shortest}
+    segmenter, segments, held = WardSegmenter(**options), [], 0
+    for row, t in zip(z, times, strict=True):
+        segments.append(segmenter.push(row, t))
+        held = max(held, sum(size_of(value) for value in vars(segmenter).values()))
+    segments = [segment for segment in [*segments, segmenter.flush()] if segment]
+    assert segmenter.flush() is None and segmenter.open is None
+    assert held <= 2 * sd.NOISE_MEMORY + (sd.MAX_KEPT + 4 + 3) * (D + 1) + 20
+    assert segments[0].start_s == times[0] and segments[-1].end_s == times[-1]
+    assert [segment.end_s for segment in segments[:-1]] == [segment.start_s for segment in segments[1:]]
+    assert sum(segment.num_windows for segment in segments) == len(z)
+    if shortest is not None:
+        assert all(segment.end_s - segment.start_s >= shortest for segment in segments[:-1])
+    first = 0
+    for segment in segments:
+        own = slice(first, first := first + segment.num_windows)
+        np.testing.assert_allclose(segment.embedding, z[own].mean(axis=0), atol=2e-6 * scale)
+        assert segment.start_s <= times[own][0] and times[own][-1] <= segment.end_s
+
+
+def size_of(value):
+    """Floats that a state holds."""
+    if isinstance(value, (np.ndarray, float, int)):
+        return np.size(value)
+    return sum(size_of(v) for v in value) if isinstance(value, (list, tuple)) or hasattr(value, "maxlen") else 0
+
+
 def test_the_middle_of_a_long_segment_is_known_to_a_32nd():
     """Window i holds i, and nothing is cut: the middle of 1,000 windows is 499.5; 32 of them may be kept."""
     segmenter = WardSegmenter(threshold=1e12)
@@ -350,17 +404,12 @@ def test_the_middle_of_a_long_segment_is_known_to_a_32nd():
 def test_the_state_does_not_grow():
     """Floats held after 500 and after 10,000 windows with changes now and then; both are under what 50 windows hold."""
 
-    def held(value):
-        if isinstance(value, (np.ndarray, float, int)):
-            return np.size(value)
-        return sum(held(v) for v in value) if isinstance(value, (list, tuple)) or hasattr(value, "maxlen") else 0
-
     segmenter, rng = WardSegmenter(), np.random.default_rng(0)
     sizes = []
     for i in range(10_000):
         segmenter.push((A, B)[i // 3000 % 2] + 0.01 * rng.standard_normal(D), 0.5 * i)
         if i % 500 == 499:
-            sizes.append(sum(held(value) for value in vars(segmenter).values()))
+            sizes.append(sum(size_of(value) for value in vars(segmenter).values()))
     assert max(sizes) <= 2 * sd.NOISE_MEMORY + (sd.MAX_KEPT + 4 + 3) * (D + 1) + 20
     assert len(vars(segmenter)) == len(vars(WardSegmenter()))
 
@@ -451,7 +500,7 @@ def test_boundary_f1_by_hand():
         boundary_f1([], [], tolerance_s=-1.0)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     st.lists(st.integers(0, 20), max_size=6),
     st.lists(st.integers(0, 20), max_size=6),

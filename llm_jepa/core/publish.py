@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,18 +27,49 @@ MOVING = "moving"  # name of a folder in a stage whose files are being moved out
 OLD_LEFTOVER = re.compile(r".+\.\d+\.tmp(\.\w+)?|\.tmp\w{6}")
 
 
+class Work(threading.Thread):
+    """A call in a thread. The end of the process does not wait for it, unlike for those of `concurrent.futures`."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for its end, and raise what it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
 def seal(folder: str | Path) -> None:
     """Flush every file of a folder to disk, then write its manifest: the size and SHA-256 of each file."""
     folder = Path(folder)
-    files = {}
-    for name in sorted(_files_of(folder) - {MANIFEST}):
-        path = folder / name
-        _flush(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    names = sorted(_files_of(folder) - {MANIFEST})
+    paths = [folder / name for name in names]
+
+    def flush_all() -> None:
+        for path in paths:
+            _flush(path)
+
+    flushing = Work(flush_all)
+    flushing.start()
+    files = {name: _entry(path) for name, path in zip(names, paths, strict=True)}
+    flushing.finish()
     write_json(folder / MANIFEST, {"files": files})
     for path in sorted(path for path in folder.rglob("*") if path.is_dir()):
         _flush(path)
     _flush(folder)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:

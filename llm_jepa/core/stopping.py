@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerControl
+from transformers import TrainerControl
 
 from .files import write_json
+from .saving import SavingTrainer
 from .signals import Stopped, StopRequest
 
 OWED = "evaluation_owed.json"  # in a checkpoint whose step was to be evaluated, and was not
@@ -26,8 +27,8 @@ class EvaluationAbandoned(Stopped):
     """A request to stop came during an evaluation."""
 
 
-class StoppableTrainer(Trainer):
-    """`Trainer` that saves a checkpoint and raises `Stopped` at the end of the step in which `stop_request` came."""
+class StoppableTrainer(SavingTrainer):
+    """A trainer that saves a checkpoint and raises `Stopped` at the end of the step in which `stop_request` came."""
 
     stop_request = StopRequest()  # nothing asks, unless `run.train` sets another one
     control: TrainerControl
@@ -50,7 +51,7 @@ class StoppableTrainer(Trainer):
             raise EvaluationAbandoned(code)
 
     def save_more(self, folder: Path) -> None:
-        """Write what else belongs into a checkpoint. Called on every rank before the checkpoint is sealed."""
+        super().save_more(folder)
         if self._owed is not None and self.args.should_save:
             write_json(folder / OWED, self._owed)
 
@@ -86,6 +87,8 @@ class StoppableTrainer(Trainer):
             self.args.save_only_model = False  # a run that goes on needs its optimizer
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.finish_saving()
+        self.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one rank has ended
         raise Stopped(code)
 
     def _ends_epoch(self) -> bool:

@@ -16,15 +16,12 @@ family fills in these hooks:
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -40,12 +37,11 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from . import checkpoint, publish
+from . import checkpoint
 from .card import Evaluation, last_evaluation
 from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
-from .files import make_stage
 from .pairs import PairKeys
 from .stopping import StoppableTrainer
 from .sums import NamedSums
@@ -69,7 +65,6 @@ class SafeTrainer(StoppableTrainer):
     """
 
     advice_if_not_finite = "Lower learning_rate, or look at the rows of this step."
-    _stage: Path | None = None  # while a checkpoint is saved
 
     @property
     def is_fsdp(self) -> bool:
@@ -89,10 +84,10 @@ class SafeTrainer(StoppableTrainer):
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16 skips overflowing steps by itself
         finite = self.losses_are_finite()
         if not finite or not (scaled or math.isfinite(float(norm))):
-            last = checkpoint.newest_complete(self.args.output_dir, has_state=not self.args.save_only_model)
             raise NonFiniteLossError(
                 f"{'Gradient' if finite else 'Loss'} is not finite at step {self.state.global_step + 1}; stopped "
-                f"before the optimizer took it. Last good checkpoint: {last or 'none yet'}. {self.advice_if_not_finite}"
+                f"before the optimizer took it. Last good checkpoint: {self.last_good_checkpoint()}. "
+                + self.advice_if_not_finite
             )
         return norm
 
@@ -101,10 +96,10 @@ class SafeTrainer(StoppableTrainer):
         name = str(self.args.metric_for_best_model or "")
         name = name if name.startswith("eval_") else f"eval_{name}"
         if not math.isfinite(metrics.get(name, 0.0)):
-            last = checkpoint.newest_complete(self.args.output_dir, has_state=not self.args.save_only_model)
             raise NonFiniteLossError(
                 f"{name} is {metrics[name]} at step {self.state.global_step}, and the best weights are chosen by it. "
-                f"Last good checkpoint: {last or 'none yet'}. Look at the validation rows, or lower learning_rate."
+                f"Last good checkpoint: {self.last_good_checkpoint()}. Look at the validation rows, or "
+                "lower learning_rate."
             )
         is_best: bool = super()._determine_best_metric(metrics, trial)
         return is_best
@@ -166,71 +161,6 @@ class SafeTrainer(StoppableTrainer):
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         known = expected | set(get_peft_model_state_dict(model, save_embedding_layers=True))  # of earlier versions
         _check_same_names(folder, missing=expected - saved, unexpected=saved - known)
-
-    @contextmanager
-    def stage(self, folder: Path) -> Iterator[Path]:
-        """A private folder in `folder`, the same on all ranks, which is removed when the block ends."""
-        names: list[str | None] = [None]
-        if self.is_world_process_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            names = [str(make_stage(folder))]
-        if self.args.world_size > 1:
-            broadcast_object_list(names)
-        path = Path(str(names[0]))
-        try:
-            yield path
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints are written: while one is saved, a stage."""
-        return str(self._stage or super()._get_output_dir(trial=trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save in a stage, seal, and rename: a kill at any moment leaves a whole checkpoint or none.
-
-        Older checkpoints are removed after that.
-        """
-        run_dir = Path(self._get_output_dir(trial))
-        target = run_dir / f"checkpoint-{self.state.global_step}"
-        limit, pushes = self.args.save_total_limit, self.args.push_to_hub
-        with self.stage(run_dir) as self._stage:
-            staged = self._stage / target.name
-            self.args.save_total_limit, self.args.push_to_hub = None, False
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit, self.args.push_to_hub = limit, pushes
-                self._stage = None
-            self._name_best_checkpoint(run_dir, staged)
-            self.save_more(staged)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self._publish_checkpoint(staged, target, limit)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save and staged.exists():  # save_on_each_node, without a shared file system
-                self._publish_checkpoint(staged, target, limit)
-        if pushes:
-            self._push_from_checkpoint(str(target))
-        self.accelerator.wait_for_everyone()
-
-    def _name_best_checkpoint(self, run_dir: Path, staged: Path) -> None:
-        """Trainer looked for the best checkpoint in the stage; its path in the state must be the final one."""
-        step = self.state.best_global_step
-        if not step:
-            return
-        best = run_dir / f"checkpoint-{step}"
-        if best.name == staged.name or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / checkpoint.STATE_FILE))
-
-    def _publish_checkpoint(self, staged: Path, target: Path, limit: int | None) -> None:
-        publish.seal(staged)
-        publish.publish(staged, target)
-        best = self.state.best_model_checkpoint
-        checkpoint.rotate(target.parent, step=self.state.global_step, best=best, limit=limit)
 
     def saved_step(self) -> int:
         """The step whose weights are saved: with load_best_model_at_end, the best one, not the last."""

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -115,22 +116,23 @@ def _losses(folder: Path) -> list[float]:
 
 def _record(words: list[str], run: str, states: str) -> None:
     """Run the command in this process, and copy its folder before each of its file events."""
-    busy, count = False, 0
+    count, lock, copying = 0, threading.Lock(), threading.local()  # saves are published by a thread
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal busy, count
-        if busy or not (event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))):
+        nonlocal count
+        if hasattr(copying, "now") or not (event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))):
             return
         if not str(arguments[0]).startswith(run + "/"):
             return
-        busy = True
         file = os.path.relpath(arguments[0], run) if event == "open" else ""
         # run.json is opened to lock it
         assert file in ("", "run.json") or file.startswith(".stage-"), f"{file} is written in place"
-        shutil.copytree(run, f"{states}/{count:04d}", symlinks=True)
-        Path(states, f"{count:04d}.txt").write_text(file)
-        count += 1
-        busy = False
+        with lock:
+            copying.now = True
+            shutil.copytree(run, f"{states}/{count:04d}", symlinks=True)
+            Path(states, f"{count:04d}.txt").write_text(file)
+            count += 1
+            del copying.now
 
     sys.addaudithook(hook)
     assert main(words) == 0

@@ -120,7 +120,8 @@ def _record(words: list[str], run: str, states: str) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal count
-        if hasattr(copying, "now") or not (event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))):
+        opens_to_write = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if hasattr(copying, "now") or not (event in EVENTS or opens_to_write):
             return
         if not str(arguments[0]).startswith(run + "/"):
             return

@@ -42,19 +42,22 @@ def save_adapter(
     # The tokenizer belongs to the adapter: the base model's has no predictor tokens.
     tokenizer.save_pretrained(folder)
     forget_local_keys(folder)
-    _forget_local_base(Path(folder))
+    _settle_config(Path(folder))
     _write_card(model, Path(folder))
 
 
-def _forget_local_base(folder: Path) -> None:
-    """Remove the path of a base model that is a folder of this machine from PEFT's config.
+def _settle_config(folder: Path) -> None:
+    """Give equal runs equal configs, and remove the path of a base model that is a folder of this machine.
 
-    Not even the last name of the folder stays: on another machine transformers would take it for a Hub id, and load
-    the model of a stranger.
+    PEFT writes the names of a set in an order that differs from process to process. Of the path not even the last name
+    stays: on another machine transformers would take it for a Hub id, and load the model of a stranger.
     """
     config = json.loads((folder / CONFIG).read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
     if Path(config["base_model_name_or_path"] or ".").exists():
-        write_json(folder / CONFIG, {**config, "base_model_name_or_path": None})
+        config["base_model_name_or_path"] = None
+    write_json(folder / CONFIG, config)
 
 
 def _write_card(model: PeftModel, folder: Path) -> None:

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from .families import FAMILIES, commands_of, describe_keys, parse_recipe
 if TYPE_CHECKING:
     from .core.recipe import Recipe
 
+ALLOW = "--allow_changed"
 TRAIN_HELP = """\
 Train a model as a recipe says. Any recipe key can be overridden: --learning_rate 1e-5 --jepa_weight 0.
 
@@ -110,6 +112,10 @@ def _run(argv: list[str]) -> None:
     train.add_argument("--dry-run", action="store_true", help="show the resolved recipe, one batch and the cost")
     train.add_argument("--launch", help="cpu, ddp, fsdp2, zero3 or an accelerate config file: several processes")
     train.add_argument("--num_processes", "--num-processes", help="how many (default: one per GPU)")
+    train.add_argument(
+        ALLOW, ALLOW.replace("_", "-"), action="append", default=[], metavar="NAME",
+        help="resume although NAME differs from before (repeatable); the refusal says the name",
+    )  # fmt: skip
 
     command = next((word for word in argv if not word.startswith("-")), None)
     run = None
@@ -140,7 +146,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.launch == "cpu" and not _overrides_key("use_cpu", overrides):
         # Without use_cpu, each gloo process would train a separate model into the same folder.
         overrides = [*overrides, "--use_cpu", "true"]
-    recipe = parse_recipe(options.recipe, overrides)
+    recipe = replace(parse_recipe(options.recipe, overrides), allowed=frozenset(options.allow_changed))
     from .core.checks import check_packages
 
     check_packages(recipe.training)
@@ -173,7 +179,8 @@ def _train_here_or_launch(
 
         if not _overrides_key("family", overrides):
             overrides = [*overrides, "--family", recipe.family]  # or each process would guess it again
-        code = launch(options.launch, options.num_processes, options.recipe, overrides)
+        words = [word for name in options.allow_changed for word in (ALLOW, name)]
+        code = launch(options.launch, options.num_processes, options.recipe, [*overrides, *words])
         if code != 0:
             raise _ProcessFailed(code)
         return

@@ -10,14 +10,26 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .errors import UserError
 from .files import WEIGHTS
-from .publish import MANIFEST, broken, is_cut_move, leftovers, read_manifest, read_object
+from .identity import (
+    ENDED_AT,
+    LENGTHS,
+    OF_OPTIMIZER,
+    OWNER,
+    RUN_ID,
+    UNMARKED,
+    Change,
+    changes,
+    check_names,
+    is_only_longer,
+)
+from .publish import MANIFEST, broken, is_cut_move, leftovers, read_manifest, read_object, run_of
 
 try:
     import fcntl
@@ -27,9 +39,7 @@ except ImportError:  # Windows
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CARD = "README.md"
-CONTENTS = "contents"  # in RUN_FILE: key -> hash of the folder, file or Hub repository that the key names
 SAVED = ("*.safetensors", "*.bin", "adapter")  # what training leaves in a folder besides checkpoints
-LENGTHS = {"max_steps", "num_train_epochs"}
 # Of the names that a manifest lists, one a line. FSDP and DeepSpeed write folders.
 WEIGHTS_FILE = re.compile(
     r"^((adapter_)?model\b[^/\n]*\.safetensors|pytorch_model[^\n]*|global_step\d+/[^\n]+)$", re.MULTILINE
@@ -40,10 +50,20 @@ DEEPSPEED = re.compile(r"^global_step\d+/", re.MULTILINE)
 MODEL_FILE = re.compile(r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin|index\.json)|adapter_config\.json")
 
 
-def fault(folder: str | Path, *, num_processes: int | None = None, has_state: bool = True) -> str | None:
+NO_RECORD: Mapping[str, Any] = MappingProxyType({})
+
+
+def fault(
+    folder: str | Path,
+    *,
+    run: Mapping[str, Any] = NO_RECORD,
+    num_processes: int | None = None,
+    has_state: bool = True,
+) -> str | None:
     """Why a checkpoint cannot be used, or None if it is complete.
 
     Args:
+        run: the record that it must belong to; an empty one for any.
         num_processes: of the run; every one has its own state of the random generators. None if that is not known.
         has_state: False if the run saves models only, which no run resumes from.
     """
@@ -55,7 +75,7 @@ def fault(folder: str | Path, *, num_processes: int | None = None, has_state: bo
             missing = _missing_state(names, num_processes)
         return f"it has no {missing}" if missing else None
 
-    return broken(folder, required=required) or _fault_of_state(folder)
+    return broken(folder, required=required) or _fault_of_state(folder) or _fault_of_owner(folder, run)
 
 
 def _missing_state(names: set[str], num_processes: int | None) -> str | None:
@@ -75,6 +95,16 @@ def _missing_state(names: set[str], num_processes: int | None) -> str | None:
     return None
 
 
+def _fault_of_owner(folder: Path, run: Mapping[str, Any]) -> str | None:
+    """Whether another run saved it. Earlier versions did not mark what they saved."""
+    owner = run_of(folder)
+    if RUN_ID not in run or owner == run[RUN_ID]:
+        return None
+    if owner is None and read_object(folder / STATE_FILE)["global_step"] <= run.get(UNMARKED, 0):
+        return None
+    return "it is of another run"
+
+
 def _fault_of_state(folder: Path) -> str | None:
     """Whether trainer_state.json counts the steps that the folder's name says."""
     try:
@@ -91,10 +121,12 @@ def _fault_of_state(folder: Path) -> str | None:
     return None
 
 
-def fault_of_model(folder: str | Path) -> str | None:
+def fault_of_model(folder: str | Path, run: Mapping[str, Any] = NO_RECORD) -> str | None:
     """Why the folder of a run does not hold the finished model that was saved in it, or None if it does.
 
     The card may have been edited since. Other files may be there, but none that `from_pretrained` would read as well.
+
+    run: the record that it must belong to; an empty one for any.
     """
     folder = Path(folder)
     files = read_manifest(folder)
@@ -109,7 +141,8 @@ def fault_of_model(folder: str | Path) -> str | None:
     strays = sorted(name for name in strays if files is not None and name not in files)
     if strays:
         return f"{strays[0]} is not in its {MANIFEST}"
-    return broken(folder, required=required, may_change=(CARD,), is_shared=True)
+    reason = broken(folder, required=required, may_change=(CARD,), is_shared=True)
+    return reason or _fault_of_state(folder) or _fault_of_owner(folder, run)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -120,10 +153,16 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
-def newest_complete(output_dir: str | Path, *, num_processes: int | None = None, has_state: bool = True) -> Path | None:
+def newest_complete(
+    output_dir: str | Path,
+    *,
+    run: Mapping[str, Any] = NO_RECORD,
+    num_processes: int | None = None,
+    has_state: bool = True,
+) -> Path | None:
     """The newest checkpoint that `fault` accepts, or None."""
     for path in checkpoints(output_dir):
-        if fault(path, num_processes=num_processes, has_state=has_state) is None:
+        if fault(path, run=run, num_processes=num_processes, has_state=has_state) is None:
             return path
     return None
 
@@ -139,17 +178,21 @@ def find_resume(
     *,
     resume: str | None,
     may_change: Collection[str] = (),
-    defaults: Mapping[str, Any] = MappingProxyType({}),
+    allowed: Collection[str] = (),
+    defaults: Mapping[str, Any] = NO_RECORD,
+    needs_its_length: Callable[[dict[str, Any]], str | None] = lambda state: "a schedule",
     further: str = "start a new run from its model",
     num_processes: int | None = None,
 ) -> str | None:
     """The checkpoint to continue from, or None for a fresh start. Writes nothing.
 
     Args:
-        run: the identity of the run (resolved recipe, data hashes), plain JSON. RUN_FILE must hold the same to resume.
+        run: the record of the run, plain JSON. RUN_FILE must hold the same to resume.
         resume: None, "true" (the newest complete checkpoint) or a checkpoint folder.
         may_change: keys that are not compared; earlier versions wrote some of them.
-        defaults: the value of keys that an identity may leave out.
+        allowed: keys that may differ this time.
+        defaults: the value of keys that a record may leave out.
+        needs_its_length: the state of a checkpoint -> what of the run depends on its number of steps, or None.
         further: how to train a finished model for more steps, in words.
         num_processes: of the run, see `fault`.
 
@@ -163,73 +206,141 @@ def find_resume(
     if _is_held(folder):
         raise UserError(f"Another process trains in {folder} now; wait until it ends, or choose another output_dir.")
     if resume is None:
+        if allowed:
+            raise UserError("--allow_changed goes with --resume_from_checkpoint: a new run has nothing to compare.")
         _check_is_free(folder)
         if (folder / RUN_FILE).exists():
             _say_start(folder)
         return None
-    before = {key: value for key, value in _read_run(folder).items() if key not in may_change}
+    before = {key: value for key, value in read_run(folder).items() if key not in may_change}
     if _has_saved_nothing(folder) and resume.lower() == "true":
         _say_start(folder)
         return None
-    _check_is_same_run(folder, before, run, defaults, further)
+    check_names(allowed, (before, run))
+    found = changes(before, run, defaults)
+    is_longer = is_only_longer({name: change for name, change in found.items() if name not in allowed})
+    if not is_longer:
+        _check_is_same_run(folder, found, allowed, further)
+    owner = NO_RECORD if OWNER in allowed else before
+    if "num_processes" in found:
+        num_processes = None
     if resume.lower() != "true":
-        reason = fault(resume, num_processes=num_processes) if Path(resume).is_dir() else "there is no such folder"
+        is_there = Path(resume).is_dir()
+        reason = fault(resume, run=owner, num_processes=num_processes) if is_there else "there is no such folder"
         if reason:
             raise UserError(f"Cannot resume from {resume}: {reason}.")
-        return resume
-    return _finished(folder) or _newest(folder, num_processes)
+        newest: str | None = resume
+    else:
+        finished = None if found.keys() & LENGTHS else _finished(folder, owner)
+        newest = finished or _newest(folder, owner, num_processes)
+    if newest is not None and found.keys() & LENGTHS:
+        if is_longer:
+            _check_may_be_longer(folder, found, newest, needs_its_length, further)
+        _check_is_ahead(newest, run)
+    return newest
 
 
-def _finished(folder: Path) -> str | None:
+def _check_is_ahead(newest: str, run: Mapping[str, Any]) -> None:
+    step, last = read_object(Path(newest) / STATE_FILE)["global_step"], run.get("max_steps", -1)
+    if 0 < last <= step:
+        raise UserError(f"max_steps: {last} is over: {newest} has taken {step} steps; set more.")
+
+
+def _check_may_be_longer(
+    folder: Path,
+    found: Mapping[str, Change],
+    newest: str,
+    needs_its_length: Callable[[dict[str, Any]], str | None],
+    further: str,
+) -> None:
+    """Raises UserError if a run of more steps would not be what it would have been from the start."""
+    text = next(found[name].text for name in found.keys() & LENGTHS)
+    if Path(newest).name != checkpoints(folder)[0].name:
+        raise UserError(f"A longer run ({text}) goes on at the last checkpoint: write --resume_from_checkpoint true.")
+    if reason := needs_its_length(read_object(Path(newest) / STATE_FILE)):
+        raise UserError(
+            f"Cannot resume {folder}: the run has changed ({text}), and {reason} depends on its length, so a longer "
+            f"run is another run. Put it back, or {_further(folder, further)}."
+        )
+    say(f"{folder}: a longer run ({text}). It goes on as if it had been that long from the start.")
+
+
+def _further(folder: Path, further: str) -> str:
+    return further if (folder / "config.json").is_file() else "start a new run in another output_dir"
+
+
+def ended_at(folder: str | Path) -> int:
+    """The last step of the finished run in a folder; 0 if it is not finished."""
+    paths = [*checkpoints(folder)[:1], Path(folder)]
+    steps = []
+    for path in paths:
+        try:
+            state = read_object(path / STATE_FILE)
+            steps.append(state["global_step"] if state["global_step"] >= state["max_steps"] else 0)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return max(steps, default=0)
+
+
+def is_last(folder: str | Path, run: Mapping[str, Any]) -> bool:
+    """Whether no step is left after a checkpoint. Of a run that was made longer, its old end is not the last one."""
+    state = read_object(Path(folder) / STATE_FILE)
+    step: int = state["global_step"]
+    return step >= state["max_steps"] and step > run.get(ENDED_AT, 0)
+
+
+def _finished(folder: Path, run: Mapping[str, Any]) -> str | None:
     """The folder itself if its run is finished, as far as that can be known without a checkpoint."""
     if not (folder / MANIFEST).exists():
-        return str(folder) if is_finished_of_before(folder) else None
-    reason = fault_of_model(folder)
+        return str(folder) if is_finished_of_before(folder, run) else None
+    reason = fault_of_model(folder, run)
     if reason is None:
-        return str(folder)
+        return str(folder) if is_last(folder, run) else None
     if newest_sealed(folder) is None:
         raise UserError(
             f"The run in {folder} is finished, but {reason}, and there is no checkpoint to save the model again from; "
             "start a new run in another output_dir."
         )
-    _say(f"The run in {folder} is finished, but {reason}: the model is saved again from the last checkpoint.")
+    if not run.get(ENDED_AT):
+        say(f"The run in {folder} is finished, but {reason}: the model is saved again from the last checkpoint.")
     return None
 
 
-def is_finished_of_before(folder: Path) -> bool:
+def is_finished_of_before(folder: Path, run: Mapping[str, Any] = NO_RECORD) -> bool:
     """Whether an earlier version finished this run. It left no manifest, but wrote the card and the state last."""
     try:
-        state = read_object(folder / STATE_FILE)
-        is_last = 0 < state["global_step"] >= state["max_steps"]
+        is_at_end = is_last(folder, run)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     names = {path.name for path in folder.iterdir()}
     is_saved = {"config.json", CARD} <= names and bool({WEIGHTS, f"{WEIGHTS}.index.json"} & names)
-    return is_last and is_saved and not is_cut_move(folder)
+    return is_at_end and is_saved and not is_cut_move(folder)
 
 
-def _newest(folder: Path, num_processes: int | None) -> str | None:
+def _newest(folder: Path, run: Mapping[str, Any], num_processes: int | None) -> str | None:
     """The newest complete checkpoint. None for a start at step 0, if no save was ever completed."""
     if newest_sealed(folder) is None:
         _say_start(folder)
         return None
     candidates = checkpoints(folder)
-    newest = newest_complete(folder, num_processes=num_processes)
+    newest = newest_complete(folder, run=run, num_processes=num_processes)
     if newest is None:
-        reason = fault(candidates[0], num_processes=num_processes)
+        reason = fault(candidates[0], run=run, num_processes=num_processes)
         raise UserError(f"No checkpoint in {folder} is complete ({reason}); start a new run in another output_dir.")
-    damaged = [path.name for path in candidates[: candidates.index(newest)]]
-    if damaged:
-        _say(f"Skipped {len(damaged)} damaged checkpoint(s): {', '.join(damaged)}.")
+    skipped = candidates[: candidates.index(newest)]
+    if skipped:
+        names = ", ".join(path.name for path in skipped)
+        reason = fault(skipped[0], run=run, num_processes=num_processes)
+        say(f"Skipped {len(skipped)} damaged checkpoint(s): {names} ({reason}).")
     return str(newest)
 
 
 def _say_start(folder: Path) -> None:
     cut = " (a save was cut short)" if leftovers(folder) or checkpoints(folder) else ""
-    _say(f"{folder} has no checkpoint yet{cut}: starting at step 0.")
+    say(f"{folder} has no checkpoint yet{cut}: starting at step 0.")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Print a line once, although every process of a run looks into the folder."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
@@ -301,7 +412,7 @@ def _check_is_free(folder: Path) -> None:
         )
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
     try:
         return read_object(folder / RUN_FILE)
     except (OSError, ValueError):
@@ -311,40 +422,20 @@ def _read_run(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _check_is_same_run(
-    folder: Path, before: dict[str, Any], run: dict[str, Any], defaults: Mapping[str, Any], further: str
-) -> None:
-    changed = _changes(before, run, defaults)
-    if not changed:
+def _check_is_same_run(folder: Path, found: Mapping[str, Change], allowed: Collection[str], further: str) -> None:
+    """Raises UserError for a change that is not allowed."""
+    refused = {name: change.text for name, change in found.items() if name not in allowed}
+    if not refused:
         return
-    examples = "; ".join(list(changed.values())[:3])
-    if changed.keys() <= LENGTHS:
-        if not (folder / "config.json").is_file():
-            further = "start a new run in another output_dir"
+    examples = "; ".join(list(refused.values())[:3])
+    flags = " ".join(f"--allow_changed {name}" for name in refused)
+    hint = "" if OF_OPTIMIZER & refused.keys() else f" (To go on with the change: {flags}.)"
+    if refused.keys() <= LENGTHS:
         raise UserError(
-            f"Cannot resume {folder}: the run has changed ({examples}). The learning rate and other schedules depend "
-            f"on its length from the first step on, so a longer run is another run. Put it back, or {further}."
+            f"Cannot resume {folder}: the run has changed ({examples}). Put it back, or {_further(folder, further)}."
+            + hint
         )
     raise UserError(
-        f"Cannot resume {folder}: the run has changed in {len(changed)} place(s) ({examples}). "
-        "Put them back, or start a new run in another output_dir."
+        f"Cannot resume {folder}: the run has changed in {len(refused)} place(s) ({examples}). "
+        "Put them back, or start a new run in another output_dir." + hint
     )
-
-
-def _changes(before: dict[str, Any], run: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
-    """key -> how it differs between two identities.
-
-    Where a key names a folder, a file or a Hub repository, `CONTENTS` has its hash. If both identities have the hash,
-    it decides, and not the name. Runs of earlier versions have no hash.
-    """
-    before, run = dict(before), dict(run)
-    hashes, hashes_now = before.pop(CONTENTS, {}), run.pop(CONTENTS, {})
-    changes = {}
-    for key in sorted({*before, *run}):
-        old, new = before.get(key, defaults.get(key)), run.get(key, defaults.get(key))
-        if hashes.get(key) and hashes_now.get(key):
-            if hashes[key] != hashes_now[key]:
-                changes[key] = f"{key}: {old!r} -> {new!r}" if old != new else f"{key}: the files of {new!r} differ"
-        elif old != new:
-            changes[key] = f"{key}: {old!r} -> {new!r}"
-    return changes

@@ -20,20 +20,27 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Of a model or tokenizer folder, the files besides weights that say what is computed.
+# Of a folder of a model or tokenizer, the files besides weights that say what is computed: those that transformers
+# looks for (its vocabularies have many names), and those of sentence-transformers.
 MODEL_FILES = (
-    "added_tokens.json", "chat_template.jinja", "config.json", "merges.txt", "modules.json", "preprocessor_config.json",
-    "processor_config.json", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.json", "vocab.txt", "1_Pooling/config.json",
+    "added_tokens.json", "bpe.codes", "chat_template.json", "chat_template.jinja", "config.json", "dict.txt",
+    "generation_config.json", "merges.txt", "modules.json", "normalizer.json", "preprocessor_config.json",
+    "processor_config.json", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "special_tokens_map.json",
+    "spiece.model", "spm.model", "target.spm", "tekken.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
+# A processor of two tokenizers has a folder for the second one.
+MODEL_PATTERNS = ("additional_chat_templates/*.jinja", "*_Pooling/config.json", "target_tokenizer/*.*")
 WEIGHTS = "model.safetensors"
 
 
-def content_sha256(source: str, revision: str | None = None) -> str | None:
+def content_sha256(source: str, revision: str | None = None, *, has_weights: bool = True) -> str | None:
     """A hash of a file, or of the weights, config and tokenizer in a folder or in the local cache of the Hub.
 
     It does not depend on the place, so that a folder can be moved. None if there is nothing to hash: no such folder,
     or a Hub repository that has not been downloaded yet.
+
+    has_weights: False to leave them out, for a tokenizer.
     """
     path = Path(source)
     if path.is_file():
@@ -41,13 +48,22 @@ def content_sha256(source: str, revision: str | None = None) -> str | None:
     folder = path if path.is_dir() else _snapshot(source, revision)
     if folder is None:
         return None
-    names = [name for name in MODEL_FILES if (folder / name).is_file()]
-    try:
-        names += set(json.loads((folder / f"{WEIGHTS}.index.json").read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not sharded; loading it names what is wrong
-        names += [WEIGHTS]
+    names = {name for name in MODEL_FILES if (folder / name).is_file()}
+    for pattern in MODEL_PATTERNS:
+        names |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
+    weights = _weight_files(folder) if has_weights else []
+    if has_weights and not path.is_dir() and not all((folder / name).is_file() for name in weights):
+        return None  # of the repository only a part has been downloaded
+    names.update(weights)
     hashes = [f"{name} {_blob_sha256(folder / name)}\n" for name in sorted(names) if (folder / name).is_file()]
     return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads((folder / f"{WEIGHTS}.index.json").read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not sharded; loading it names what is wrong
+        return [WEIGHTS]
 
 
 def _snapshot(repository: str, revision: str | None) -> Path | None:

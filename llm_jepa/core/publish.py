@@ -48,8 +48,11 @@ class Work(threading.Thread):
             raise self._error
 
 
-def seal(folder: str | Path) -> None:
-    """Flush every file of a folder to disk, then write its manifest: the size and SHA-256 of each file."""
+def seal(folder: str | Path, *, run: str | None = None) -> None:
+    """Flush every file of a folder to disk, then write its manifest: the size and SHA-256 of each file.
+
+    run: the name of the training run that the folder belongs to.
+    """
     folder = Path(folder)
     names = sorted(_files_of(folder) - {MANIFEST})
     paths = [folder / name for name in names]
@@ -62,7 +65,7 @@ def seal(folder: str | Path) -> None:
     flushing.start()
     files = {name: _entry(path) for name, path in zip(names, paths, strict=True)}
     flushing.finish()
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / MANIFEST, {"files": files} | ({"run": run} if run is not None else {}))
     for path in sorted(path for path in folder.rglob("*") if path.is_dir()):
         _flush(path)
     _flush(folder)
@@ -80,6 +83,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         return None
     is_valid = isinstance(files, dict) and all(_is_entry(name, entry) for name, entry in files.items())
     return files if is_valid else None
+
+
+def run_of(folder: str | Path) -> str | None:
+    """The `run` with which a folder was sealed; None if it was sealed without."""
+    try:
+        run = read_object(Path(folder) / MANIFEST).get("run")
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, str) else None
 
 
 def read_object(path: Path) -> dict[str, Any]:

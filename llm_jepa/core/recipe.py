@@ -73,6 +73,9 @@ BOOKKEEPING = {
 }  # fmt: skip
 
 
+SECRETS = {"hub_token", "push_to_hub_token"}  # of no file
+
+
 @dataclass(frozen=True)
 class RecipeSource:
     """A recipe as written: nothing is checked but the YAML and the form of the overrides."""
@@ -105,11 +108,12 @@ class Recipe:
     training: Any
     given: dict[str, Any]  # the values that the files and the command line set, checked; without `family`
     written: dict[str, Any]  # the same as they were written: an int for a float is still an int
+    allowed: frozenset[str] = frozenset()  # names of --allow_changed: what may differ when a run is resumed
 
     def identity(self) -> dict[str, Any]:
         """The values that make two runs the same run; plain JSON. `family` follows from the keys, so it is left out."""
         free = BOOKKEEPING | self.may_change()
-        same = {key: value for key, value in sorted(self.given.items()) if key not in free}
+        same = {key: value for key, value in sorted(self.given.items()) if key not in free and not self._is_unset(key)}
         if self.given.get("feature_cache"):
             same["feature_cache"] = True  # its folder may change, but cached features are float16
         return same
@@ -134,7 +138,27 @@ class Recipe:
             for field in dataclasses.fields(group):
                 if field.default is not dataclasses.MISSING:
                     defaults[field.name] = getattr(field.default, "value", field.default)
+                elif field.default_factory is not dataclasses.MISSING:
+                    defaults[field.name] = field.default_factory()
         return defaults
+
+    def left_out(self) -> dict[str, Any]:
+        """key -> value of the keys that the recipe leaves out; if the default is null, what stands for it.
+
+        It is kept with the run, because another version may have another default.
+        """
+        values, free = {}, BOOKKEEPING | self.may_change() | SECRETS
+        for group in (self.model, self.data, self.training):
+            for name in [field.name for field in dataclasses.fields(group) if field.init]:
+                if name in free or (name in self.given and not self._is_unset(name)):
+                    continue
+                value = self.defaults().get(name)
+                resolved = getattr(group, name)
+                values[name] = resolved if value is None and _is_plain(resolved) else value
+        return values
+
+    def _is_unset(self, key: str) -> bool:
+        return self.given.get(key, 0) is None and self.defaults().get(key, 0) is None
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource:
@@ -324,6 +348,13 @@ def _unknown(
             f"to train one, or remove the {'key' if is_one else 'keys'}"
         )
     return messages
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has such a value."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -1,25 +1,48 @@
-"""One training run: its identity, where to continue it, and what it leaves in its folder.
+"""One training run: its record, where to continue it, and what it leaves in its folder.
 
-The identity is what the recipe computes, the rows and the number of processes; it is kept in `run.json`.
+The record says what is computed (see `identity`); it is kept in `run.json`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from .checkpoint import CONTENTS, RUN_FILE, STATE_FILE, fault_of_model, find_resume, hold, is_finished_of_before
+from .checkpoint import (
+    RUN_FILE,
+    STATE_FILE,
+    ended_at,
+    fault_of_model,
+    find_resume,
+    hold,
+    is_finished_of_before,
+    is_last,
+    read_run,
+    say,
+)
 from .errors import UserError
-from .files import content_sha256, write_json
+from .files import write_json
+from .identity import (
+    CONTENTS,
+    ENDED_AT,
+    LENGTHS,
+    RUN_ID,
+    changes,
+    changes_of_environment,
+    contents,
+    continued,
+    describe_run,
+    needs_its_length,
+    run_id,
+)
 from .publish import MANIFEST, publish_into, remove_leftovers, seal
 from .recipe import Recipe
 from .signals import StopRequest
@@ -29,6 +52,13 @@ from .trainer import JEPATrainer
 NOT_SHOWN = ("runtime", "samples_per_second", "steps_per_second")  # speed is not a result of training
 
 
+class Beginning(NamedTuple):
+    """record: of the run, for RUN_FILE.  resume: the checkpoint to continue from, or None."""
+
+    record: dict[str, Any]
+    resume: str | None
+
+
 def identify(
     recipe: Recipe,
     train_sha256: str | None,
@@ -36,69 +66,73 @@ def identify(
     *,
     sources: Mapping[str, str | None],
     further: str,
-) -> tuple[dict[str, Any], str | None]:
-    """The identity of a run (plain JSON) and the checkpoint to resume it from, if any. Writes nothing.
+    needs_length: str | None = None,
+) -> Beginning:
+    """The record of a run and the checkpoint to resume it from, if any. Writes nothing; says what has changed.
 
     Args:
         sources: keys that may name a folder, a file or a Hub repository -> the key of its revision. These are compared
             by what they hold.
         further: how to train a finished model for more steps, in words.
+        needs_length: what of the family depends on the number of steps, beside the learning rate.
 
     Raises UserError if there is nothing to evaluate on, or if the output folder cannot be used.
     """
-    training = recipe.training
+    training, folder = recipe.training, Path(recipe.training.output_dir)
     if validation_sha256 is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
         raise UserError(
             "There is nothing to evaluate on: set validation_data or validation_rows, or eval_strategy: no."
         )
-    identity = {
-        **recipe.identity(),
-        "train_sha256": train_sha256,
-        "validation_sha256": validation_sha256,
-        "num_processes": training.world_size,
-    }
-    if contents := _contents(recipe, sources):
-        identity[CONTENTS] = contents
-    identity = json.loads(json.dumps(identity))  # as it will be read back from the file
+    record = describe_run(recipe, train_sha256, validation_sha256)
+    record[CONTENTS] = contents(recipe, sources)
     resume = find_resume(
-        training.output_dir,
-        identity,
+        folder,
+        record,
         resume=training.resume_from_checkpoint,
         may_change=recipe.may_change(),
+        allowed=recipe.allowed,
         defaults=recipe.defaults(),
+        needs_its_length=lambda state: needs_length or needs_its_length(recipe, state),
         further=further,
         num_processes=None if training.save_on_each_node else training.world_size,
     )
-    return identity, resume
-
-
-def _contents(recipe: Recipe, sources: Mapping[str, str | None]) -> dict[str, str]:
-    """key -> hash of what it names, for the keys whose files are on this machine."""
-    contents = {}
-    for key, revision_key in sources.items():
-        source = getattr(recipe.model, key, None) or getattr(recipe.training, key, None)
-        revision = getattr(recipe.model, revision_key) if revision_key else None
-        if isinstance(source, str) and (content := content_sha256(source, revision)):
-            contents[key] = content
-    return contents
-
-
-def is_finished(recipe: Recipe, resume: str | None) -> bool:
-    """Whether no step is left and the final model is whole; says so. Needs no model."""
-    folder = Path(recipe.training.output_dir)
     if resume is None:
-        return False
-    state = _state_of(resume)
-    if state.global_step < state.max_steps:
+        return Beginning(record, None)
+    return Beginning(_next_record(recipe, record, resume), resume)
+
+
+def _next_record(recipe: Recipe, record: dict[str, Any], resume: str) -> dict[str, Any]:
+    """The record of a run that goes on; says what is another than before."""
+    folder = Path(recipe.training.output_dir)
+    before = {key: value for key, value in read_run(folder).items() if key not in recipe.may_change()}
+    found, versions = changes(before, record, recipe.defaults()), changes_of_environment(before, record)
+    if allowed := [change.text for name, change in found.items() if name in recipe.allowed]:
+        say(f"Allowed to differ from here on: {'; '.join(allowed)}.")
+    if resume == str(folder):
+        return before  # it is finished
+    if versions:
+        texts = ", ".join(change.text for change in versions.values())
+        say(f"Warning: this run goes on with other versions, so its result may be another: {texts}.")
+    step = _state_of(resume).global_step
+    record = continued(before, record, {**found, **versions}, step)
+    if found.keys() & LENGTHS:
+        record[ENDED_AT] = max(before.get(ENDED_AT, 0), ended_at(folder))
+    return record
+
+
+def is_finished(recipe: Recipe, start: Beginning) -> bool:
+    """Whether no step is left and the final model is whole; says so. Needs no model."""
+    folder, (record, resume) = Path(recipe.training.output_dir), start
+    if resume is None or not is_last(resume, record):
         return False
     is_verified = (folder / MANIFEST).exists()
     if resume != str(folder):  # otherwise `find_resume` has looked
-        is_whole = fault_of_model(folder) is None if is_verified else is_finished_of_before(folder)
-        if not is_whole:
+        is_whole = fault_of_model(folder, record) is None if is_verified else is_finished_of_before(folder, record)
+        if not is_whole or (is_verified and not is_last(folder, record)):
             return False
     if recipe.training.process_index == 0:
         note = "" if is_verified else "; an earlier version saved it without a manifest to verify it by"
-        print(f"{folder} is already finished ({state.global_step} steps{note}).")
+        print(f"{folder} is already finished ({_state_of(resume).global_step} steps{note}).")
         _clean(folder)
     return True
 
@@ -108,16 +142,20 @@ def _clean(folder: Path) -> None:
         print(f"Removed {count} leftover(s) of a killed process from {folder}.")
 
 
-def claim(trainer: JEPATrainer, recipe: Recipe, identity: dict[str, Any], *, sources: Mapping[str, str | None]) -> None:
-    """Write the run's identity into its folder. Call it last, so that a run that is refused leaves the folder free."""
+def claim(trainer: JEPATrainer, recipe: Recipe, record: dict[str, Any], *, sources: Mapping[str, str | None]) -> None:
+    """Write the run's record into its folder. Call it last, so that a run that is refused leaves the folder free."""
     trainer.accelerator.wait_for_everyone()  # until every process has looked at the folder
+    if RUN_ID not in record:
+        # From the Hub, since `identify`. What is not a folder costs nothing: the cache names files by their hash.
+        given = {key: str(recipe.given.get(key)) for key in sources}
+        downloaded = {key: revision for key, revision in sources.items() if not Path(given[key]).exists()}
+        record = {**record, CONTENTS: {**record[CONTENTS], **contents(recipe, downloaded)}}
+        record[RUN_ID] = run_id(record)
+    trainer.run = record
     if not trainer.is_world_process_zero():
         return
-    missing = {key: revision for key, revision in sources.items() if key not in identity.get(CONTENTS, {})}
-    if downloaded := _contents(recipe, missing):  # from the Hub, since `identify`
-        identity = {**identity, CONTENTS: {**identity.get(CONTENTS, {}), **downloaded}}
     folder = Path(trainer.args.output_dir)
-    write_json(folder / RUN_FILE, identity)
+    write_json(folder / RUN_FILE, record)
     descriptor = hold(folder)
     if descriptor is not None:
         trainer.release_folder = weakref.finalize(trainer, os.close, descriptor)
@@ -196,7 +234,7 @@ def _save(trainer: JEPATrainer, before_saving: Callable[[JEPATrainer, Path], Non
             trainer.write_card(staged)
         trainer.accelerator.wait_for_everyone()
         if args.should_save and staged.exists():
-            seal(staged)
+            seal(staged, run=trainer.run.get(RUN_ID))
             publish_into(staged, folder)
         trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
@@ -228,10 +266,9 @@ def _state_of(checkpoint: str) -> TrainerState:
 
 def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
     """If no step is left, load the state and the weights to keep. (`Trainer.train` would take one more step.)"""
-    state = _state_of(resume)
-    if state.global_step < state.max_steps:
+    if not is_last(resume, trainer.run):
         return False
-    trainer.state = state
+    trainer.state = state = _state_of(resume)
     if (Path(resume) / OWED).is_file():
         trainer.load_weights(resume)
         trainer.begin_training(state)

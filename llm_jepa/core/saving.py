@@ -8,9 +8,10 @@ appears under its name when it is complete; a run that is killed before that res
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -19,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from . import checkpoint, publish
 from .files import make_stage
+from .identity import RUN_ID
 
 
 class SavingTrainer(Trainer):
@@ -28,6 +30,7 @@ class SavingTrainer(Trainer):
     before the next save begins. A second Ctrl-C does not wait for it.
     """
 
+    run: Mapping[str, Any] = MappingProxyType({})  # the record of its run, see `identity`
     _stage: Path | None = None  # while a checkpoint is written
     _work: publish.Work | None = None  # while a checkpoint is published
 
@@ -130,9 +133,10 @@ class SavingTrainer(Trainer):
     def _publisher(self, staged: Path, target: Path) -> Callable[[], None]:
         """A function that publishes a checkpoint and looks at nothing that training changes."""
         step, best, limit = self.state.global_step, self.state.best_model_checkpoint, self.args.save_total_limit
+        run = self.run.get(RUN_ID)
 
         def publish_it() -> None:
-            publish.seal(staged)
+            publish.seal(staged, run=run)
             publish.publish(staged, target)
             checkpoint.rotate(target.parent, step=step, best=best, limit=limit)
 

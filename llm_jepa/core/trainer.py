@@ -127,7 +127,8 @@ class SafeTrainer(StoppableTrainer):
             super()._load_best_model()
 
     def _check_whole(self, folder: str) -> None:
-        reason = checkpoint.fault(folder, has_state=False) if Path(folder).is_dir() else "there is no such folder"
+        is_there = Path(folder).is_dir()
+        reason = checkpoint.fault(folder, run=self.run, has_state=False) if is_there else "there is no such folder"
         if reason:
             raise UserError(f"Cannot load the weights of {folder}: {reason}.")
 

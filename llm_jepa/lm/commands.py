@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..core.recipe import Recipe
+    from ..core.run import Beginning
     from ..core.trainer import JEPATrainer
     from .prompts import Prompt, PromptForm
     from .trainer import LLMJEPATrainer
@@ -35,14 +36,14 @@ def train(recipe: Recipe) -> None:
     from ..core import run
 
     start = _begin(recipe)
-    if not run.is_finished(recipe, start.resume):
-        run.train(_trainer(recipe, start), start.resume, before_saving=_merge_adapter)
+    if not run.is_finished(recipe, start.run):
+        run.train(_trainer(recipe, start), start.run.resume, before_saving=_merge_adapter)
 
 
 def build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
     """The trainer and the checkpoint to resume from. Raises UserError before anything is written."""
     start = _begin(recipe)
-    return _trainer(recipe, start), start.resume
+    return _trainer(recipe, start), start.run.resume
 
 
 class _Start(NamedTuple):
@@ -50,8 +51,7 @@ class _Start(NamedTuple):
 
     rows: Dataset
     validation: Dataset | None
-    identity: dict[str, Any]
-    resume: str | None
+    run: Beginning
 
 
 def _begin(recipe: Recipe) -> _Start:
@@ -65,10 +65,23 @@ def _begin(recipe: Recipe) -> _Start:
     check_pairs(recipe.training)
     set_seed(recipe.training.seed)
     rows, validation = load_data(recipe.data, seed=run.data_seed(recipe))
-    identity, resume = run.identify(
-        recipe, data_sha256(rows), data_sha256(validation), sources=SOURCES, further=_further(recipe)
+    beginning = run.identify(
+        recipe,
+        data_sha256(rows),
+        data_sha256(validation),
+        sources=SOURCES,
+        further=_further(recipe),
+        needs_length=_needs_length(recipe),
     )
-    return _Start(rows, validation, identity, resume)
+    return _Start(rows, validation, beginning)
+
+
+def _needs_length(recipe: Recipe) -> str | None:
+    """What of the JEPA term depends on the number of steps of the run."""
+    training = recipe.training
+    if training.uses_views and training.target_encoder == "ema":
+        return "target_encoder: ema (its decay)"
+    return None if training.jepa_weight_end in (None, training.jepa_weight) else "jepa_weight_end"
 
 
 def _further(recipe: Recipe) -> str:
@@ -93,7 +106,7 @@ def _trainer(recipe: Recipe, start: _Start) -> LLMJEPATrainer:
         trainer = LLMJEPATrainer(
             model, training, rows, validation, tokenizer, lora_config(recipe.model), preparation=preparation
         )
-    run.claim(trainer, recipe, start.identity, sources=SOURCES)
+    run.claim(trainer, recipe, start.run.record, sources=SOURCES)
     return trainer
 
 

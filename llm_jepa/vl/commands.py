@@ -6,10 +6,11 @@ Modules that need torch are imported inside the functions, so that help and wron
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ..core.recipe import Recipe
+    from ..core.run import Beginning
     from .arguments import VLJEPATrainingArguments
     from .data import Clip
     from .trainer import VLJEPATrainer
@@ -29,14 +30,14 @@ def train(recipe: Recipe) -> None:
     from ..core import run
 
     start = _begin(recipe)
-    if not run.is_finished(recipe, start.resume):
-        run.train(_trainer(recipe, start), start.resume)
+    if not run.is_finished(recipe, start.run):
+        run.train(_trainer(recipe, start), start.run.resume)
 
 
 def build_trainer(recipe: Recipe) -> tuple[VLJEPATrainer, str | None]:
     """The trainer and the checkpoint to resume from. Raises UserError before anything is written."""
     start = _begin(recipe)
-    return _trainer(recipe, start), start.resume
+    return _trainer(recipe, start), start.run.resume
 
 
 class _Start(NamedTuple):
@@ -44,8 +45,7 @@ class _Start(NamedTuple):
 
     clips: list[Clip]
     validation: list[Clip]
-    identity: dict[str, Any]
-    resume: str | None
+    run: Beginning
 
 
 def _begin(recipe: Recipe) -> _Start:
@@ -59,7 +59,7 @@ def _begin(recipe: Recipe) -> _Start:
     set_seed(training.seed)
     clips, validation = load_clips(recipe.data, seed=run.data_seed(recipe))
     _check_batches(training, clips, validation)
-    identity, resume = run.identify(
+    beginning = run.identify(
         recipe,
         clips_sha256(clips),
         clips_sha256(validation) if validation else None,
@@ -67,7 +67,7 @@ def _begin(recipe: Recipe) -> _Start:
         further=f"train its model further as a new run: a recipe with vl_model: {training.output_dir} in place of the "
         "parts, and another output_dir",
     )
-    return _Start(clips, validation, identity, resume)
+    return _Start(clips, validation, beginning)
 
 
 def _trainer(recipe: Recipe, start: _Start) -> VLJEPATrainer:
@@ -82,7 +82,7 @@ def _trainer(recipe: Recipe, start: _Start) -> VLJEPATrainer:
     held_out = ClipDataset(start.validation, num_frames=model.config.num_frames) if start.validation else None
     with run.library_refusals():
         trainer = VLJEPATrainer(model, training, clips, held_out, processor)
-    run.claim(trainer, recipe, start.identity, sources=SOURCES)
+    run.claim(trainer, recipe, start.run.record, sources=SOURCES)
     return trainer
 
 

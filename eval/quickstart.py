@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a 0.7M-parameter model runs slo
 import torch
 
 from llm_jepa import cli
-from llm_jepa.core.files import write_json
+from llm_jepa.core.files import write_json, written_whole
 from llm_jepa.lm import (
     JEPACollator,
     add_view_columns,
@@ -159,7 +159,8 @@ def draw(out: Path, results: dict[str, dict[str, Any]]) -> Path:
     _draw_answers(axes[1, 2], results)
     figure.suptitle("llm_jepa quickstart: 0.7M-parameter Llama from scratch on generated NL-RX-like rows")
     path = out / "quickstart.png"
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
     return path
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_jepa import UserError
+from llm_jepa.core.files import write_whole
 
 from .command import one_line_errors, require
 from .pages import cost, experiments, nl_rx, vl
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     for path in stale:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(fresh[path])
+        write_whole(path, fresh[path])
     print(f"Rewritten: {names}.")
     return 0
 

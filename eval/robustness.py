@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from llm_jepa import UserError, cli
-from llm_jepa.core.files import write_json
+from llm_jepa.core.files import write_json, write_json_lines, write_whole, written_whole
 from llm_jepa.lm import check_model, tokenizer_from
 
 from .command import one_line_errors, require
@@ -157,7 +157,7 @@ def _rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def _embed(model: str, rows: Sequence[dict[str, Any]], out: Path, batch_size: int) -> None:
     """Run `llm-jepa embed`. Its result appears under its name only when it is complete."""
     inputs = out.with_name("prompts.jsonl")
-    inputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(inputs, rows)
     messages = io.StringIO()
     files = ["--input", str(inputs), "--output", str(out)]
     with contextlib.redirect_stderr(messages):
@@ -296,9 +296,10 @@ def _score_arm(
 
 def _write(out: Path, analysis: Mapping[str, Any]) -> None:
     """The plots, the report, and last the results; the short tables go to the terminal."""
-    plot_worst(analysis).savefig(out / SCATTER, dpi=150)
-    plot_phrasing(analysis).savefig(out / PHRASING, dpi=150)
-    (out / REPORT).write_text(report(analysis))
+    for name, draw in ((SCATTER, plot_worst), (PHRASING, plot_phrasing)):
+        with written_whole(out / name) as temporary:
+            draw(analysis).savefig(temporary, dpi=150)
+    write_whole(out / REPORT, report(analysis))
     write_json(out / RESULTS, analysis)
     print("\n" + summary(analysis))
     if analysis["comparisons"]:

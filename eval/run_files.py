@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.core.files import write_json
+from llm_jepa.core.files import append, write_json, write_json_lines, written_whole
 
 from .command import check_writable
 
@@ -54,7 +53,7 @@ class RunFiles:
         """
         if not self.partial.exists():
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-            _write_lines(self.partial, [run])
+            write_json_lines(self.partial, [run])
             return {}
         whole = [line for line in self.partial.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         try:
@@ -66,16 +65,16 @@ class RunFiles:
             raise UserError(
                 f"{self.partial} belongs to another run ({change}); remove it to start afresh, or use another --out."
             )
-        with open(self.partial, "r+b") as file:
-            file.truncate(sum(map(len, whole)))
+        with written_whole(self.partial) as temporary:
+            temporary.write_bytes(b"".join(whole))
         return {(row["group"], row["wording"]): row for row in rows}
 
     def append(self, rows: Sequence[Row]) -> None:
-        _append(self.partial, rows)
+        append(self.partial, "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self, result: Row, samples: Sequence[Row]) -> None:
         """Write the samples, then the result: a result file is complete or does not exist."""
-        _write_lines(self.samples, samples)
+        write_json_lines(self.samples, samples)
         write_json(self.out, result)
         self.partial.unlink(missing_ok=True)
 
@@ -91,17 +90,3 @@ def _difference(run: Row, other: Row) -> str | None:
             return f"{key}.{inner} is {before.get(inner)!r:.80}, now {value.get(inner)!r:.80}"
         return f"{key} is {before!r:.80}, now {value!r:.80}"
     return None
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    with open(path, "a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_lines(path: Path, rows: Sequence[Row]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("")
-    _append(temporary, rows)
-    os.replace(temporary, path)

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from llm_jepa.core.files import write_whole
 from llm_jepa.core.recipe import EXTENDS
 from llm_jepa.core.strict_yaml import read_yaml
 from llm_jepa.families import parse_recipe
@@ -90,7 +91,7 @@ def main(check: bool) -> int:
     if check:
         print(f"{README} is stale; run python -m recipes.table")
         return 1
-    README.write_text(text, encoding="utf-8")
+    write_whole(README, text)
     return 0
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from llm_jepa import UserError
 from llm_jepa.core.card import NOT_EVALUATED
+from llm_jepa.core.files import write_whole
 
 from .groups import read_answers, robustness
 from .inference import Interval
@@ -43,7 +44,7 @@ def write_card(folder: str | Path, run: Run, *, dataset: str, metric: str) -> Pa
         raise UserError(f"The metadata of {path} cannot be read ({error}); correct its first lines.") from None
     card.data["model-index"] = index
     card.text = _with_table(card.text, run, results, dataset, metric)
-    card.save(path)
+    write_whole(path, str(card))
     return path
 
 

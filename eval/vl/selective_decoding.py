@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from llm_jepa.core.files import write_json
+from llm_jepa.core.files import write_json, written_whole
 from llm_jepa.stream.decoder import Caption
 from llm_jepa.stream.segments import boundary_f1, segment_at
 from llm_jepa.synthetic import shapestream as world
@@ -240,7 +240,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0].legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def measure(streams: Sequence[Embedded], memory: MemoryProjection, seconds: float) -> dict[str, Any]:

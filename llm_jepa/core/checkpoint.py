@@ -59,6 +59,7 @@ def fault(
     run: Mapping[str, Any] = NO_RECORD,
     num_processes: int | None = None,
     has_state: bool = True,
+    has_scaler: bool = False,
 ) -> str | None:
     """Why a checkpoint cannot be used, or None if it is complete.
 
@@ -66,25 +67,28 @@ def fault(
         run: the record that it must belong to; an empty one for any.
         num_processes: of the run; every one has its own state of the random generators. None if that is not known.
         has_state: False if the run saves models only, which no run resumes from.
+        has_scaler: the run scales its gradients, or its record says so (fp16).
     """
     folder = Path(folder)
 
     def required(names: set[str]) -> str | None:
         missing = None if WEIGHTS_FILE.search("\n".join(names)) else "weights"
         if has_state and missing is None:
-            missing = _missing_state(names, num_processes)
+            missing = _missing_state(names, num_processes, has_scaler or bool(run.get("fp16")))
         return f"it has no {missing}" if missing else None
 
     return broken(folder, required=required) or _fault_of_state(folder) or _fault_of_owner(folder, run)
 
 
-def _missing_state(names: set[str], num_processes: int | None) -> str | None:
+def _missing_state(names: set[str], num_processes: int | None, has_scaler: bool) -> str | None:
     """What a resumed run needs and transformers would start afresh, silently, if it is not among the files."""
     lines = "\n".join(names)
     if not OPTIMIZER.search(lines):
         return "optimizer state (save_only_model: true saves none)"
     if "scheduler.pt" not in names and not DEEPSPEED.search(lines):
         return "scheduler state (scheduler.pt)"
+    if has_scaler and "scaler.pt" not in names and not DEEPSPEED.search(lines):
+        return "state of the gradient scaler (scaler.pt)"
     generators = {name for name in names if re.fullmatch(r"rng_state(_\d+)?\.pth", name)}
     if num_processes == 1:
         needed = {"rng_state.pth"}
@@ -159,10 +163,11 @@ def newest_complete(
     run: Mapping[str, Any] = NO_RECORD,
     num_processes: int | None = None,
     has_state: bool = True,
+    has_scaler: bool = False,
 ) -> Path | None:
     """The newest checkpoint that `fault` accepts, or None."""
     for path in checkpoints(output_dir):
-        if fault(path, run=run, num_processes=num_processes, has_state=has_state) is None:
+        if fault(path, run=run, num_processes=num_processes, has_state=has_state, has_scaler=has_scaler) is None:
             return path
     return None
 

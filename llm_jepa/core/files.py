@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,17 +121,39 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON with sorted keys, whole and flushed to disk. Makes the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write a line of JSON for each row, whole and flushed to disk."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8 with Unix line ends, whole."""
+    """Write a text as UTF-8 with Unix line ends, whole and flushed to disk."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+        flush(temporary)
+
+
+def append(path: str | Path, text: str) -> None:
+    """Append a text to a file that exists, flushed to disk. Raises OSError for a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
+    with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

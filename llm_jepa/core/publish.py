@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .files import STAGE, file_sha256, write_json
+from .files import STAGE, file_sha256, flush, make_stage, write_json
 
 MANIFEST = "manifest.json"
 MOVING = "moving"  # name of a folder in a stage whose files are being moved out of the stage
@@ -59,7 +61,7 @@ def seal(folder: str | Path, *, run: str | None = None) -> None:
 
     def flush_all() -> None:
         for path in paths:
-            _flush(path)
+            flush(path)
 
     flushing = Work(flush_all)
     flushing.start()
@@ -67,8 +69,8 @@ def seal(folder: str | Path, *, run: str | None = None) -> None:
     flushing.finish()
     write_json(folder / MANIFEST, {"files": files} | ({"run": run} if run is not None else {}))
     for path in sorted(path for path in folder.rglob("*") if path.is_dir()):
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -145,7 +147,44 @@ def publish(staged: Path, target: Path) -> None:
     if os.path.lexists(target):
         os.rename(target, staged.with_name(f"{target.name}.replaced"))  # removed with the stage
     os.rename(staged, target)
-    _flush(target.parent)
+    flush(target.parent)
+
+
+@contextmanager
+def published(target: str | Path) -> Iterator[Path]:
+    """A folder to fill. When the block ends it is sealed and becomes `target`; if the block fails, nothing is left.
+
+    A folder that exists keeps its other files. If `target` is a link, the link is replaced and not followed.
+    """
+    target = Path(target).absolute()
+    is_shared = target.is_dir() and not target.is_symlink()
+    home = target if is_shared else target.parent
+    home.mkdir(parents=True, exist_ok=True)
+    stage = make_stage(home)
+    try:
+        staged = stage / target.name
+        staged.mkdir()
+        yield staged
+        seal(staged)
+        if is_shared:
+            publish_into(staged, target)
+        else:
+            publish(staged, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def damage_of(folder: str | Path) -> str | None:
+    """Why a folder that `published` has made is not complete; None if it is, or if it has no manifest.
+
+    Other files in the folder are not looked at. Earlier versions wrote no manifest.
+    """
+    folder = Path(folder)
+    if is_cut_move(folder):
+        return "it was only written in part"
+    if not os.path.lexists(folder / MANIFEST):
+        return None
+    return broken(folder, required=lambda names: None, is_shared=True)
 
 
 def publish_into(staged: Path, folder: Path) -> None:
@@ -157,7 +196,7 @@ def publish_into(staged: Path, folder: Path) -> None:
     Raises OSError if a link is in the place of one of its folders.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
-    _flush(folder)
+    flush(folder)
     staged = staged.rename(staged.with_name(MOVING))
     folders = {folder}
     for name in sorted(_files_of(staged) - {MANIFEST}):
@@ -169,9 +208,9 @@ def publish_into(staged: Path, folder: Path) -> None:
         os.replace(staged / name, target)
         folders.add(target.parent)
     for changed in sorted(folders):
-        _flush(changed)
+        flush(changed)
     os.replace(staged / MANIFEST, folder / MANIFEST)
-    _flush(folder)
+    flush(folder)
 
 
 def is_cut_move(folder: str | Path) -> bool:
@@ -179,25 +218,28 @@ def is_cut_move(folder: str | Path) -> bool:
     return not (Path(folder) / MANIFEST).exists() and any(Path(folder).glob(f"{STAGE}*/{MOVING}/{MANIFEST}"))
 
 
-def leftovers(folder: str | Path) -> list[Path]:
+def leftovers(folder: str | Path, *, min_age_s: float = 0) -> list[Path]:
     """What killed processes left in a folder: stages and, from earlier versions, temporary files."""
     if not os.path.isdir(folder):
         return []
     found = []
     for path in sorted(Path(folder).iterdir()):
         is_stage = path.name.startswith(STAGE) and path.is_dir()
-        if (is_stage or OLD_LEFTOVER.fullmatch(path.name)) and not path.is_symlink():
+        is_old = not min_age_s or time.time() - path.lstat().st_mtime >= min_age_s
+        if (is_stage or OLD_LEFTOVER.fullmatch(path.name)) and is_old and not path.is_symlink():
             found.append(path)
     return found
 
 
-def remove_leftovers(folder: str | Path) -> int:
-    """Remove the leftovers of killed processes and return their number. No other process may write to the folder.
+def remove_leftovers(folder: str | Path, *, min_age_s: float = 0) -> int:
+    """Remove the leftovers of killed processes and return their number.
+
+    min_age_s: leave what has changed since; other processes may write to the folder.
 
     Files that a killed `publish_into` had moved are removed, too, since the folder has no manifest of them.
     """
     folder = Path(folder)
-    paths = leftovers(folder)
+    paths = leftovers(folder, min_age_s=min_age_s)
     for path in paths:
         if not path.is_dir():
             path.unlink()
@@ -238,14 +280,3 @@ def _is_entry(name: str, entry: Any) -> bool:
         return False
     size, sha256 = entry.get("bytes"), entry.get("sha256")
     return type(size) is int and size >= 0 and isinstance(sha256, str)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -52,7 +52,8 @@ class SavingTrainer(Trainer):
     def last_good_checkpoint(self) -> str:
         """The newest complete checkpoint of this run, in words."""
         self.finish_saving()
-        newest = checkpoint.newest_complete(self.args.output_dir, has_state=not self.args.save_only_model)
+        has_state, has_scaler = not self.args.save_only_model, getattr(self.accelerator, "scaler", None) is not None
+        newest = checkpoint.newest_complete(self.args.output_dir, has_state=has_state, has_scaler=has_scaler)
         return str(newest or "none yet")
 
     def save_more(self, folder: Path) -> None:

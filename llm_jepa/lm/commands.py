@@ -180,6 +180,7 @@ def generate(options: argparse.Namespace) -> None:
     if options.system and options.input:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     _check_output(options, ".jsonl", "JSON lines")
+    from ..core.files import write_whole
     from . import inference
     from .prompts import form_of, other_format
     from .sources import read_rows
@@ -203,7 +204,7 @@ def generate(options: argparse.Namespace) -> None:
         for prompt, generation in zip(prompts, generations, strict=True):
             line = {"prompt": prompt, "text": generation.text, "stopped": generation.stopped}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        Path(options.output).write_text("".join(lines))
+        write_whole(options.output, "".join(lines))
         print(f"Wrote {len(lines)} generations to {options.output}")
         return
     for prompt, generation in zip(prompts, generations, strict=True):

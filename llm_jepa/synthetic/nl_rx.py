@@ -25,7 +25,6 @@ raise `VERSION`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ArgumentParser
-from ..core.files import written_whole
+from ..core.files import write_json_lines
 
 # Part of every seed: a change of the grammar is a change of the data, and needs another number.
 VERSION = 1
@@ -442,8 +441,7 @@ def _row(line: Tree, wording: int) -> dict[str, list[dict[str, str]]]:
 
 
 def _write_rows(path: Path, rows: list[dict[str, list[dict[str, str]]]]) -> Path:
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    write_json_lines(path, rows)
     return path
 
 

@@ -11,11 +11,14 @@ from typing import Any
 from transformers import GPT2Config, TrainingArguments
 
 from ..core.errors import UserError
+from ..core.publish import is_cut_move, remove_leftovers
 from ..core.row_files import JSON_SUFFIXES, json_rows, row_suffix
 from ..core.tokenizer import train_bpe
 from .data import is_text
 from .inference import VLJEPA
 from .y_decoder import MemoryProjection, YDecoder, fingerprint, train_prefix_decoder
+
+ABANDONED_S = 24 * 3600  # a run may be saving into this folder, and large models take long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.model) / "y_decoder"
     if folder.exists():
         raise UserError(f"{folder} exists; move it away to train another decoder.")
+    # Not that of a final save that was cut short: its run needs it.
+    if not is_cut_move(options.model) and (count := remove_leftovers(options.model, min_age_s=ABANDONED_S)):
+        print(f"Removed {count} leftover(s) of a killed process from {options.model}.")
     texts = read_texts(options.texts)
     vl_jepa = VLJEPA.from_pretrained(options.model)
     decoder = train_y_decoder(

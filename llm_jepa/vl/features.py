@@ -3,6 +3,9 @@
 A cache is a folder of safetensors shards and a manifest. Its name is a hash of the data, the encoder's weights and the
 preprocessing. If one of them changes, so does the folder, and an old feature is never mistaken for a new one.
 
+A shard also holds a SHA-256 of the features of each clip. A process checks a clip when it reads it for the first time,
+so a cache of terabytes is not read before training. (A hash of a whole shard would be.)
+
 The rules by which files are read have a version, `READING`, which is in the shards and not in the name: a change of the
 rules moves few films, and a cache of others stays good. So a complete cache of an older version is used with a warning,
 and the shards of one that was never completed are computed again, because a cache must not hold both.
@@ -24,9 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.errors import UserError
-from ..core.files import write_json, written_whole
+from ..core.files import flush, write_json, written_whole
+from ..core.publish import MANIFEST, read_object, remove_leftovers
 
 SHARD = 512  # clips in a file
+ABANDONED_S = 3600  # a stage lives as long as a file is written, not computed
 # 2: frames are uniform in time in films of variable rate; alpha is laid on white; EXIF, mirroring, pixel aspect and
 #    the start of the film are obeyed. Nothing changed for upright films of constant rate with square pixels.
 READING = "2"
@@ -41,12 +46,19 @@ class Clips(Protocol):
 
 
 class FeatureCache:
-    """Features [count, N, D_x] on disk, memory mapped. `cache[[3, 7]]` -> [2, N, D_x] float32."""
+    """Features [count, N, D_x] on disk, memory mapped. `cache[[3, 7]]` -> [2, N, D_x] float32.
+
+    Raises UserError for a folder that is not a complete cache, and for features that are not those that were stored.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        manifest = _manifest_of(self.folder)
+        if manifest is None:
+            raise UserError(f"{folder} is not a complete feature cache: it has no readable {MANIFEST}.")
+        self.manifest = manifest
         self._open: dict[int, Any] = {}
+        self._checked: set[int] = set()
 
     def __len__(self) -> int:
         return int(self.manifest["count"])
@@ -58,9 +70,24 @@ class FeatureCache:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of a cache of {len(self)}")
         shard, row = divmod(index, self.manifest["clips_per_file"])
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / _shard_name(shard), "pt").__enter__()
-        return self._open[shard].get_slice("features")[row]
+        path = self.folder / _shard_name(shard)
+        try:
+            if shard not in self._open:
+                self._open[shard] = safe_open(path, "pt").__enter__()
+            features: Tensor = self._open[shard].get_slice("features")[row]
+            is_right = index in self._checked or "hashed_with" not in self.manifest
+            if not is_right:
+                stored = self._open[shard].get_slice("sha256")[row].tolist()
+                is_right = stored == _hash_of(features, self.manifest["hashed_with"], index)
+        except (OSError, SafetensorError, IndexError):
+            is_right = False
+        if not is_right:
+            raise UserError(
+                f"The features of clip {index} in {path} are damaged. Remove that file and start again: it is computed "
+                "again."
+            )
+        self._checked.add(index)
+        return features
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each worker of a data loader opens the files again
@@ -86,7 +113,8 @@ def cache_features(
             65,504; larger features are refused.
         is_main: False on the other ranks: they only open the cache. Call them after the main rank.
 
-    Raises UserError for clips whose features differ in shape, and for features that the dtype cannot hold.
+    Raises UserError for clips whose features differ in shape, for features that the dtype cannot hold, and if the
+    cache's own folder is a link and not complete.
     """
     digest = hashlib.sha256()
     for identity in clips.identity():
@@ -100,23 +128,28 @@ def cache_features(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     here = Path(folder) / name
-    if (here / "manifest.json").is_file() or not is_main:
-        cache = FeatureCache(here)
-        if is_main and cache.manifest.get("reading") != READING:
-            warnings.warn(
-                f"{here} was computed when films of variable frame rate, pictures with transparency or EXIF "
-                "orientation, mirrored films and pixels that are not square were read in another way. If there are "
-                "such among the clips, remove the folder, and the features are computed again.",
-                stacklevel=2,
-            )
-        return cache
+    if not is_main:
+        return FeatureCache(here)
+    if count := remove_leftovers(here, min_age_s=ABANDONED_S):
+        print(f"Removed {count} leftover(s) of a killed process from {here}.")
+    shards = [range(start, min(start + SHARD, len(clips))) for start in range(0, len(clips), SHARD)]
+    manifest = _manifest_of(here)
+    if manifest is not None and {**manifest, **key, "count": len(clips)} == manifest:
+        broken = [rows for rows in shards if not _fits(here / _shard_name(rows.start // SHARD), rows, manifest)]
+        if not broken:
+            _warn_of_older(here, manifest)
+            return FeatureCache(here)
+        warnings.warn(
+            f"{len(broken)} of {len(shards)} files in {here} are damaged; computing them again.", stacklevel=2
+        )
+    if here.is_symlink():
+        raise UserError(f"{here} is a link, and features are not written through links; remove it.")
     here.mkdir(parents=True, exist_ok=True)
     shape: tuple[int, ...] | None = None  # [N, D_x], the same for all clips
     with tqdm(total=len(clips), desc=f"visual features -> {here}", unit="clip") as progress:
-        for start in range(0, len(clips), SHARD):
-            rows = range(start, min(start + SHARD, len(clips)))
-            path = here / _shard_name(start // SHARD)
-            finished = _shape_of(path)
+        for rows in shards:
+            path = here / _shard_name(rows.start // SHARD)
+            finished = _shape_of(path, name, rows)
             if finished is not None:
                 shape = finished
                 progress.update(len(rows))
@@ -128,11 +161,26 @@ def cache_features(
                 shape = tuple(features.shape[1:])
                 batches.append(features)
                 progress.update(len(batch))
-            with written_whole(path) as temporary:  # another run may write to the same cache
-                save_file({"features": torch.cat(batches)}, temporary, metadata={"reading": READING})
-    manifest = {**key, "reading": READING, "count": len(clips), "shape": list(shape or ())}
-    write_json(here / "manifest.json", manifest)
+            _write_shard(path, name, rows, torch.cat(batches))
+    manifest = {**key, "reading": READING, "hashed_with": name, "count": len(clips), "shape": list(shape or ())}
+    write_json(here / MANIFEST, manifest)
     return FeatureCache(here)
+
+
+def _warn_of_older(here: Path, manifest: dict[str, Any]) -> None:
+    if manifest.get("reading") != READING:
+        warnings.warn(
+            f"{here} was computed when films of variable frame rate, pictures with transparency or EXIF "
+            "orientation, mirrored films and pixels that are not square were read in another way. If there are "
+            "such among the clips, remove the folder, and the features are computed again.",
+            stacklevel=3,
+        )
+    elif "hashed_with" not in manifest:
+        warnings.warn(
+            f"{here} was computed by an earlier version, which stored no hashes, so damage to its files is not "
+            "noticed. Remove the folder, and the features are computed again.",
+            stacklevel=3,
+        )
 
 
 def encoder_sha256(x_encoder: torch.nn.Module) -> str:
@@ -184,15 +232,60 @@ def _settings(processor: Any) -> str:
     )
 
 
-def _shape_of(path: Path) -> tuple[int, ...] | None:
-    """[N, D_x] of a shard; None if there is none, if a crash left half of it, or if it was read by other rules."""
+def _manifest_of(here: Path) -> dict[str, Any] | None:
+    """The manifest of a complete cache; None if there is none of that form."""
+    try:
+        manifest = read_object(here / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    count, size, shape = (manifest.get(key) for key in ("count", "clips_per_file", "shape"))
+    is_valid = type(count) is int and count >= 0 and type(size) is int and size > 0 and isinstance(shape, list)
+    return manifest if is_valid else None
+
+
+def _fits(path: Path, rows: range, manifest: dict[str, Any]) -> bool:
+    """Whether a file of a complete cache is there, by its size and header; its features are checked when they are read.
+
+    safetensors compares the size of a file with its header.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.get_slice("features").get_shape() == [len(rows), *manifest["shape"]])
+    except (OSError, SafetensorError):
+        return False
+
+
+def _shape_of(path: Path, name: str, rows: range) -> tuple[int, ...] | None:
+    """[N, D_x] of a shard; None if there is none, if it is damaged, or if it was read by other rules."""
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("reading") != READING:
                 return None
-            return tuple(file.get_slice("features").get_shape()[1:])
+            features, hashes = file.get_tensor("features"), file.get_tensor("sha256")
     except (OSError, SafetensorError):
         return None
+    is_right = features.ndim > 1 and torch.equal(hashes, _hashes(features, name, rows))
+    return tuple(features.shape[1:]) if is_right else None
+
+
+def _write_shard(path: Path, name: str, rows: range, features: Tensor) -> None:
+    with written_whole(path) as temporary:  # another run may write to the same cache
+        tensors = {"features": features, "sha256": _hashes(features, name, rows)}
+        save_file(tensors, temporary, metadata={"reading": READING})
+        flush(temporary)
+
+
+def _hashes(features: Tensor, name: str, rows: range) -> Tensor:
+    """[n, 32] bytes: the hash of each clip's features."""
+    hashes = [_hash_of(row, name, index) for row, index in zip(features, rows, strict=False)]
+    return torch.tensor(hashes, dtype=torch.uint8)
+
+
+def _hash_of(features: Tensor, name: str, index: int) -> list[int]:
+    """SHA-256 of the features [N, D_x] of a clip, of its cache and of its number there."""
+    digest = hashlib.sha256(f"{name} {index} ".encode())
+    digest.update(features.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return list(digest.digest())
 
 
 def _shard_name(number: int) -> str:

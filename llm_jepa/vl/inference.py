@@ -21,6 +21,7 @@ from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError, first_line
+from ..core.publish import published
 from ..stream.clips import read_clip
 from ..stream.opening import is_image
 from .configuration import VLJEPAConfig
@@ -87,12 +88,13 @@ class VLJEPA:
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save model, processor and y_decoder, if there is one."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        """Save model, processor and y_decoder, if there is one, with a manifest of all files; see `core.publish`."""
         y_decoder = self._y_decoder or self._load_y_decoder()
-        if y_decoder is not None:
-            y_decoder.save_pretrained(Path(folder) / "y_decoder")
+        with published(folder) as staged:
+            self.model.save_pretrained(staged)
+            self.processor.save_pretrained(staged)
+            if y_decoder is not None:
+                y_decoder.save_pretrained(staged / "y_decoder")
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 

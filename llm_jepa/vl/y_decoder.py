@@ -43,6 +43,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.errors import UserError
 from ..core.files import write_json
+from ..core.publish import damage_of, published
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
@@ -221,9 +222,11 @@ class YDecoder:
         return self.decoder.decode(embeddings.to(self.decoder.device), self.tokenizer, max_new_tokens=max_new_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save memory, decoder and tokenizer."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Save memory, decoder and tokenizer, with a manifest of all files; see `core.publish`."""
+        with published(folder) as staged:
+            self._write(staged)
+
+    def _write(self, folder: Path) -> None:
         info: dict[str, Any] = {"made_for": self.made_for, "prefix_decoder": self.decoder is not None}
         if self.decoder is not None:
             self.decoder.save_pretrained(folder)
@@ -236,7 +239,10 @@ class YDecoder:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> YDecoder | None:
-        """Load the y_decoder/ of a folder or Hub id; None if there is none. Raises UserError if weights are missing."""
+        """Load the y_decoder/ of a folder or Hub id; None if there is none.
+
+        Raises UserError if weights are missing, or if a file in the folder is not what was saved.
+        """
         from transformers.utils import cached_file
 
         def path(name: str) -> str | None:
@@ -245,6 +251,8 @@ class YDecoder:
                 _raise_exceptions_for_missing_entries=False,
             )  # fmt: skip
 
+        if reason := damage_of(Path(source) / "y_decoder"):
+            raise UserError(f"The y_decoder of {source} is damaged: {reason}. Save or train it again.")
         if (info_path := path(INFO_FILE)) is None:
             return None
         info = json.loads(Path(info_path).read_text(encoding="utf-8"))

@@ -1,16 +1,12 @@
 """Claim: whatever a kill leaves in output_dir, the same command ends with the run that was not killed.
 
-SIGKILL leaves the files as they are at that moment. So one run copies its folder before every file event of its saves,
-and each copy is a killed run. A file that was being written at that moment is also cut to its half.
+See `tests.kills` for how a run is killed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +19,7 @@ from safetensors.torch import load_file
 from llm_jepa.cli import main
 from llm_jepa.core.checkpoint import MANIFEST, fault_of_model
 from tests.conftest import LLAMA
+from tests.kills import add_torn_files, record
 from tests.ranks import start
 from tests.vl.test_commands import RECIPE as VL_RECIPE
 
@@ -46,7 +43,6 @@ CASES = {
     "vl, best": {**VL, **BEST, "save_total_limit": 1},
 }
 RESUME = ["--resume_from_checkpoint", "true"]
-EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
 class Killed:
@@ -63,7 +59,7 @@ class Killed:
         process.join()
         assert process.exitcode == 0
         self.run.rename(self.whole)
-        _add_torn_files(self.states)
+        add_torn_files(self.states)
         self.names = sorted(path.name for path in self.states.iterdir())
 
     def can_resume(self, state: str) -> bool:
@@ -115,52 +111,10 @@ def _losses(folder: Path) -> list[float]:
 
 
 def _record(words: list[str], run: str, states: str) -> None:
-    """Run the command in this process, and copy its folder before each of its file events."""
-    count, lock, copying = 0, threading.Lock(), threading.local()  # saves are published by a thread
+    def train() -> None:
+        assert main(words) == 0
 
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
-        opens_to_write = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if hasattr(copying, "now") or not (event in EVENTS or opens_to_write):
-            return
-        if not str(arguments[0]).startswith(run + "/"):
-            return
-        file = os.path.relpath(arguments[0], run) if event == "open" else ""
-        # run.json is opened to lock it
-        assert file in ("", "run.json") or file.startswith(".stage-"), f"{file} is written in place"
-        with lock:
-            copying.now = True
-            shutil.copytree(run, f"{states}/{count:04d}", symlinks=True)
-            Path(states, f"{count:04d}.txt").write_text(file)
-            count += 1
-            del copying.now
-
-    sys.addaudithook(hook)
-    assert main(words) == 0
-
-
-def _add_torn_files(states: Path) -> None:
-    """Between two events a file was written: the state after half of it. safetensors writes under a hidden name."""
-    names = sorted(path.name for path in states.iterdir() if path.is_dir())
-    for before, after in zip(names, names[1:], strict=False):
-        opened = Path(states, f"{before}.txt").read_text()
-        new = _files(states / after) - _files(states / before)
-        for file in sorted(new | ({Path(opened)} if opened else set())):
-            whole = states / after / file
-            if not whole.is_file() or not whole.stat().st_size or ".stage-" not in str(file):
-                continue  # a file outside a stage was renamed
-            torn = states / f"{before}-{'-'.join(file.parts[-3:])}"
-            shutil.copytree(states / after, torn, symlinks=True)
-            half = whole.read_bytes()[: whole.stat().st_size // 2]
-            (torn / file).write_bytes(half)
-            if file.suffix == ".safetensors":
-                (torn / file).rename(torn / file.with_name(".tmpAb12Cd"))
-    for path in states.glob("*.txt"):
-        path.unlink()
-
-
-def _files(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    record(train, run, states)
 
 
 def _phase(state: Path) -> str:

@@ -87,6 +87,20 @@ def test_what_a_resumed_run_needs_must_be_in_the_manifest(name, checkpoint):
     assert fault(checkpoint) is not None
 
 
+def test_a_run_in_fp16_needs_its_gradient_scaler(tmp_path):
+    """It would start at 65,536 again, and skip steps that the uninterrupted run took."""
+    run = {"seed": 0, "fp16": True}
+    write_json(tmp_path / RUN_FILE, run)
+    for step in (4, 6):
+        fill(tmp_path / f"checkpoint-{step}", *FILES, *(["scaler.pt"] if step == 4 else []), step=step)
+    assert "scaler.pt" in fault(tmp_path / "checkpoint-6", has_scaler=True)
+    assert find_resume(tmp_path, run, resume="true") == str(tmp_path / "checkpoint-4")
+    with pytest.raises(UserError, match="gradient scaler"):
+        find_resume(tmp_path, run, resume=str(tmp_path / "checkpoint-6"))
+    write_json(tmp_path / RUN_FILE, {"seed": 0})
+    assert find_resume(tmp_path, {"seed": 0}, resume="true") == str(tmp_path / "checkpoint-6")
+
+
 def test_every_process_has_its_generators(tmp_path):
     folder = fill(tmp_path / "checkpoint-4", *FILES[:3], "rng_state_0.pth", "rng_state_1.pth")
     assert fault(folder) is None and fault(folder, num_processes=2) is None

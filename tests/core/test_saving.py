@@ -44,9 +44,9 @@ def train(rows, tmp_path):
 def slow_seal(monkeypatch):
     seal = publish.seal
 
-    def slow(folder):
+    def slow(folder, **options):
         time.sleep(0.3)
-        seal(folder)
+        seal(folder, **options)
 
     monkeypatch.setattr(publish, "seal", slow)
 
@@ -66,9 +66,9 @@ def test_training_goes_on_while_a_checkpoint_is_published(train, tmp_path, monke
     """The checkpoint of step 2 is sealed in step 4 at the earliest; a save that waits would wait for ever."""
     seal, reached = publish.seal, threading.Event()
 
-    def seal_later(folder):
+    def seal_later(folder, **options):
         assert reached.wait(DEADLINE_S), "training waits for the checkpoint"
-        seal(folder)
+        seal(folder, **options)
 
     def look(trainer):
         if trainer.state.global_step == 3:
@@ -113,11 +113,11 @@ def test_what_goes_wrong_in_the_thread_ends_the_run(train, tmp_path, monkeypatch
     """The run ends at one of the next steps, not at the next save; the stage is dropped, the last checkpoint kept."""
     steps, failed, seal = [], [], publish.seal
 
-    def full(folder):
+    def full(folder, **options):
         if folder.name == "checkpoint-4":
             failed.append(folder)
             raise OSError(errno.ENOSPC, "No space left on device")
-        seal(folder)
+        seal(folder, **options)
 
     def look(trainer):
         steps.append(trainer.state.global_step)
@@ -148,7 +148,7 @@ def test_a_callback_that_is_told_of_a_save_finds_it(train, tmp_path, slow_seal, 
 
 def test_a_second_ctrl_c_does_not_wait(train, monkeypatch, capsys):
     ended = threading.Event()
-    monkeypatch.setattr(publish, "seal", lambda folder: ended.wait(DEADLINE_S))
+    monkeypatch.setattr(publish, "seal", lambda folder, **_: ended.wait(DEADLINE_S))
 
     def interrupt(trainer):
         if trainer.state.global_step == 3:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -130,7 +132,7 @@ def test_an_interrupted_build_goes_on_at_its_shard(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache_features(stops, dataset, processor, tmp_path / "cut", **options)
     assert len(list((tmp_path / "cut").rglob("*.safetensors"))) == 1
-    with pytest.raises(OSError):  # not yet a cache
+    with pytest.raises(UserError, match="not a complete feature cache"):
         cache_features(stops, dataset, processor, tmp_path / "cut", is_main=False, **options)
     given.clear()
     cut, _ = cache_of(tmp_path / "cut", dataset, model, processor, batch_size=2)
@@ -145,12 +147,152 @@ def test_a_torn_shard_of_an_unfinished_build_is_made_again(tmp_path, monkeypatch
     expected = cache[range(10)]
     torn = cache.folder / "features-00001.safetensors"
     torn.write_bytes(torn.read_bytes()[:-9])
-    with pytest.raises(Exception, match="(?i)incomplete|invalid|safetensor"):  # finished, and damaged since: never read
+    with pytest.raises(UserError, match="features of clip 5 in .*00001.safetensors are damaged. Remove that file"):
         FeatureCache(cache.folder)[[5]]
     (cache.folder / "manifest.json").unlink()
     (cache.folder / "features-00002.tmp").write_bytes(b"half of it")
     again, given = cache_of(tmp_path, model=model, processor=processor)
     assert given == [4] and torch.equal(again[range(10)], expected)
+
+
+DAMAGE = (
+    "removed",
+    "torn",
+    "zeroed features",
+    "one bit",
+    "zeros",
+    "another cache's",
+    "another shard's",
+    "no hashes",
+    "{}",
+)
+
+
+def damage(path: Path, how: str, other: Path) -> None:
+    """Damage a shard of 4 clips in a way that a crash, a bad disk or a careless copy does."""
+    content = path.read_bytes()
+    tensors = load_file(path)
+    if how == "removed":
+        path.unlink()
+    elif how == "torn":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "zeros":
+        path.write_bytes(bytes(len(content)))
+    elif how == "{}":
+        path.write_bytes(struct.pack("<Q", 2) + b"{}")
+    elif how == "one bit":
+        start = content.index(tensors["features"].numpy().tobytes())
+        path.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+    elif how == "another cache's":
+        shutil.copy(other / path.name, path)
+    elif how == "another shard's":
+        shutil.copy(path.with_name("features-00000.safetensors"), path)
+    else:
+        if how == "no hashes":
+            del tensors["sha256"]
+        else:
+            tensors["features"] = torch.zeros_like(tensors["features"])
+        features_module.save_file(tensors, path, metadata={"reading": features_module.READING})
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_features_never_train(how, is_complete, tmp_path, monkeypatch):
+    """A complete cache is used again: what its header shows is computed again at once, the rest is an error when it is
+    read. Shards without a manifest are checked by their hashes."""
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    model, processor = parts()
+    cache, _ = cache_of(tmp_path, model=model, processor=processor)
+    expected = cache[range(10)]
+    clips = make_clips(seed=1)
+    other, _ = cache_of(tmp_path, ClipDataset(clips, num_frames=2), model, processor)
+    assert not torch.equal(other[range(10)], expected)
+    path = cache.folder / "features-00001.safetensors"
+    damage(path, how, other.folder)
+    if not is_complete:
+        (cache.folder / "manifest.json").unlink()
+    is_seen = not is_complete or how in ("removed", "torn", "zeros", "{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again, given = cache_of(tmp_path, model=model, processor=processor)
+    assert given == ([4] if is_seen else [])
+    if not is_seen:
+        assert torch.equal(again[range(4)], expected[:4])
+        with pytest.raises(UserError, match="features of clip [4-7] in .*00001.safetensors are damaged. Remove that"):
+            again[range(4, 8)]
+        path.unlink()
+        with pytest.warns(UserWarning, match="1 of 3 files in .* are damaged; computing"):
+            again, given = cache_of(tmp_path, model=model, processor=processor)
+        assert given == [4]
+    assert torch.equal(again[range(10)], expected)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"count": -1}', "[" * 100_000])
+def test_a_manifest_of_another_form_is_none(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    cache, _ = cache_of(tmp_path)
+    (cache.folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="is not a complete feature cache"):
+        FeatureCache(cache.folder)
+    again, given = cache_of(tmp_path)
+    assert given == [] and torch.equal(again[range(10)], cache[range(10)])
+
+
+def test_a_cache_of_an_earlier_version_has_no_hashes_and_says_so(tmp_path):
+    cache, _ = cache_of(tmp_path)
+    expected = cache[range(10)]
+    path = cache.folder / "features-00000.safetensors"
+    damage(path, "no hashes", cache.folder)
+    manifest = cache.folder / "manifest.json"
+    manifest.write_text(json.dumps({key: v for key, v in cache.manifest.items() if key != "hashed_with"}))
+    expected = load_file(path)["features"].float()
+    with pytest.warns(UserWarning, match="no hashes, so damage to its files is not noticed"):
+        kept, given = cache_of(tmp_path)
+    assert given == [] and torch.equal(kept[range(10)], expected)
+    manifest.unlink()
+    assert cache_of(tmp_path)[1] == [4, 4, 2]
+
+
+def test_a_clip_is_hashed_once(tmp_path, monkeypatch):
+    cache, _ = cache_of(tmp_path)
+    hashed, real = [], features_module._hash_of
+    monkeypatch.setattr(
+        features_module, "_hash_of", lambda f, name, index: (hashed.append(index), real(f, name, index))[1]
+    )
+    cache = FeatureCache(cache.folder)
+    for _ in range(2):
+        cache[[7, 2]]
+    assert hashed == [7, 2]
+
+
+def test_features_are_not_written_through_links(tmp_path):
+    cache, _ = cache_of(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    cache.folder.rename(elsewhere)
+    cache.folder.symlink_to(elsewhere)
+    assert cache_of(tmp_path)[1] == []  # it is read
+    (elsewhere / "manifest.json").unlink()
+    (elsewhere / "features-00000.safetensors").unlink()
+    with pytest.raises(UserError, match="is a link, and features are not written through links"):
+        cache_of(tmp_path)
+    cache.folder.unlink()
+    cache.folder.mkdir()
+    for name in ("manifest.json", "features-00000.safetensors"):
+        (cache.folder / name).symlink_to(elsewhere / name)
+    assert cache_of(tmp_path)[1] == [4, 4, 2]
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_stage_is_removed_when_its_writer_cannot_be_alive(tmp_path, capsys):
+    cache, _ = cache_of(tmp_path)
+    (cache.folder / "manifest.json").unlink()
+    old, young = cache.folder / ".stage-old", cache.folder / ".stage-young"
+    for stage in (old, young):
+        stage.mkdir()
+    os.utime(old, (0, 0))
+    cache_of(tmp_path)
+    assert not old.exists() and young.exists()
+    assert "Removed 1 leftover(s) of a killed process" in capsys.readouterr().out
 
 
 def test_two_runs_may_build_one_cache_at_the_same_time(tmp_path, monkeypatch):

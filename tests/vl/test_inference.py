@@ -344,6 +344,7 @@ def test_a_folder_without_a_y_decoder_has_none(tmp_path: Path) -> None:
 
 def test_a_y_decoder_that_lacks_weights_is_refused(tmp_path: Path, trained: PrefixDecoder, tokenizer: Any) -> None:
     YDecoder("x", None, trained, tokenizer).save_pretrained(tmp_path / "y_decoder")
+    (tmp_path / "y_decoder" / "manifest.json").unlink()  # as earlier versions saved
     drop(tmp_path / "y_decoder" / "model.safetensors", "prefix.weight")
     with pytest.raises(UserError, match=r"lacks weights \(prefix.weight"):
         YDecoder.from_pretrained(tmp_path)
@@ -686,6 +687,7 @@ def test_each_revision_has_its_own_y_decoder(saved: Path, tmp_path: Path, monkey
     for name, commit in (("main", "a" * 40), ("v2", "b" * 40)):
         snapshot = tmp_path / "models--us--vl" / "snapshots" / commit
         shutil.copytree(saved, snapshot)
+        (snapshot / "y_decoder" / "manifest.json").unlink()
         texts = snapshot / "y_decoder" / "memory.json"
         texts.write_text(json.dumps([f"{name}: {text}" for text in json.loads(texts.read_text())]))
         reference = tmp_path / "models--us--vl" / "refs" / name

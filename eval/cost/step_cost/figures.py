@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_jepa.core.files import written_whole
+
 
 class Bound(NamedTuple):
     """A bound on the median of the ratios within repetitions: a number, or a multiple of the ratio of padded tokens."""
@@ -136,5 +138,6 @@ def plot(cells: list[dict[str, Any]], clock: str, path: Path) -> None:
         panel.invert_yaxis()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_jepa import UserError
+from llm_jepa.core.files import written_whole
 
 from ...figures.inference import detectable_difference, equivalence, hierarchical, holm, show_p, t_interval, t_test
 from ...figures.tables import estimate_spread, markdown_table, mean_spread
@@ -218,5 +219,6 @@ def draw(runs: Runs, path: Path) -> None:
     for axis in axes:
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset, load_from_disk
 
 from llm_jepa import UserError, cli
-from llm_jepa.core.files import file_sha256, write_json
+from llm_jepa.core.files import file_sha256, write_json, write_json_lines
+from llm_jepa.core.publish import published
 from llm_jepa.lm import add_view_columns, tokenizer_from, train_tokenizer
 from llm_jepa.synthetic import nl_rx as generator
 
@@ -154,10 +155,12 @@ def prepare(data: Path, work: Path, plan: dict[str, Any]) -> None:
     counts = Counter(line.part for line in lines)
     print(f"lines: { {part: counts[part] for part in ('train', 'validation', 'test')} }")
     rows = base_rows(plan["base_regexes"])
-    (work / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(work / "base.jsonl", rows)
     # The tokenizer may see the text of the training lines, but not their labels. Its regexes are generated ones.
     texts = [{"prompt": line.synth, "completion": line.turk} for line in lines if line.part == "train"]
-    train_tokenizer([*rows, *texts], plan["vocabulary"]).save_pretrained(work / "tokenizer")
+    tokenizer = train_tokenizer([*rows, *texts], plan["vocabulary"])
+    with published(work / "tokenizer") as staged:
+        tokenizer.save_pretrained(staged)
     overrides = ["--train_data", str(work / "base.jsonl"), "--tokenizer_name_or_path", str(work / "tokenizer")]
     overrides += ["--output_dir", str(work / "base")]
     if not sys.stderr.isatty():
@@ -178,7 +181,8 @@ def save_prepared(work: Path, data: Path, lines: Sequence[Line]) -> None:
             rows += rows_of(line)
     views = Dataset.from_list([add_view_columns(row, i, tokenizer=tokenizer) for i, row in enumerate(rows)])
     shutil.rmtree(work / "views", ignore_errors=True)
-    views.save_to_disk(work / "views")
+    with published(work / "views") as staged:
+        views.save_to_disk(staged)
     hashes = {name: file_sha256(data / name) for name in FILES}
     write_json(work / "split.json", {"data_sha256": hashes, "lines": [asdict(line) for line in lines]})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import ArgumentParser
+from ...core.files import write_whole, written_whole
 from .events import NUM_FRAMES
 from .pictures import write_video
 from .samples import Clip, clip, stream, write_clips
@@ -59,11 +60,13 @@ def _write_streams(folder: Path, count: int) -> None:
         write_video(video, sample.frames, sample.fps)
         events[video.name] = [{**asdict(event), "caption": captions(event)[0]} for event in sample.events]
         print(f"{video}: {len(sample.events)} events")
-    (folder / "events.json").write_text(json.dumps(events, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "events.json", json.dumps(events, indent=1) + "\n")
 
 
 def _write_sheet(path: Path, count: int) -> None:
-    contact_sheet([clip(index, kind=KINDS[index % len(KINDS)]) for index in range(count)]).save(path)
+    sheet = contact_sheet([clip(index, kind=KINDS[index % len(KINDS)]) for index in range(count)])
+    with written_whole(path) as temporary:
+        sheet.save(temporary)
     print(f"{path}: {count} clips")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import UserError
+from ...core.files import write_json_lines
 from .events import FPS, NUM_FRAMES, plan_clip, plan_stream
 from .pictures import Frames, add_noise, render, write_video
 from .questions import COUNTS, Question, ask
@@ -148,7 +148,7 @@ def write_clips(folder: str | os.PathLike[str], count: int, *, split: str = "tra
         for question in sample.questions:
             rows.append({"video": name, "query": question.question, "target": question.answer})
     manifest = folder / f"{split}.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(manifest, rows)
     return manifest
 
 

@@ -52,7 +52,7 @@ from ..provenance import environment
 
 BOUND = 1.15  # of `wait`, for lm_large
 REPETITIONS = 15
-QUICK_REPETITIONS = {"lm_large": 4, "lm_small": 5, "lora": 5, "vl": 5}
+QUICK_REPETITIONS = {"lm_large": 2, "lm_small": 3, "lora": 3, "vl": 3}
 WORK_OVER_COMPLETE = 1.5  # how much longer the work takes than the checkpoint
 COMMON: dict[str, Any] = {
     "save_total_limit": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "optim": "adamw_torch",
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--quick", action="store_true", help="under 45 s: 4 or 5 saves of each")
+    parser.add_argument("--quick", action="store_true", help="under 45 s: 2 or 3 saves of each")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
     parser.add_argument("--repetitions", type=int, help=f"saves of each (default: {REPETITIONS})")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: that of temporary files)")

@@ -21,6 +21,7 @@ SUBJECTS = {  # files, and how many times as many examples as in the default sui
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_properties_hold_for_five_thousand_examples(subject):
     files, times = SUBJECTS[subject]

@@ -325,6 +325,9 @@ class JEPATrainer(SafeTrainer):
         """Adds the family's figures and, for the validation set, the geometry of its embeddings."""
         self._example_sums = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # Accelerate keeps each loader that it has prepared, and with it a copy of the table: 90 kB an evaluation.
+        loaders = self.accelerator._dataloaders
+        self.accelerator._dataloaders = [loader for loader in loaders if loader is not dataloader]
         figures = self.figures(torch.cat(self._example_sums).cpu().double().sum(dim=0).tolist())
         if metric_key_prefix in ("eval", self.bank_prefix):
             space = self.measure_space(dataloader.dataset)

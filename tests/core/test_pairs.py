@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -59,6 +60,27 @@ def test_one_process_is_the_distance_plus_the_mean_of_the_sides(objective, regul
 def test_a_single_pair_has_no_spread_to_regularize():
     z, s, key = two_sides(1)
     assert compare_pairs(z, s, key, objective="cosine", regularizer="vicreg").equal(jepa_distance(z, s))
+
+
+def test_two_pairs_have_a_spread_and_what_is_left_out_is_what_the_signature_says():
+    z, s, key = two_sides(2)
+    plain = {"objective": "info_nce", "regularizer": "sigreg"}
+    value = compare_pairs(z, s, key, **plain)
+    assert torch.equal(value, compare_pairs(z, s, key, temperature=0.07, seed=0, step=0, regularizer_weight=1, **plain))
+    slices = random_slices(5, SLICES, seed=0, step=0, device="cpu")
+    expected = info_nce(z, s, temperature=0.07, target_key=key) + (sigreg(z, slices) + sigreg(s, slices)) / 2
+    torch.testing.assert_close(value, expected)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(value, compare_pairs(z, s, key, objective="info_nce"))
+
+
+@pytest.mark.parametrize("regularizer", ["sigreg", "vicreg"])
+def test_everything_is_computed_where_the_embeddings_are(regularizer, monkeypatch):
+    """The device `meta` holds no values: a tensor on the CPU beside its tensors is an error, as it is on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
+    z = torch.zeros(3, 5, device="meta")
+    loss = compare_pairs(z, z, z[:, 0].long(), objective="info_nce", regularizer=regularizer)
+    assert loss.device == z.device and loss.shape == (3,)
 
 
 def test_the_gradient_of_the_temperature_is_that_of_finite_differences():

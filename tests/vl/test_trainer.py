@@ -401,6 +401,16 @@ def test_diagnostics_are_of_so_many_pairs_at_step_zero_and_at_every_evaluation(t
     assert steps == [0, 1, 2] and counted == [9] * 3
 
 
+def test_an_evaluation_leaves_no_loader_behind(tmp_path):
+    """Accelerate would keep one for each, with its data: a run of many evaluations would grow without end."""
+    trainer = make(tmp_path, make_clips(), make_clips(4, seed=1), max_steps=1)
+    trainer.train()
+    for _ in range(3):
+        trainer.evaluate()
+    (loader,) = trainer.accelerator._dataloaders
+    assert loader.dataset is trainer.train_dataset
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_other_clips_can_be_evaluated_than_those_given_to_the_trainer(frozen, tmp_path):
     """Also with texts that the frozen y_encoder has not read before, and where the trainer has no validation set."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jepa.core.errors import UserError
 from llm_jepa.lm.attention import attention_of_lm_rows, attention_of_views, model_inputs, who_sees_whom
 from llm_jepa.lm.batching import CONTEXT, IGNORE, KINDS, LM_ROW, PAD, TARGET, JEPACollator, keys_of, lm_rows_only
 from tests.conftest import exact_model
@@ -218,6 +220,52 @@ def common(one, other):
     """The length of the longest common beginning."""
     equal = [a == b for a, b in zip(one, other, strict=False)] + [False]
     return equal.index(False)
+
+
+@examples(30)
+@given(ROWS, COLLATORS)
+def test_cached_targets_are_those_rows_of_the_table(rows, collator):
+    collator = dataclasses.replace(collator, target_placement="cached", target_table=torch.arange(80.0).view(40, 2))
+    goals = "targets" if collator.direction == "forward" else "contexts"
+    numbers = itertools.count(3)
+    rows = [{**row, "target_table_rows": [next(numbers) for _ in row[goals]]} for row in rows]
+    batch = collator(rows)
+    expected = []
+    for row in rows:
+        contexts, _ = views_of(row, collator)
+        expected += row["target_table_rows"] * len(contexts)
+    assert torch.equal(batch["target_embedding"], collator.target_table[expected])
+    assert not set(batch) & {"target_at", "apart_input_ids"}
+    assert keys_in(batch) == [pair[3] for pair in expected_pairs(rows, collator)]
+    assert TARGET not in (batch["doc"][batch["doc"] != PAD] % KINDS)
+    with pytest.raises(UserError, match="^target_encoder: base has targets only .* it started with; pass this one as "
+                                        "eval_dataset at the start, or use target_encoder: self.$"):  # fmt: skip
+        collator([{name: value for name, value in rows[0].items() if name != "target_table_rows"}])
+
+
+def test_lm_rows_come_first_where_each_segment_has_its_own_row():
+    """`lm_rows_only` and the readers of logits count on it. Padding of the places is -1."""
+    ids = [BOS, 5, 6, 7]
+    row = {
+        "input_ids": ids, "labels": ids, "contexts": [[8, 9], [3]], "targets": [[4, 4, 4]], "context_header": 0,
+        "target_header": 0, "context_key": 1, "target_key": 2, "context_text_keys": [1, 2], "target_text_keys": [3],
+    }  # fmt: skip
+    batch = JEPACollator(PAD_TOKEN, layout="separate", readout="mean")([row, row])
+    assert (batch["doc"][:, 0] % KINDS == LM_ROW).tolist() == [True, True] + [False] * 6
+    assert batch["context_at"].tolist()[0] == [8, 9] and batch["context_at"].tolist()[1] == [12, -1]
+    assert len(batch["doc"]) == 8 and batch["lm_at"].tolist() == [0, 4]
+
+
+def test_lm_rows_only_of_a_row_of_one_token_and_what_its_padding_holds():
+    row = {
+        "input_ids": [BOS], "labels": [BOS], "contexts": [[8, 9]], "targets": [[4]], "context_header": 0,
+        "target_header": 0, "context_key": 1, "target_key": 2, "context_text_keys": [1], "target_text_keys": [3],
+    }  # fmt: skip
+    other = {**row, "input_ids": [BOS, 5, 6], "labels": [BOS, 5, 6]}
+    kept = lm_rows_only(JEPACollator(PAD_TOKEN)([row, other]))
+    assert kept["input_ids"].tolist() == [[BOS, 0, 0], [BOS, 5, 6]]
+    assert kept["doc"].tolist() == [[0, PAD, PAD], [0, 0, 0]] and kept["lm_at"].tolist() == [0, 3]
+    assert kept["labels"].tolist() == [[IGNORE] * 3, [IGNORE, 5, 6]]
 
 
 @examples(60)

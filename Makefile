@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint slow results paraphrases replication step-cost clean
+.PHONY: quickstart test lint slow mutants soak results paraphrases replication step-cost clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
@@ -16,6 +16,15 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow"
+
+# Would a test fail if a line were wrong? Half an hour for the modules that compute losses, batches, scenes and checkpoints.
+mutants: $(STAMP)
+	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev,mutants]"
+	$(BIN)/python -m tests.mutants --out eval/results/faults/mutants.json
+
+# Does a run of 10,000 steps grow, or leave anything behind? Ten minutes.
+soak: $(STAMP)
+	$(BIN)/python -m eval.faults.soak --out eval/results/faults/soak.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

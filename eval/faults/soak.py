@@ -42,8 +42,9 @@ PAUSE_S = 0.25
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 0.001, "use_cpu": True, "report_to": "none",
-    "disable_tqdm": True, "save_strategy": "steps", "save_steps": EVERY, "save_total_limit": 2, "load_best_model_at_end": True,
-    "eval_strategy": "steps", "eval_steps": EVERY, "logging_steps": EVERY, "validation_rows": 8, "diagnostics_pairs": 8,
+    "disable_tqdm": True, "diagnostics_pairs": 8, "validation_rows": 8, "load_best_model_at_end": True,
+    "save_strategy": "steps", "eval_strategy": "steps", "save_steps": EVERY, "eval_steps": EVERY,
+    "logging_steps": EVERY, "save_total_limit": 2,
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "lm": {

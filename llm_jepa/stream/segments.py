@@ -76,7 +76,7 @@ class WardSegmenter:
     mean a). The split with the largest Ward gain is the candidate. It becomes a cut if
 
     1.  gain > threshold, and gain > the two further bounds below;
-    2.  at least half of the k windows have come half the way from a to b. One outlier moves b, but leaves the other
+    2.  more than half of the k windows have come half the way from a to b. One outlier moves b, but leaves the other
         windows at a, so it is not a scene;
     3.  k = block, or the gain has begun to fall. Before that, windows that show more of the new scene still arrive, and
         the best split still moves with them;
@@ -402,7 +402,7 @@ def boundary_f1(found_s: Sequence[float], true_s: Sequence[float], *, tolerance_
 
 
 def _has_moved(x: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
-    """Whether at least half of the windows `x` [k, D], whose mean is `b`, are at least half the way from `a` to `b`."""
+    """Whether most of the windows `x` [k, D], whose mean is `b`, have come half the way from `a` to `b`."""
     way = b - a
     share = np.sort((x - a) @ way / (way @ way))  # [k], mean 1; a single outlier has share k, and the others have 0
     return bool(share[(len(share) - 1) // 2] >= 0.5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,8 +21,21 @@ from llm_jepa.core.checkpoint import (
     rotate,
 )
 from llm_jepa.core.errors import UserError
-from llm_jepa.core.files import make_stage, write_json, written_whole
-from llm_jepa.core.publish import MANIFEST, leftovers, publish, publish_into, remove_leftovers, seal
+from llm_jepa.core.files import file_sha256, make_stage, write_json, written_whole
+from llm_jepa.core.publish import (
+    MANIFEST,
+    broken,
+    damage_of,
+    leftovers,
+    publish,
+    publish_into,
+    published,
+    read_manifest,
+    read_object,
+    remove_leftovers,
+    run_of,
+    seal,
+)
 
 STATE = {"global_step": 4, "max_steps": 4, "log_history": []}
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json")
@@ -76,6 +91,135 @@ def test_a_manifest_of_another_shape_is_one_line(value, checkpoint, model):
     for folder, faulty in ((checkpoint, fault), (model, fault_of_model)):
         forge(folder, value)
         assert "\n" not in (faulty(folder) or "\n")
+
+
+@pytest.mark.parametrize("name", ["../a", "b/../../a", "/etc/passwd", "a\0", "", "..", "b/.."])
+def test_names_outside_of_the_folder_are_no_files_of_it(name, tmp_path):
+    """Also if such a file exists, with that size and hash."""
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    (tmp_path / "a").write_bytes(b"x")
+    entry = {"bytes": 1, "sha256": file_sha256(tmp_path / "a")}
+    (folder / "a").write_bytes(b"x")
+    forge(folder, {"files": {"a": entry}})
+    assert read_manifest(folder) == {"a": entry}
+    forge(folder, {"files": {"a": entry, name: entry}})
+    assert read_manifest(folder) is None
+    assert broken(folder, required=lambda names: None) == "it has no readable manifest.json: the save was cut short"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, [], {}, {"bytes": 1}, {"sha256": "x"}, {"bytes": True, "sha256": "x"}, {"bytes": 1.0, "sha256": "x"},
+        {"bytes": -1, "sha256": "x"}, {"bytes": 1, "sha256": 1},
+    ],
+)  # fmt: skip
+def test_an_entry_is_a_size_and_a_hash(entry, tmp_path):
+    forge(tmp_path, {"files": {"a": entry}})
+    assert read_manifest(tmp_path) is None
+
+
+def test_an_empty_file_is_a_file(tmp_path):
+    (tmp_path / "a").touch()
+    seal(tmp_path)
+    assert read_manifest(tmp_path) == {"a": {"bytes": 0, "sha256": file_sha256(tmp_path / "a")}}
+    assert broken(tmp_path, required=lambda names: None) is None
+    assert json.loads((tmp_path / MANIFEST).read_text()).keys() == {"files"} and run_of(tmp_path) is None
+    seal(tmp_path, run="abc")
+    assert run_of(tmp_path) == "abc"
+    forge(tmp_path, {"files": {}, "run": 3})
+    assert run_of(tmp_path) is None
+
+
+def test_why_a_folder_is_broken(tmp_path):
+    """Missing; another size; the same size and other bytes; only there; one too many; what the caller requires."""
+    for name in ("a", "b/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    seal(tmp_path)
+    why = functools.partial(broken, tmp_path, required=lambda names: None)
+    assert why() is None
+    (tmp_path / "b" / "c").write_bytes(b"13")
+    assert why() == "b/c is damaged" and why(may_change=("b/c",)) is None
+    (tmp_path / "b" / "c").write_bytes(b"123")
+    assert why() == "b/c is damaged"
+    (tmp_path / "b" / "c").unlink()
+    assert why() == why(may_change=("b/c",)) == "b/c is missing"
+    (tmp_path / "b" / "c").write_bytes(b"12")
+    (tmp_path / "d").touch()
+    assert why() == "d is not in its manifest.json" and why(is_shared=True) is None
+    assert broken(tmp_path, required=lambda names: f"of {sorted(names)}") == "of ['a', 'b/c']"
+
+
+@pytest.mark.parametrize(("text", "said"), [("[" * 100_000, "is nested too deeply"), ("[]", "holds no JSON object")])
+def test_a_file_that_is_no_object_is_named(text, said, tmp_path):
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'a'))} {said}$"):
+        read_object(tmp_path / "a")
+    (tmp_path / "a").write_bytes('{"é": "é"}'.encode())
+    assert read_object(tmp_path / "a") == {"é": "é"}
+
+
+def test_damage_of_a_published_folder(tmp_path):
+    """Whole beside other files, of an earlier version without a manifest, damaged, and moved in part."""
+    folder = tmp_path / "cache"
+    with published(folder) as staged:
+        (staged / "a").write_bytes(b"1")
+    assert damage_of(folder) is None
+    (folder / "mine").write_text("mine")
+    assert damage_of(str(folder)) is None
+    (folder / "a").write_bytes(b"2")
+    assert damage_of(folder) == "a is damaged"
+    (folder / MANIFEST).unlink()
+    assert damage_of(folder) is None, "earlier versions wrote none"
+    stage = make_stage(folder)
+    (stage / "moving").mkdir()
+    (stage / "moving" / MANIFEST).write_text("{}")
+    assert damage_of(folder) == "it was only written in part"
+
+
+def test_files_are_moved_into_folders_that_exist_and_that_do_not(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b" / "old").write_text("old")
+    names = ["a", "b/new", "c/d/e"]
+    stage = make_stage(folder)
+    for name in names:
+        (stage / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / "run" / name).write_text(name)
+    seal(stage / "run")
+    publish_into(stage / "run", folder)
+    shutil.rmtree(stage)
+    assert [(folder / name).read_text() for name in names] == names and (folder / "b" / "old").read_text() == "old"
+    assert broken(folder, required=lambda found: None, is_shared=True) is None
+    assert set(read_manifest(folder)) == set(names)
+
+
+def test_what_a_killed_move_left_behind_a_link_is_not_removed(tmp_path):
+    """Of a/b/c the links a and a/b are not followed; without a link the file goes."""
+    elsewhere = tmp_path / "elsewhere"
+    for place in ("a", "a/b", None):
+        folder = tmp_path / f"run {place}".replace("/", "-")
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        (elsewhere / "b").mkdir(parents=True)
+        (elsewhere / "b" / "c").write_text("mine")
+        (elsewhere / "c").write_text("mine")
+        folder.mkdir()
+        if place == "a":
+            (folder / "a").symlink_to(elsewhere)
+        elif place == "a/b":
+            (folder / "a").mkdir()
+            (folder / "a" / "b").symlink_to(elsewhere)
+        else:
+            (folder / "a" / "b").mkdir(parents=True)
+            (folder / "a" / "b" / "c").write_text("moved")
+        moving = make_stage(folder) / "moving"
+        moving.mkdir()
+        forge(moving, {"files": {"a/b/c": {"bytes": 5, "sha256": "x"}}})
+        assert remove_leftovers(folder) == 1
+        assert (elsewhere / "b" / "c").exists() and (elsewhere / "c").exists()
+        assert (folder / "a" / "b" / "c").exists() == (place is not None)
 
 
 @pytest.mark.parametrize("name", [*FILES[:-1], "trainer_state.json"])

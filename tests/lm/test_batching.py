@@ -247,7 +247,9 @@ def test_share_rows_loses_nothing_and_never_costs_more(lengths, row_cost):
         ([9, 1], 100, [[0, 1]]),  # 10 * 110 = 1100; apart 2 * 9 * 109 = 1962
         ([9, 8], 1, [[0], [1]]),  # 2 * 9 * 10 = 180; 17 * 18 = 306
         ([2, 6, 4, 8, 4], 100, [[1, 0], [2, 4], [3]]),  # 3 * 8 * 108 = 2592: three full rows
-        ([2, 2, 9, 2, 3], 100, [[2], [0, 1, 3, 4]]),  # longest first: else 9 starts a third row, or 11 fill the first
+        ([1, 3, 6, 4], 1, [[2, 0], [3, 1]]),  # longest first: 2 * 7 * 8 = 112; in their order 3 * 6 * 7 = 126
+        ([3, 8, 6], 100, [[1], [2, 0]]),  # 2 * 9 * 109 = 1962; 17 * 117 = 1989. A row holds 17 / 2, rounded up
+        ([9, 5, 5, 5], 10, [[0], [1, 2], [3]]),  # 3 * 10 * 20 = 600; 4 * 9 * 19 = 684
         ([7, 6, 5], 10_000, [[0, 1, 2]]),  # 18 tokens in one row, at least 24 in two
     ],
 )  # fmt: skip

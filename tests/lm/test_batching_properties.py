@@ -184,6 +184,9 @@ def test_no_token_is_lost_or_counted_twice(rows, collator, with_views):
     assert (batch["labels"][~is_lm_row.view_as(doc)] == IGNORE).all()
     is_padding = doc == PAD
     assert (ids[is_padding] == PAD_TOKEN).all() and not (is_padding[:, :-1] & ~is_padding[:, 1:]).any()
+    assert not is_padding.all(dim=1).any(), "a row of padding alone"
+    if collator.layout == "separate":
+        assert all(len(set(row.tolist()) - {PAD}) == 1 for row in doc), "two segments share a row without a mask"
     if collator.layout == "flat":
         assert not is_padding.any() and len(doc) == 1
     else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ import torch
 
 from llm_jepa import cli
 from llm_jepa.core.files import write_json, written_whole
+from llm_jepa.core.json_files import read_json
 from llm_jepa.lm import (
     JEPACollator,
     add_view_columns,
@@ -171,7 +171,7 @@ def _draw_curves(axes: Any, out: Path) -> None:
 
     loss, recall, rank = axes
     for arm, (title, _) in ARMS.items():
-        log = json.loads((out / arm / "trainer_state.json").read_text())["log_history"]
+        log = read_json(out / arm / "trainer_state.json", is_finite=False)["log_history"]
         color = COLORS[arm]
         loss.plot(*_series(log, "lm_loss"), color=color, alpha=0.4)
         loss.plot(*_series(log, "eval_lm_loss"), "o-", color=color, label=title)

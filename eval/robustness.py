@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 
 from llm_jepa import UserError, cli
 from llm_jepa.core.files import write_json, write_json_lines, write_whole, written_whole
+from llm_jepa.core.json_files import read_json, read_json_lines
 from llm_jepa.lm import check_model, tokenizer_from
 
 from .command import one_line_errors, require
@@ -98,7 +98,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
 def _settings_of(out: Path) -> dict[str, Any] | None:
     """The settings of an earlier call; None if the folder is not of this command."""
     try:
-        before = json.loads((out / RESULTS).read_text())
+        before = read_json(out / RESULTS, is_finite=False)
         settings: dict[str, Any] = before["settings"]
         return settings if before["kind"] == "robustness" else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -115,8 +115,8 @@ def read_scored(source: str) -> Run:
     if missing:
         raise UserError(f"There is no {' and no '.join(missing)}; give the folder or the file of a scored run.")
     try:
-        result = json.loads(file.read_text())
-        samples = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
+        result = read_json(file, is_finite=False)
+        samples = read_json_lines(lines, {"group": (str, int)})
     except ValueError as error:
         raise UserError(f"{source} cannot be read: {error}") from None
     lacking = [key for key in ("task", "primary", "data_sha256", "decoding", "groups", "model") if key not in result]

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import UserError
+from llm_jepa.core.json_files import read_json
 from llm_jepa.lm import (
     Generation,
     Prompt,
@@ -334,14 +335,14 @@ def _identity(model: str, lm: PreTrainedModel) -> Row:
     identity: Row = {"name": folder.name, "weights_sha256": weights_sha256(folder)}
     if not (folder / "run.json").is_file():
         return {**identity, "run": None}
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = read_json(folder / "trainer_state.json", {"global_step": int, "log_history": [dict]}, is_finite=False)
     history = state["log_history"]
     evaluations = [entry for entry in history if "eval_recall_at_1" in entry]
     best_step = state.get("best_global_step") or state["global_step"]
     best = [entry for entry in evaluations if entry["step"] == best_step]
     return {
         **identity,
-        "run": json.loads((folder / "run.json").read_text()),
+        "run": read_json(folder / "run.json"),
         "train_tokens": max([entry["num_tokens"] for entry in history if "num_tokens" in entry], default=None),
         "train_seconds": next(
             (entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None

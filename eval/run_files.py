@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_jepa import UserError
 from llm_jepa.core.files import append, write_json, write_json_lines, written_whole
+from llm_jepa.core.json_files import read_json, read_json_lines
 
 from .command import check_writable
 
@@ -33,8 +34,8 @@ class RunFiles:
         if not self.out.exists():
             return None
         try:
-            result = json.loads(self.out.read_text())
-            rows = [json.loads(line) for line in self.samples.read_text().splitlines()]
+            result = read_json(self.out, is_finite=False)
+            rows = read_json_lines(self.samples)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.out} exists, but it is not a run with its samples ({error}); remove it or choose another name."

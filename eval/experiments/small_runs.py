@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
@@ -20,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError, generate
+from llm_jepa.core.json_files import read_json
 from llm_jepa.core.strict_yaml import load_yaml
 from llm_jepa.lm import bank_collator, training_collator
 
@@ -86,7 +86,7 @@ def tokens_of(rows: Dataset, args: LLMJEPAConfig, tokenizer: PreTrainedTokenizer
 
 def refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raise UserError if the result file is that of a run with other settings. It would be mistaken for this one."""
-    result = json.loads(path.read_text())
+    result = read_json(path, is_finite=False)
     differences = [
         f"{name} {result.get(name)!r} instead of {value!r}"
         for name, value in settings.items()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from llm_jepa.core.json_files import read_json
 
 from ..cost.step_cost.figures import paired, token_ratio
 from ..figures.tables import markdown_table
@@ -29,7 +30,7 @@ DATA = {"nl_rx": "NL-RX", "longer": "Spider"}
 
 def step_table() -> str:
     """Markdown: a step of each arm over plain SFT's, on each data set, for the model with most work in its layers."""
-    result = json.loads(STEP_COST.read_text())
+    result = read_json(STEP_COST, is_finite=False)
     cells = [cell for cell in result["cells"] if cell["model"] == "body"]
     header = ["a step over plain SFT's"]
     for cell in cells:
@@ -62,5 +63,5 @@ def _ratios(arms: dict[str, Any], arm: str, clock: str) -> list[str]:
 
 def throughput_line() -> str:
     """Markdown: how much faster batched decoding is."""
-    result = json.loads(THROUGHPUT.read_text())
+    result = read_json(THROUGHPUT, is_finite=False)
     return render("throughput", result=result, commit=result["environment"]["commit"][:7])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from llm_jepa.core.json_files import read_json
 
 from ..figures.tables import markdown_table, mean_spread
 from . import RESULTS, render, short_commits
@@ -52,7 +53,7 @@ def load(folder: Path = FOLDER) -> Runs:
     runs: Runs = {}
     for path in sorted(folder.glob("*.json")):
         protocol, arm, _ = path.stem.split("-")
-        runs.setdefault((protocol, arm), []).append(json.loads(path.read_text()))
+        runs.setdefault((protocol, arm), []).append(read_json(path, is_finite=False))
     return runs
 
 

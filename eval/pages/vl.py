@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from llm_jepa.core.json_files import read_json
 
 from ..figures.tables import markdown_table, mean_spread
 from . import RESULTS, render, short_commits
@@ -26,7 +27,7 @@ ROWS = (
 
 
 def read_all(pattern: str) -> list[Result]:
-    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob(pattern))]
+    return [read_json(path, is_finite=False) for path in sorted(FOLDER.glob(pattern))]
 
 
 def shapestream_runs() -> dict[str, list[Result]]:

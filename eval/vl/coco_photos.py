@@ -33,6 +33,7 @@ from transformers import AutoModelForImageClassification, LlamaConfig, set_seed
 
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256, write_json
+from llm_jepa.core.json_files import read_json
 from llm_jepa.core.row_files import json_rows
 from llm_jepa.lm import train_tokenizer
 from llm_jepa.vl import (
@@ -166,7 +167,7 @@ def make_decoder(model: VLJEPA, photos: Photos, options: argparse.Namespace) -> 
 
 def other_captions(data: Path, photos: Photos) -> list[str]:
     """The captions of val2017, without those of our photos and without any that has the same text as one of them."""
-    coco = json.loads((data / "coco_val2017_captions.json").read_text(encoding="utf-8"))
+    coco = read_json(data / "coco_val2017_captions.json")
     names = set(photos.names)
     our_images = {image["id"] for image in coco["images"] if image["file_name"] in names}
     texts = [row["caption"].strip() for row in coco["annotations"] if row["image_id"] not in our_images]

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_jepa.core.files import file_sha256, write_json
+from llm_jepa.core.json_files import read_json
 from llm_jepa.stream.segments import boundary_f1
 from llm_jepa.vl import VLJEPA, Segment, open_frames, segment_offline, segment_uniform
 
@@ -57,7 +58,7 @@ def cut(model: VLJEPA, path: Path, num_segments: int) -> tuple[dict[str, list[Se
 
 def measure(model: VLJEPA, folder: Path) -> dict[str, dict[str, Any]]:
     """Boundary F1 of every way, by clip. A clip whose video is missing is left out with a warning."""
-    annotated = json.loads((folder / "segments.json").read_text(encoding="utf-8"))["videos"]
+    annotated = read_json(folder / "segments.json", {"videos": (dict, list)})["videos"]
     clips: dict[str, dict[str, Any]] = {}
     for name, scenes in annotated.items():
         if not (folder / name).is_file():

@@ -29,7 +29,8 @@ from .identity import (
     check_names,
     is_only_longer,
 )
-from .publish import MANIFEST, broken, is_cut_move, leftovers, read_manifest, read_object, run_of
+from .json_files import read_json
+from .publish import MANIFEST, broken, is_cut_move, leftovers, read_manifest, run_of
 
 try:
     import fcntl
@@ -104,7 +105,7 @@ def _fault_of_owner(folder: Path, run: Mapping[str, Any]) -> str | None:
     owner = run_of(folder)
     if RUN_ID not in run or owner == run[RUN_ID]:
         return None
-    if owner is None and read_object(folder / STATE_FILE)["global_step"] <= run.get(UNMARKED, 0):
+    if owner is None and read_json(folder / STATE_FILE, is_finite=False)["global_step"] <= run.get(UNMARKED, 0):
         return None
     return "it is of another run"
 
@@ -112,7 +113,7 @@ def _fault_of_owner(folder: Path, run: Mapping[str, Any]) -> str | None:
 def _fault_of_state(folder: Path) -> str | None:
     """Whether trainer_state.json counts the steps that the folder's name says."""
     try:
-        state = read_object(folder / STATE_FILE)
+        state = read_json(folder / STATE_FILE, is_finite=False)
     except (OSError, ValueError):
         return f"{STATE_FILE} is missing or unreadable"
     step, last = state.get("global_step"), state.get("max_steps")
@@ -246,7 +247,7 @@ def find_resume(
 
 
 def _check_is_ahead(newest: str, run: Mapping[str, Any]) -> None:
-    step, last = read_object(Path(newest) / STATE_FILE)["global_step"], run.get("max_steps", -1)
+    step, last = read_json(Path(newest) / STATE_FILE)["global_step"], run.get("max_steps", -1)
     if 0 < last <= step:
         raise UserError(f"max_steps: {last} is over: {newest} has taken {step} steps; set more.")
 
@@ -262,7 +263,7 @@ def _check_may_be_longer(
     text = next(found[name].text for name in found.keys() & LENGTHS)
     if Path(newest).name != checkpoints(folder)[0].name:
         raise UserError(f"A longer run ({text}) goes on at the last checkpoint: write --resume_from_checkpoint true.")
-    if reason := needs_its_length(read_object(Path(newest) / STATE_FILE)):
+    if reason := needs_its_length(read_json(Path(newest) / STATE_FILE)):
         raise UserError(
             f"Cannot resume {folder}: the run has changed ({text}), and {reason} depends on its length, so a longer "
             f"run is another run. Put it back, or {_further(folder, further)}."
@@ -280,7 +281,7 @@ def ended_at(folder: str | Path) -> int:
     steps = []
     for path in paths:
         try:
-            state = read_object(path / STATE_FILE)
+            state = read_json(path / STATE_FILE)
             steps.append(state["global_step"] if state["global_step"] >= state["max_steps"] else 0)
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -289,7 +290,7 @@ def ended_at(folder: str | Path) -> int:
 
 def is_last(folder: str | Path, run: Mapping[str, Any]) -> bool:
     """Whether no step is left after a checkpoint. Of a run that was made longer, its old end is not the last one."""
-    state = read_object(Path(folder) / STATE_FILE)
+    state = read_json(Path(folder) / STATE_FILE)
     step: int = state["global_step"]
     return step >= state["max_steps"] and step > run.get(ENDED_AT, 0)
 
@@ -419,7 +420,7 @@ def _check_is_free(folder: Path) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     try:
-        return read_object(folder / RUN_FILE)
+        return read_json(folder / RUN_FILE)
     except (OSError, ValueError):
         raise UserError(
             f"output_dir {folder} has no {RUN_FILE}, so there is no run to resume; "

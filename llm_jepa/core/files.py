@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .json_files import read_json
+
 
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
@@ -61,8 +63,9 @@ def content_sha256(source: str, revision: str | None = None, *, has_weights: boo
 
 def _weight_files(folder: Path) -> list[str]:
     try:
-        return sorted(set(json.loads((folder / f"{WEIGHTS}.index.json").read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not sharded; loading it names what is wrong
+        index = read_json(folder / f"{WEIGHTS}.index.json", {"weight_map": {str: str}})
+        return sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError):  # not sharded; loading it names what is wrong
         return [WEIGHTS]
 
 

@@ -10,7 +10,6 @@ stays until `remove_leftovers`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .files import STAGE, file_sha256, flush, make_stage, write_json
+from .json_files import read_json
 
 MANIFEST = "manifest.json"
 MOVING = "moving"  # name of a folder in a stage whose files are being moved out of the stage
@@ -80,31 +80,20 @@ def _entry(path: Path) -> dict[str, Any]:
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The files that a manifest lists -> their size and SHA-256. None if there is no manifest of that form."""
     try:
-        files = read_object(Path(folder) / MANIFEST)["files"]
-    except (OSError, ValueError, KeyError):
+        files = read_json(Path(folder) / MANIFEST, {"files": dict})["files"]
+    except (OSError, ValueError):
         return None
-    is_valid = isinstance(files, dict) and all(_is_entry(name, entry) for name, entry in files.items())
+    is_valid = all(_is_entry(name, entry) for name, entry in files.items())
     return files if is_valid else None
 
 
 def run_of(folder: str | Path) -> str | None:
     """The `run` with which a folder was sealed; None if it was sealed without."""
     try:
-        run = read_object(Path(folder) / MANIFEST).get("run")
+        run = read_json(Path(folder) / MANIFEST).get("run")
     except (OSError, ValueError):
         return None
     return run if isinstance(run, str) else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises OSError, or ValueError for anything else than an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
 
 
 def broken(

@@ -7,7 +7,6 @@ generators, and its figures may choose the weights that are kept.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from transformers import TrainerControl
 
 from .files import write_json
+from .json_files import read_json
 from .saving import SavingTrainer
 from .signals import Stopped, StopRequest
 
@@ -127,7 +127,10 @@ class StoppableTrainer(SavingTrainer):
             return
         metrics = self._evaluate(None, None)
         self._determine_best_metric(metrics, None)
-        if json.loads(path.read_text())["save_was_due"] and self.state.best_global_step == self.state.global_step:
+        if (
+            read_json(path, {"save_was_due": bool})["save_was_due"]
+            and self.state.best_global_step == self.state.global_step
+        ):
             self.state.best_model_checkpoint = str(checkpoint)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
 from .files import write_json
+from .json_files import read_json
 
 LOCAL_KEYS = ("is_local", "local_files_only")  # `local_files_only` would break loading from the Hub
 BOS, END_OF_TURN = "<|begin|>", "<|end|>"
@@ -20,6 +20,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+MOST_TOKENS = 10_000_000  # the trainer reserves memory for as many
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -32,6 +35,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     if vocab_size < 256 + len(special):
         raise UserError(
             f"tokenizer_vocab_size={vocab_size} is below the {256 + len(special)} bytes and special tokens; raise it."
+        )
+    if vocab_size > MOST_TOKENS:
+        raise UserError(
+            f"tokenizer_vocab_size={vocab_size} is above {MOST_TOKENS:,}; lower it. Large ones have 260,000."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,5 +68,5 @@ def forget_local_keys(folder: str | Path) -> None:
     """
     for pattern in ("tokenizer_config.json", "*_tokenizer/tokenizer_config.json"):
         for path in Path(folder).glob(pattern):
-            options = json.loads(path.read_text())
+            options = read_json(path, is_finite=False)
             write_json(path, {key: value for key, value in options.items() if key not in LOCAL_KEYS})

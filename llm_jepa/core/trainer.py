@@ -23,8 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -43,9 +42,11 @@ from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .errors import NonFiniteLossError, UserError
 from .pairs import PairKeys
+from .safetensors_files import load_tensors, tensors_of
 from .stopping import StoppableTrainer
 from .sums import NamedSums
 from .tokenizer import forget_local_keys
+from .untrusted import load_with_report, plain_config
 
 logger = logging.get_logger(__name__)
 
@@ -145,9 +146,7 @@ class SafeTrainer(StoppableTrainer):
             self._check_adapter(folder, model)
         if self.is_sharded or not isinstance(model, PreTrainedModel):
             return False
-        saved, report = type(model).from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-        )
+        saved, report = load_with_report(type(model), folder, plain_config(model.config), dtype=model.dtype)
         _check_same_names(folder, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
         model.load_state_dict(saved.state_dict())
         return True
@@ -157,8 +156,7 @@ class SafeTrainer(StoppableTrainer):
         path = Path(folder) / "adapter_model.safetensors"
         if self.is_sharded or not path.is_file():
             return
-        with safe_open(path, "pt") as file:
-            saved = set(file.keys())
+        saved = set(tensors_of(path))
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         known = expected | set(get_peft_model_state_dict(model, save_embedding_layers=True))  # of earlier versions
         _check_same_names(folder, missing=expected - saved, unexpected=saved - known)
@@ -397,7 +395,7 @@ class JEPATrainer(SafeTrainer):
         path = self._state_file(Path(folder))
         if not path.is_file():
             raise UserError(f"The checkpoint has no {path.name}, which holds its target encoder or projector.")
-        self.load_extra_state(load_file(path))
+        self.load_extra_state(load_tensors(path))
 
 
 class _Hooks(TrainerCallback):

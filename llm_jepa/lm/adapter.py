@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.card import versions_of, write_card
 from ..core.files import STAGE, write_json
+from ..core.json_files import read_json
 from ..core.tokenizer import forget_local_keys
 
 TEMPLATE = Path(__file__).with_name("adapter_card.md.jinja")
@@ -52,7 +52,7 @@ def _settle_config(folder: Path) -> None:
     PEFT writes the names of a set in an order that differs from process to process. Of the path not even the last name
     stays: on another machine transformers would take it for a Hub id, and load the model of a stranger.
     """
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     if Path(config["base_model_name_or_path"] or ".").exists():

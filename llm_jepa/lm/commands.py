@@ -249,7 +249,8 @@ def embed(options: argparse.Namespace) -> None:
     how = getattr(model.config, "llm_jepa", None)
     if how is None:
         print("Note: this model was not trained by llm-jepa; reading both views at their last content token.")
-        how = {"num_predictor_tokens": 0, "context_view": "prefix"}
+        how = {}
+    how = {"num_predictor_tokens": 0, "context_view": "prefix", **how}
     layout = choose_layout(model, how["num_predictor_tokens"])
     predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
     if tokenizer.pad_token is None:

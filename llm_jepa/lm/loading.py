@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,9 +22,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from ..core.errors import UserError, first_line
+from ..core import untrusted
+from ..core.errors import UserError
+from ..core.json_files import shape_fault
 from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
+from .predictor_tokens import MAX_PREDICTOR_TOKENS
 from .prompts import PromptForm, form_of
 from .rows import parse_row
 from .sources import read_rows
@@ -34,6 +36,15 @@ OTHER_FAMILIES = {  # model_type -> what it is, and what to do with it
     "vl_jepa": "a VL-JEPA, not a causal LM: caption a video with llm-jepa watch, or use llm_jepa.vl.VLJEPA in Python "
     "(classify, answer, retrieve, embed).",
 }
+# The shape of what training notes in a config. `form_of` and `llm-jepa embed` read it.
+RECORD = {
+    "num_predictor_tokens?": int, "readout_layer?": int, "context_view?": {"prefix", "message"},
+    "readout?": {"last", "mean"}, "predictor_position?": {"last", "first"}, "direction?": {"forward", "reverse"},
+    "prompt?": {
+        "format?": {"text", "messages", None}, "ends?": {"generation_prompt", "content"}, "answer_begins?": str,
+        "space?": (str, NoneType), "system?": (str, NoneType), "render_kwargs?": (str, dict),
+    },
+}  # fmt: skip
 
 
 def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -93,15 +104,10 @@ def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, see
 def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer from the Hub or a folder; the folder may hold a model or only a tokenizer. Raises UserError."""
     if not (Path(source) / "tokenizer_config.json").is_file():
-        _check_folder(source)
-    try:
-        if (Path(source) / "config.json").is_file():
-            _refuse_other_families(source, "main")  # before transformers warns of a model type that it does not know
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot load a tokenizer from {source!r}{_no_folder(source)}: {first_line(error)}") from None
+        untrusted.check_folder(source)
+    if (Path(source) / "config.json").is_file():
+        _refuse_other_families(source, "main")  # before transformers warns of a model type that it does not know
+    return untrusted.load_tokenizer(source, revision=revision)
 
 
 def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
@@ -109,21 +115,33 @@ def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
 
     Raises UserError for another kind of model, and if there is none.
     """
-    _check_folder(source)
-    try:
-        _refuse_other_families(source, revision)
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot load a model from {source!r}{_no_folder(source)}: {first_line(error)}") from None
+    untrusted.check_folder(source)
+    _refuse_other_families(source, revision)
+    config = untrusted.load_config(source, revision=revision)
+    if fault := _fault_of_record(getattr(config, "llm_jepa", None), config):
+        raise UserError(f"The config.json of {source!r} cannot be used: {fault}; take a whole copy of the folder.")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{source!r} is a {config.model_type} model, not a causal LM; choose one that generates.")
     return config
 
 
+def _fault_of_record(record: Any, config: PreTrainedConfig) -> str | None:
+    """Why what training noted in a config cannot be used; None if it can, or if nothing was noted."""
+    if record is None:
+        return None
+    if fault := shape_fault(record, RECORD, "its record 'llm_jepa'"):
+        return fault
+    tokens, layer = record.get("num_predictor_tokens", 0), record.get("readout_layer", -1)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not 0 <= tokens <= MAX_PREDICTOR_TOKENS:
+        return f"its num_predictor_tokens is {tokens}, and 0 to {MAX_PREDICTOR_TOKENS} are possible"
+    if layers is not None and not -layers - 1 <= layer <= layers:
+        return f"its readout_layer is {layer}, and the model has {layers} layers"
+    return None
+
+
 def _refuse_other_families(source: str, revision: str) -> None:
-    options, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    options = untrusted.read_options(source, revision=revision)
     if other := OTHER_FAMILIES.get(options.get("model_type", "")):
         raise UserError(f"{source!r} is {other}")
 
@@ -133,26 +151,7 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
     config = check_model(source, revision=revision)
     logging.disable_progress_bar()  # hides the bar of every weight file; training has its own
     options["attn_implementation"] = options.get("attn_implementation") or default_attention(config)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"Cannot load a model from {source!r}: {first_line(error)}") from None
-    misfits = []
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report.get(kind):
-            misfits.append(f"{kind}: {', '.join(sorted(map(str, report[kind]))[:3])}")
-    if misfits:
-        raise UserError(
-            f"The weights of {source!r} do not fit its config ({'; '.join(misfits)}): the model would be partly random."
-        )
-    return model
+    return untrusted.load_model(AutoModelForCausalLM, source, config, revision=revision, **options)
 
 
 def form_from(source: str, *, revision: str = "main") -> PromptForm:
@@ -175,25 +174,3 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
 
 def _name(data: str | Sequence[str]) -> str:
     return data if isinstance(data, str) else ", ".join(data)
-
-
-def _no_folder(source: str) -> str:
-    """A hint for who mistyped a folder: it was taken for a Hub id."""
-    return "" if Path(source).is_dir() else " (a Hub id, because the current folder has no such folder)"
-
-
-def _check_folder(source: str) -> None:
-    """Raises UserError if `source` is a folder without a model, or clearly a path and not a Hub id."""
-    path = Path(source)
-    # `runs/mistyped` looks like a Hub id; without a network, asking the Hub for it takes a minute of retries.
-    starts_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or starts_here
-    if looks_local and not path.is_dir():
-        raise UserError(f"No model folder at {source}; check the path (it is relative to the current folder).")
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{source} holds an adapter, not a whole model: name the folder of the finished run, which holds the "
-            "merged model, or load it with the lines in its README.md and merge it."
-        )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"The folder {source} has no config.json, so it is not a saved model.")

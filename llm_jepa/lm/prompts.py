@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..core.errors import UserError, first_line
+from ..core.json_files import parse_json
 from .rows import Message, ParsedRow, render_kwargs_of
 
 # A text; messages; or a row {"prompt": either of them, "tools": ..., "chat_template_kwargs": ...} without completion.
@@ -71,7 +72,7 @@ def form_of(config: PreTrainedConfig) -> PromptForm:
         return FOREIGN
     known = {name.name: record[name.name] for name in fields(PromptForm) if name.name in record}
     if isinstance(kwargs := known.get("render_kwargs"), str):
-        known["render_kwargs"] = json.loads(kwargs)
+        known["render_kwargs"] = parse_json(kwargs, "The render_kwargs of its config.json")
     return PromptForm(**known)
 
 

@@ -96,10 +96,15 @@ class VLJEPAConfig(PreTrainedConfig):
             return f"y_pooling={self.y_pooling!r} is unknown; choose mean, first or last."
         if len(self.token_merge) != 3 or min(self.token_merge) < 1:
             return f"token_merge={self.token_merge} must be three numbers of 1 or more: frames, rows, columns."
+        grid = self.visual_grid
+        if grid is not None and not (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int for n in grid)):
+            return f"visual_grid={grid!r} must be two numbers: rows and columns of the tokens of a frame."
         if self.pool_frames and self.token_merge[1:] != [1, 1]:
             return f"token_merge={self.token_merge} merges rows and columns, and pool_frames leaves none; use one."
         if self.grid_positions and (self.visual_grid is None or self.pool_frames):
             return "grid_positions needs the tokens of a frame on a grid: set visual_grid, and pool_frames to false."
+        if not isinstance(self.revisions, dict) or not all(isinstance(part, dict) for part in self.revisions.values()):
+            return "revisions must give each part a name and a revision."
         if self.motion_dim < 0:
             return f"motion_dim={self.motion_dim} must be 0 or more."
         if self.motion_dim and self.token_merge[0] == 1:

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.files import flush, write_json, written_whole
-from ..core.publish import MANIFEST, read_object, remove_leftovers
+from ..core.json_files import read_json
+from ..core.publish import MANIFEST, remove_leftovers
 
 SHARD = 512  # clips in a file
 ABANDONED_S = 3600  # a stage lives as long as a file is written, not computed
@@ -235,7 +236,7 @@ def _settings(processor: Any) -> str:
 def _manifest_of(here: Path) -> dict[str, Any] | None:
     """The manifest of a complete cache; None if there is none of that form."""
     try:
-        manifest = read_object(here / MANIFEST)
+        manifest = read_json(here / MANIFEST)
     except (OSError, ValueError):
         return None
     count, size, shape = (manifest.get(key) for key in ("count", "clips_per_file", "shape"))

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, Pipeline
+from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from ..core.errors import UserError, first_line
+from ..core.errors import UserError
 from ..core.publish import published
+from ..core.untrusted import check_folder, load_config, load_model, loading
 from ..stream.clips import read_clip
 from ..stream.opening import is_image
 from .configuration import VLJEPAConfig
 from .modeling import VLJEPAModel
-from .processing import Frames, VLJEPAProcessor
+from .processing import Frames, VLJEPAProcessor, load_processor
 from .y_decoder import DecodedText, YDecoder, fingerprint
 
 
@@ -64,27 +64,19 @@ class VLJEPA:
         cls, source: str | Path, *, revision: str | None = None, device: str | torch.device | None = None
     ) -> VLJEPA:
         """Load a folder or a Hub id. Raises UserError if it does not hold a VL-JEPA."""
-        options: dict[str, Any] = {"trust_remote_code": False}
-        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-            raise UserError(f"The folder {source} has no config.json, so it is not a saved model.")
-        try:
+        check_folder(str(source))
+        local = str(source)
+        with loading("a VL-JEPA", str(source)):
             # Take all files from one commit, those of the y_decoder too. Besides, offline transformers does not find
             # the second tokenizer of a Hub id and takes the first one instead.
-            local = str(source)
             if not Path(source).is_dir():
                 local = snapshot_download(local, revision=revision, ignore_patterns=["checkpoint-*", "*.bin", "*.pt"])
-            if (kind := AutoConfig.from_pretrained(local, **options).model_type) != VLJEPAConfig.model_type:
-                raise UserError(f"it is a {kind}.")  # as a VL-JEPA it would be loaded as 8 billion random weights
-            model, report = VLJEPAModel.from_pretrained(
-                local, use_safetensors=True, output_loading_info=True, **options
-            )
-            processor = VLJEPAProcessor.from_pretrained(local, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, StrictDataclassError) as error:
-            raise UserError(f"Cannot load a VL-JEPA from {str(source)!r}: {first_line(error)}") from None
-        if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
-            raise UserError(
-                f"The weights of {source} do not fit its config ({str(wrong[0])}, ...): it would be partly random."
-            )
+            config = load_config(local, what="a VL-JEPA")
+            if config.model_type != VLJEPAConfig.model_type:
+                # as a VL-JEPA it would be loaded as 8 billion random weights
+                raise UserError(f"Cannot load a VL-JEPA from {str(source)!r}: it is a {config.model_type}.")
+            model = load_model(VLJEPAModel, local, config, what="a VL-JEPA")
+            processor = load_processor(local)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
 
     def save_pretrained(self, folder: str | Path) -> None:

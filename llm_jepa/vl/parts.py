@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,29 +11,31 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from ..core.diagnostics import evaluating
-from ..core.errors import UserError, first_line
+from ..core.errors import UserError
+from ..core.json_files import read_json
+from ..core.safetensors_files import find_file
+from ..core.untrusted import load_config, load_model, loading
 
 logger = logging.getLogger(__name__)
 Part: TypeAlias = str | PreTrainedConfig | PreTrainedModel  # a Hub id or folder, a config (random weights), or a model
 NAMES = ("x_encoder", "predictor", "y_encoder")
+UNUSED = r"(^|\.)(pooler|predictor)\."  # weights that a part need not have: `modeling` drops these modules
 
 
 def load_part(name: str, part: Part, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """The model of one part, without a head. Raises UserError if it cannot be loaded."""
-    try:
-        if isinstance(part, PreTrainedModel):
-            model = part.base_model  # without a head: a LlamaForCausalLM becomes its LlamaModel
-        elif isinstance(part, str):
-            model = AutoModel.from_pretrained(
-                part, revision=revision or "main", dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        else:
+    if isinstance(part, PreTrainedModel):
+        model = part.base_model  # without a head: a LlamaForCausalLM becomes its LlamaModel
+    elif isinstance(part, str):
+        config = load_config(part, what=f"the {name}", revision=revision)
+        model = load_model(
+            AutoModel, part, config, what=f"the {name}", revision=revision, unused=UNUSED, dtype=dtype
+        )  # fmt: skip
+    else:
+        with loading(f"the {name}", part.model_type):
             model = AutoModel.from_config(part, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"Cannot load the {name} from {str(part)[:100]!r}: {first_line(error)}") from None
     # CLIP-like models hold a vision and a text tower; only one of them is this part.
     tower = getattr(model, {"x_encoder": "vision_model", "y_encoder": "text_model"}.get(name, ""), None)
     return tower if isinstance(tower, PreTrainedModel) else model
@@ -108,11 +110,13 @@ def shape_of_tokens(x_encoder: PreTrainedModel, frame_size: int | None) -> dict[
 
 def pooling_of(source: str, revision: str | None) -> str:
     """The y_pooling of a sentence-transformers folder; "mean" if it does not say. Raises UserError for other kinds."""
-    modules = _read_json(source, "modules.json", revision) or []
+    modules = _read_json(source, "modules.json", [{"type": str, "path": str}], revision) or []
     if any(module["type"].endswith("Dense") for module in modules):
         logger.warning("%s: its Dense layers are left out; target_projection is new.", source)
     folder = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
-    pooling = _read_json(source, f"{folder}/config.json", revision) if folder else None
+    if folder and not re.fullmatch(r"[\w-][\w.-]*", folder):
+        raise UserError(f"modules.json of {source} names the folder {folder!r}; only its own folders are read.")
+    pooling = _read_json(source, f"{folder}/config.json", dict, revision) if folder else None
     if pooling is None:
         return "mean"
     prefix = "pooling_mode_"
@@ -149,17 +153,14 @@ def check_bidirectional(predictor: PreTrainedModel) -> None:
 
 def _commit_of(source: str, revision: str | None) -> str | None:
     """The commit of a Hub id's revision, because a branch moves on. `revision` for a folder, or if it is unknown."""
-    path = cached_file(source, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    path = find_file(source, "config.json", revision=revision)
     if path is None or Path(source).is_dir():
         return revision
-    folder = Path(path).parent  # .../snapshots/<commit>
+    folder = path.parent  # .../snapshots/<commit>
     return folder.name if folder.parent.name == "snapshots" else revision
 
 
-def _read_json(source: str, name: str, revision: str | None) -> Any:
+def _read_json(source: str, name: str, shape: Any, revision: str | None) -> Any:
     """A JSON file of a Hub id or folder; None if it has no such file."""
-    path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    path = find_file(source, name, revision=revision)
+    return None if path is None else read_json(path, shape)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature
+from transformers import AutoProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
 
-from ..core.errors import UserError, first_line
+from ..core import untrusted
+from ..core.errors import UserError
+from ..core.json_files import read_json
+from ..core.safetensors_files import find_file
 from ..stream.clips import sample_frames
 from ..stream.frames import to_rgb
 from .configuration import VLJEPAConfig
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # one is enough
 Frames = Any  # [T, H, W, 3] uint8 array or tensor, or a list of T PIL images or [H, W, 3] arrays
 
 
@@ -155,7 +158,7 @@ class VLJEPAProcessor(ProcessorMixin):
             return load(source["name"], source.get("revision"))
 
         def load_tokenizer(source: str, revision: str | None) -> Any:
-            return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+            return untrusted.load_tokenizer(source, revision=revision)
 
         x = config.x_encoder_config
         return cls(
@@ -175,29 +178,39 @@ def frame_processor(source: str, revision: str | None = None) -> Any:
     V-JEPA 2 ships a video processor that needs torchvision. Here a PIL processor does the same to each frame: resize
     the shorter side to crop_size * 256 / 224, crop the centre, normalise. Raises UserError if there is none.
     """
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        path = cached_file(source, name, **options)
-        if path is None:
-            continue
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
+        with untrusted.loading("an image processor", source):
+            path = find_file(source, name, revision=revision)
+            settings = {} if path is None else read_json(path)
         if "VideoProcessor" not in str(settings.get("video_processor_type", settings.get("image_processor_type", ""))):
             continue
+        untrusted.check_image_files(source, revision=revision)
         crop = settings.get("crop_size", 256)
         if isinstance(crop, dict):
-            crop = crop["height"]
+            crop = crop.get("height")
+        if type(crop) is not int or crop < 1:
+            raise UserError(f"{path}: crop_size is {settings['crop_size']!r}; a number of pixels is needed.")
         return vjepa2_frames(
             crop,
             image_mean=settings.get("image_mean", IMAGENET_DEFAULT_MEAN),
             image_std=settings.get("image_std", IMAGENET_DEFAULT_STD),
         )
-    try:
-        return AutoImageProcessor.from_pretrained(
-            source, revision=revision or "main", backend="pil", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"No image processor in {source!r}: {first_line(error)}") from None
+    return untrusted.load_image_processor(source, revision=revision)
+
+
+def load_processor(folder: str) -> VLJEPAProcessor:
+    """The processor of a saved VL-JEPA. Raises UserError."""
+    with untrusted.loading("a VL-JEPA", folder):
+        untrusted.check_image_files(folder)
+        # Without its files, or with a torn one, transformers silently takes the tokenizer of the queries for targets.
+        if not (
+            Path(folder, "target_tokenizer", "tokenizer_config.json").is_file()
+            and any(Path(folder, "target_tokenizer", name).is_file() for name in VOCABULARIES)
+        ):
+            raise UserError(f"{folder} has no whole target_tokenizer; take a whole copy.")
+        for subfolder in ("", "target_tokenizer"):
+            untrusted.check_tokenizer(folder, subfolder=subfolder)
+        return VLJEPAProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def vjepa2_frames(crop_size: int = 256, **options: Any) -> Any:

@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -43,11 +42,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.errors import UserError
 from ..core.files import write_json
+from ..core.json_files import read_json
 from ..core.publish import damage_of, published
+from ..core.safetensors_files import find_file, load_tensors
+from ..core.untrusted import load_config, load_model, load_tokenizer, loading
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
 INFO_FILE, MEMORY_FILE, TEXTS_FILE = "y_decoder.json", "memory.safetensors", "memory.json"
+INFO = {"made_for": str, "prefix_decoder": bool, "memory_temperature?": float}  # the shape of INFO_FILE
 
 
 class DecodedText(NamedTuple):
@@ -243,40 +246,37 @@ class YDecoder:
 
         Raises UserError if weights are missing, or if a file in the folder is not what was saved.
         """
-        from transformers.utils import cached_file
-
-        def path(name: str) -> str | None:
-            return cached_file(
-                str(source), name, subfolder="y_decoder", revision=revision,
-                _raise_exceptions_for_missing_entries=False,
-            )  # fmt: skip
-
+        source = str(source)
+        place: dict[str, Any] = {"revision": revision, "subfolder": "y_decoder"}
         if reason := damage_of(Path(source) / "y_decoder"):
             raise UserError(f"The y_decoder of {source} is damaged: {reason}. Save or train it again.")
-        if (info_path := path(INFO_FILE)) is None:
-            return None
-        info = json.loads(Path(info_path).read_text(encoding="utf-8"))
         memory = decoder = tokenizer = None
-        if "memory_temperature" in info:
-            texts = json.loads(Path(str(path(TEXTS_FILE))).read_text(encoding="utf-8"))
-            memory = MemoryProjection(
-                load_file(str(path(MEMORY_FILE)))["embeddings"], tuple(texts), info["memory_temperature"]
-            )
-        if info["prefix_decoder"]:
-            place: dict[str, Any] = {
-                "subfolder": "y_decoder",
-                "revision": revision or "main",
-                "trust_remote_code": False,
-            }
-            decoder, report = PrefixDecoder.from_pretrained(
-                str(source), use_safetensors=True, output_loading_info=True, **place
-            )
-            if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
-                raise UserError(
-                    f"The y_decoder of {source} lacks weights ({str(wrong[0])}, ...): it would be partly random."
-                )
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **place)
+        with loading("the y_decoder", source):
+            path = find_file(source, INFO_FILE, **place)
+            if path is None:
+                return None
+            info = read_json(path, INFO)
+            if "memory_temperature" in info:
+                memory = _load_memory(source, place, info["memory_temperature"])
+            if info["prefix_decoder"]:
+                config = load_config(source, what="the y_decoder", **place)
+                if not isinstance(config, PrefixDecoderConfig):
+                    raise UserError(f"The y_decoder of {source} is a {config.model_type}, not a prefix decoder.")
+                decoder = load_model(PrefixDecoder, source, config, what="the y_decoder", **place)
+                tokenizer = load_tokenizer(source, **place)
         return cls(info["made_for"], memory, decoder, tokenizer)
+
+
+def _load_memory(source: str, place: dict[str, Any], temperature: float) -> MemoryProjection:
+    """The memory in a folder or on the Hub. Raises UserError if its embeddings are not those of its texts."""
+    paths = [find_file(source, name, **place) for name in (TEXTS_FILE, MEMORY_FILE)]
+    if paths[0] is None or paths[1] is None:
+        raise UserError(f"The y_decoder of {source} lacks {TEXTS_FILE} or {MEMORY_FILE}; take a whole copy.")
+    texts = read_json(paths[0], [str], largest=10**9)
+    embeddings = load_tensors(paths[1]).get("embeddings")
+    if embeddings is None or embeddings.dim() != 2 or len(embeddings) != len(texts) or temperature <= 0:
+        raise UserError(f"The memory of {source} does not hold one embedding for each of its {len(texts)} texts.")
+    return MemoryProjection(embeddings, tuple(texts), temperature)
 
 
 def fingerprint(model: Any) -> str:

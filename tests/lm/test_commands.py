@@ -742,7 +742,7 @@ def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_pa
     expect_refusal(capsys, ["generate", "mistyped", "--prompt", "x"], "the current folder has no such folder")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((trained / name).read_bytes())
-    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "Cannot load a model")
+    expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "has no model.safetensors")
     save_file({"nothing": torch.zeros(1)}, broken / "model.safetensors", metadata={"format": "pt"})
     expect_refusal(capsys, ["generate", str(broken), "--prompt", "x"], "partly random")
     (broken / "config.json").write_text(json.dumps({"model_type": "vit"}))
@@ -770,7 +770,7 @@ def test_pickled_weights_are_not_loaded(trained, tmp_path, capsys):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     torch.save(load_file(trained / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    expect_refusal(capsys, ["generate", str(tmp_path), "--prompt", "x"], "Cannot load a model")
+    expect_refusal(capsys, ["generate", str(tmp_path), "--prompt", "x"], "pickles (.bin) could run code")
 
 
 def test_non_finite_loss_exits_with_3(recipe, capsys):

@@ -429,5 +429,5 @@ def test_a_video_processor_of_vjepa2_becomes_a_pil_one(
 
 
 def test_a_folder_without_an_image_processor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No image processor in"):
+    with pytest.raises(UserError, match="Cannot load an image processor from"):
         frame_processor(str(tmp_path))

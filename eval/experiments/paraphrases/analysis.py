@@ -12,6 +12,7 @@ import numpy as np
 
 from llm_jepa import UserError
 from llm_jepa.core.files import written_whole
+from llm_jepa.core.json_files import read_json
 
 from ...figures.inference import detectable_difference, equivalence, hierarchical, holm, show_p, t_interval, t_test
 from ...figures.tables import estimate_spread, markdown_table, mean_spread
@@ -34,7 +35,7 @@ def confirmed(plan: dict[str, Any], folder: Path = CONFIRMED) -> Runs:
     seeds = [seed for seed in plan["seeds"] if seed not in missing]
     if len(seeds) < 2:
         raise UserError(f"{folder} holds {len(seeds)} whole seed(s) of {plan['arms']}; run confirm first.")
-    runs = {key: json.loads(path.read_text()) for key, path in paths.items() if key[1] in seeds}
+    runs = {key: read_json(path, is_finite=False) for key, path in paths.items() if key[1] in seeds}
     kinds = set()
     for run in runs.values():
         kinds.add(json.dumps([run[name] for name in SAME_IN_ALL_RUNS], sort_keys=True))
@@ -58,7 +59,7 @@ def analyse(plan: dict[str, Any], folder: Path = CONFIRMED) -> dict[str, Any]:
         return 100.0 * np.stack([correct[one, seed] - correct[other, seed] for seed in seeds])
 
     margin, planned = plan["margin_points"], plan["secondary"]
-    facts = json.loads((folder.parent / "test_lines.json").read_text())
+    facts = read_json(folder.parent / "test_lines.json", is_finite=False)
     secondary = {
         f"{one} - {other}": _comparison(gains(one, other), margin, num_tests=len(planned)) for one, other in planned
     }

@@ -17,6 +17,7 @@ from datasets import Dataset, load_from_disk
 
 from llm_jepa import UserError, cli
 from llm_jepa.core.files import file_sha256, write_json, write_json_lines
+from llm_jepa.core.json_files import read_json
 from llm_jepa.core.publish import published
 from llm_jepa.lm import add_view_columns, tokenizer_from, train_tokenizer
 from llm_jepa.synthetic import nl_rx as generator
@@ -194,7 +195,7 @@ def prepared(work: Path) -> Prepared:
         raise UserError(
             f"{work} is not prepared; run python -m eval.experiments.paraphrases prepare --data FOLDER first."
         )
-    split = json.loads((work / "split.json").read_text())
+    split = read_json(work / "split.json", is_finite=False)
     lines = [Line(**line) for line in split["lines"]]
     return Prepared(lines, load_from_disk(work / "views"), split["data_sha256"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ import torch
 
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
+from llm_jepa.core.json_files import read_json
 from llm_jepa.core.strict_yaml import dump_yaml
 
 from ...provenance import environment, weights_sha256
@@ -43,7 +43,7 @@ def run_cell(cell: Cell, work: Path, plan: dict[str, Any]) -> str:
         small_runs.refuse_other_settings(cell.out, settings)
     else:
         write_json(cell.out, _train_and_judge(cell, work, plan))
-    result = json.loads(cell.out.read_text())
+    result = read_json(cell.out, is_finite=False)
     turk, synth = (result["metrics"][wording] for wording in ("turk", "synth"))
     return (
         f"{cell.out.stem:50s} turk equal {100 * turk['equivalent']:5.1f} exact {100 * turk['exact']:5.1f} "
@@ -112,7 +112,7 @@ def _cells_of_stage(stage: dict[str, Any], settings: Settings, seeds: list[int])
 
 
 def _turk_equivalent(cell: Cell) -> float:
-    share: float = json.loads(cell.out.read_text())["metrics"]["turk"]["equivalent"]
+    share: float = read_json(cell.out, is_finite=False)["metrics"]["turk"]["equivalent"]
     return share
 
 

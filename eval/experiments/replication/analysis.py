@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_jepa import UserError
+from llm_jepa.core.json_files import read_json
 
 from ...figures.inference import detectable_difference, hierarchical, holm, show_p, t_interval, t_test
 from ...figures.tables import estimate_spread, markdown_table
@@ -69,7 +70,7 @@ def _runs_by_arm(name: str, protocol: dict[str, Any], out: Path) -> tuple[dict[s
     for arm, seed in itertools.product(protocol["arms"], protocol["seeds"]):
         path = result_file(name, arm, seed, out)
         if path.is_file():
-            runs[arm, seed] = json.loads(path.read_text())
+            runs[arm, seed] = read_json(path, is_finite=False)
         else:
             missing.add(seed)
     seeds = [seed for seed in protocol["seeds"] if seed not in missing]

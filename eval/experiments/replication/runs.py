@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import random
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_jepa import LLMJEPATrainer, UserError
 from llm_jepa.core.files import file_sha256, write_json
+from llm_jepa.core.json_files import read_json
 from llm_jepa.core.strict_yaml import dump_yaml
 from llm_jepa.lm import add_view_columns, model_from, random_model, read_rows, tokenizer_from, train_tokenizer
 
@@ -123,7 +123,7 @@ def run_cell(cell: Cell, data: Path, held_out: int) -> str:
     else:
         with tempfile.TemporaryDirectory() as scratch:  # no run saves anything
             write_json(cell.out, {**settings, **_train_and_judge(cell, data, held_out, Path(scratch))})
-    result = json.loads(cell.out.read_text())
+    result = read_json(cell.out, is_finite=False)
     synth = result["metrics"]["synth"]
     names = ("startswith", "exact", "equivalent", "stop_rate")
     figures = "  ".join(f"{name} {100 * synth[name]:5.1f}" for name in names)
@@ -213,7 +213,7 @@ def _selection_cell(arm: str, option: tuple[float, float], seed: int, steps: int
 
 
 def _validation_startswith(cell: Cell) -> float:
-    share: float = json.loads(cell.out.read_text())["metrics"]["synth"]["startswith"]
+    share: float = read_json(cell.out, is_finite=False)["metrics"]["synth"]["startswith"]
     return share
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from llm_jepa.core.publish import (
     publish_into,
     published,
     read_manifest,
-    read_object,
     remove_leftovers,
     run_of,
     seal,
@@ -150,15 +148,6 @@ def test_why_a_folder_is_broken(tmp_path):
     (tmp_path / "d").touch()
     assert why() == "d is not in its manifest.json" and why(is_shared=True) is None
     assert broken(tmp_path, required=lambda names: f"of {sorted(names)}") == "of ['a', 'b/c']"
-
-
-@pytest.mark.parametrize(("text", "said"), [("[" * 100_000, "is nested too deeply"), ("[]", "holds no JSON object")])
-def test_a_file_that_is_no_object_is_named(text, said, tmp_path):
-    (tmp_path / "a").write_text(text)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'a'))} {said}$"):
-        read_object(tmp_path / "a")
-    (tmp_path / "a").write_bytes('{"é": "é"}'.encode())
-    assert read_object(tmp_path / "a") == {"é": "é"}
 
 
 def test_damage_of_a_published_folder(tmp_path):

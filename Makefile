@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint slow mutants soak results paraphrases replication step-cost clean
+.PHONY: quickstart test lint slow mutants soak results paraphrases replication step-cost faults clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
@@ -55,6 +55,11 @@ replication: $(STAMP)
 # the real rows (half an hour):  make step-cost NL_RX=path/to/nl_rx [SPIDER=path/to/spider]
 step-cost: $(STAMP)
 	$(BIN)/python -m eval.step_cost $(if $(NL_RX),--nl-rx $(NL_RX) $(if $(SPIDER),--spider $(SPIDER)) --out eval/results/step_cost/cpu.json --plot eval/results/step_cost/cpu.png,--quick)
+
+# Every fault of docs/results/reliability.md: 20 minutes on two cores. You can stop and restart it.
+faults: $(STAMP)
+	$(BIN)/python -m eval.faults --out eval/results/faults/cpu.json
+	$(BIN)/python -m eval.report
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("llm_jepa needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11") if sys.version_info < (3, 11) else None'

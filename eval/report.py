@@ -15,7 +15,7 @@ from llm_jepa import UserError
 from llm_jepa.core.files import write_whole
 
 from .command import one_line_errors, require
-from .pages import cost, experiments, nl_rx, vl
+from .pages import cost, experiments, nl_rx, reliability, vl
 from .pages.cards import cards
 from .pages.families import families_table
 
@@ -33,6 +33,7 @@ def rendered_blocks() -> dict[Path, dict[str, str]]:
         PAGES / "replication.md": {"replication": experiments.replication_tables()},
         PAGES / "step_cost.md": {"step_cost": cost.step_table()},
         PAGES / "vl.md": {"vl": vl.vl_tables()},
+        PAGES / "reliability.md": {"reliability": reliability.scorecard()},
         PAGES / "throughput.md": {"throughput": cost.throughput_line()},
     }
 

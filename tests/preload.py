@@ -7,6 +7,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.starcoder2.modeling_starcoder2
 import transformers.models.vit.modeling_vit  # noqa: F401
 
+import eval.faults.preload  # noqa: F401
 import tests.conftest  # noqa: F401
 
 gc.collect()

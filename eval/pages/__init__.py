@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+def cell(text: str, limit: int = 200) -> str:
+    """A text as a cell of a Markdown table: one line, and nothing that Markdown or HTML would read."""
+    line = " ".join(text.split())[:limit]
+    return html.escape("".join(char if char.isprintable() else "?" for char in line), quote=False).replace("|", "\\|")
+
+
+TEMPLATES.filters["cell"] = cell
 
 
 def render(template: str, **facts: Any) -> str:

@@ -20,8 +20,9 @@ DISK_WORDS = (
 )  # fmt: skip
 MEMORY_WORDS = (
     "DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "os error 12", "std::bad_alloc",
-    "not enough memory",
+    "not enough memory", "can't start new thread",
 )  # fmt: skip
+ONEDNN_MEMORY = "could not create a primitive"  # its whole message; longer ones are about operations it does not have
 LOST_WORDS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/transport",
     "Watchdog caught collective operation timeout", "NCCL communicator was aborted",
@@ -40,7 +41,7 @@ def machine_failure(error: BaseException, recipe: Any) -> tuple[str, int] | None
         reason = f"another process ended or did not answer within ddp_timeout: {training.ddp_timeout} seconds"
     elif _has(error, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT), DISK_WORDS):
         code, reason = DISK_FULL, _disk_is_full(training)
-    elif isinstance(error, MemoryError) or _has(error, (errno.ENOMEM,), MEMORY_WORDS):
+    elif isinstance(error, MemoryError) or str(error) == ONEDNN_MEMORY or _has(error, (errno.ENOMEM,), MEMORY_WORDS):
         code, reason = OUT_OF_MEMORY, _out_of_memory(error, training)
     else:
         return None

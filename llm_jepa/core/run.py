@@ -26,6 +26,7 @@ from .checkpoint import (
     is_finished_of_before,
     is_last,
     read_run,
+    rotate,
     say,
 )
 from .errors import UserError
@@ -276,7 +277,17 @@ def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
         trainer.evaluate_if_owed(resume)
     keep_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     trainer.load_weights(str(state.best_model_checkpoint) if keep_best else resume)
+    if trainer.is_world_process_zero():
+        _rotate(trainer, resume)
     return True
+
+
+def _rotate(trainer: JEPATrainer, resume: str) -> None:
+    """Remove the checkpoints of which there are too many, if a kill came between the last one and their removal."""
+    folder, state = Path(trainer.args.output_dir), trainer.state
+    best = str(folder / Path(state.best_model_checkpoint).name) if state.best_model_checkpoint else None
+    if Path(resume).resolve().parent == folder.resolve():
+        rotate(folder, step=state.global_step, best=best, limit=trainer.args.save_total_limit)
 
 
 def _print_evaluation(trainer: JEPATrainer) -> None:

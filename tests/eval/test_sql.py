@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.faults.hostile import make_database
 from eval.graders import sql, sql_child
 from eval.graders.sql import Databases, Result, is_ordered, same_rows
 from llm_jepa import UserError
@@ -28,25 +29,8 @@ from tests.properties import examples
 pytestmark = pytest.mark.skipif(sql.resource is None, reason="needs resource limits (Linux)")
 ATTACKS = [json.loads(line) for line in (Path(__file__).parents[1] / "attacks" / "sql.jsonl").read_text().splitlines()]
 SPIDER = Path(__file__).parents[3] / "shared" / "data" / "spider"
-SCHEMA = """
-CREATE TABLE singer
-    (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, age INTEGER, country TEXT, rating REAL, photo BLOB);
-CREATE INDEX singer_age ON singer (age);
-CREATE VIEW adult AS SELECT name, age FROM singer WHERE age >= 18;
-CREATE TABLE number (n INTEGER);
-"""
 # Heavy, but finite: 0.3 s of processor time on a slow core.
 HEAVY = "SELECT count(*) FROM number a, number b WHERE a.n + b.n > 0"
-
-
-def make_database(path, singers, *, numbers=2000):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path)
-    connection.executescript(SCHEMA)
-    connection.executemany("INSERT INTO singer VALUES (?, ?, ?, ?, ?, ?)", singers)
-    connection.executemany("INSERT INTO number VALUES (?)", [(n,) for n in range(numbers)])
-    connection.commit()
-    connection.close()
 
 
 @pytest.fixture(scope="module")

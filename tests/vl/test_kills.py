@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.faults.states import add_torn_files, watch
 from llm_jepa.core.errors import UserError
 from llm_jepa.vl import features as features_module
 from llm_jepa.vl.data import ClipDataset
 from llm_jepa.vl.features import cache_features
 from llm_jepa.vl.y_decoder import MemoryProjection, PrefixDecoder, PrefixDecoderConfig, YDecoder
-from tests.kills import add_torn_files, record
 from tests.ranks import start
 from tests.vl.runs import make_clips, parts, tokenizer
 
@@ -33,7 +33,8 @@ def states_of(function, folder: Path, *words) -> list[Path]:
 
 
 def _recorded(function, folder, states, *words):
-    record(lambda: function(Path(folder), *words), folder, states)
+    watch(Path(folder), Path(states))
+    function(Path(folder), *words)
 
 
 def again(state: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from llm_jepa.core.files import content_sha256, file_sha256
 from llm_jepa.core.publish import MANIFEST, seal
 from llm_jepa.families import parse_recipe
 from llm_jepa.vl.arguments import VLModelArguments
-from tests.core.test_kills import BEST, LM, RESUME, VL, _images, _rows
+from tests.core.runs import BEST, LM, RESUME, VL, write_images, write_rows
 
 TEMPLATE = "{% for turn in messages %}{{ turn['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -68,7 +68,7 @@ def copy_of(run: Run, folder: Path) -> Run:
 def lm(rows, tmp_path_factory):
     """A finished run that names every kind of file."""
     folder = tmp_path_factory.mktemp("lm")
-    start = {**LM, "train_data": str(_rows(folder, rows)), "output_dir": str(folder / "start"), "max_steps": 1}
+    start = {**LM, "train_data": str(write_rows(folder, rows)), "output_dir": str(folder / "start"), "max_steps": 1}
     (folder / "start.yaml").write_text(yaml.safe_dump(start))
     assert main(["train", str(folder / "start.yaml")]) == 0
     (folder / "template.jinja").write_text(TEMPLATE)
@@ -91,7 +91,7 @@ def lm(rows, tmp_path_factory):
 def vl(tmp_path_factory):
     """A finished run of a VL-JEPA that was trained before."""
     folder = tmp_path_factory.mktemp("vl")
-    start = {**VL, "train_data": str(_images(folder)), "output_dir": str(folder / "start"), "max_steps": 1}
+    start = {**VL, "train_data": str(write_images(folder)), "output_dir": str(folder / "start"), "max_steps": 1}
     (folder / "start.yaml").write_text(yaml.safe_dump(start))
     assert main(["train", str(folder / "start.yaml")]) == 0
     values = {key: value for key, value in VL.items() if key not in VLModelArguments.__dataclass_fields__}
@@ -346,7 +346,7 @@ def test_a_run_made_longer_is_the_long_run(name, rows, tmp_path, capsys):
     if name == "lm, epochs":
         del values["max_steps"]
         key, short, long = "num_train_epochs", 1, 2
-    values["train_data"] = str(_images(tmp_path) if values["family"] == "vl" else _rows(tmp_path, rows))
+    values["train_data"] = str(write_images(tmp_path) if values["family"] == "vl" else write_rows(tmp_path, rows))
     whole, run = (Run(tmp_path / part, values) for part in ("whole", "run"))
     for each, length in ((whole, long), (run, short)):
         each.folder.mkdir()
@@ -365,7 +365,7 @@ def test_a_run_made_longer_is_the_long_run(name, rows, tmp_path, capsys):
 )
 def test_a_longer_run_that_is_killed_goes_on(killed, rows, tmp_path, capsys):
     """The old final model is still there, and its last checkpoint says that no step is left."""
-    run = Run(tmp_path, {**LM, **CONSTANT, "train_data": str(_rows(tmp_path, rows))})
+    run = Run(tmp_path, {**LM, **CONSTANT, "train_data": str(write_rows(tmp_path, rows))})
     assert run.train() == 0
     shutil.copytree(run.out, tmp_path / "before")
     assert run.train(*RESUME, max_steps=8) == 0

@@ -11,7 +11,12 @@ from importlib import import_module
 from pathlib import Path
 
 from llm_jepa import UserError
-from llm_jepa.core.errors import print_error, traceback_flag
+from llm_jepa.core.errors import ArgumentParser, print_error, traceback_flag
+from llm_jepa.core.options import number, seed_number, whole
+
+__all__ = [
+    "ArgumentParser", "check_writable", "number", "one_line_errors", "require", "seed_number", "whole",
+]  # fmt: skip
 
 Words = Sequence[str] | None  # of a command line; None: those of this process
 

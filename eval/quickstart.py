@@ -34,7 +34,7 @@ from llm_jepa.lm import (
 )
 from llm_jepa.synthetic import nl_rx as generator
 
-from .command import one_line_errors, require
+from .command import ArgumentParser, one_line_errors, require, whole
 from .run import score_model
 from .tasks.nl_rx import METRICS, WORDINGS
 
@@ -59,10 +59,10 @@ docs/results/nl_rx.md has repeated runs on real NL-RX."""
 
 @one_line_errors("eval.quickstart")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.quickstart", description=__doc__)
+    parser = ArgumentParser(prog="python -m eval.quickstart", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for data, models, picture")
-    parser.add_argument("--steps", type=int, help="training steps of each arm (default: as in its recipe)")
-    parser.add_argument("--test", type=int, default=300, help="number of test requests, each in two wordings")
+    parser.add_argument("--steps", type=whole(1), help="training steps of each arm (default: as in its recipe)")
+    parser.add_argument("--test", type=whole(1), default=300, help="number of test requests, each in two wordings")
     options = parser.parse_args(argv)
     require("matplotlib")
     torch.set_num_threads(1)

@@ -6,7 +6,6 @@ stale. So no number in them can be typed by hand.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from llm_jepa import UserError
 from llm_jepa.core.files import write_whole
 
-from .command import one_line_errors, require
+from .command import ArgumentParser, one_line_errors, require
 from .pages import cost, experiments, nl_rx, reliability, vl
 from .pages.cards import cards
 from .pages.families import families_table
@@ -59,7 +58,7 @@ def rendered_files() -> dict[Path, str]:
 
 @one_line_errors("eval.report")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
+    parser = ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether every file is up to date")
     options = parser.parse_args(argv)
     require("scipy")

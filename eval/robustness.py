@@ -27,7 +27,7 @@ from llm_jepa.core.files import write_json, write_json_lines, write_whole, writt
 from llm_jepa.core.json_files import read_json, read_json_lines
 from llm_jepa.lm import check_model, tokenizer_from
 
-from .command import one_line_errors, require
+from .command import ArgumentParser, one_line_errors, require, whole
 from .figures.groups import embedding_view, refuse_single
 from .figures.inference import Interval
 from .figures.robustness_analysis import SCHEMA, Run, analyse, shortened
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about, _, examples = str(__doc__).partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.robustness",
         description=about,
         epilog=examples,
@@ -228,8 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", metavar="NAME", help="the model that others are compared with (default: the first)"
     )
     parser.add_argument("--metric", help="one of the task's metrics (default: its primary one)")
-    parser.add_argument("--limit", type=int, help="use the first N groups only")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--limit", type=whole(1), help="use the first N groups only")
+    parser.add_argument("--batch_size", type=whole(1), default=64)
     parser.add_argument("--embeddings", action="store_true", help="also embed the prompts and measure their geometry")
     parser.add_argument("--write-card", action="store_true", help="put the figures into each model's README.md")
     return parser
@@ -240,10 +240,6 @@ def _check(options: argparse.Namespace, models: Mapping[str, list[str]], scored:
     require("scipy", "matplotlib")
     if not models and not scored:
         raise UserError("No model is given; use --models DIR ... or --samples DIR ...")
-    for name in ("limit", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be 1 or more, not {value}.")
     if both := set(models) & set(scored):
         raise UserError(f"--models and --samples both have a {min(both)!r}; give one another name: NAME=DIR.")
     if options.baseline is not None and options.baseline not in {**models, **scored}:

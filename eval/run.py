@@ -38,7 +38,7 @@ from llm_jepa.lm import (
     tokenizer_from,
 )
 
-from .command import one_line_errors
+from .command import ArgumentParser, one_line_errors, seed_number, whole
 from .provenance import environment, weights_sha256
 from .run_files import Row, RunFiles
 from .tasks import TASKS, Data, Group, Task, last_text, task_named, turns_of
@@ -370,7 +370,7 @@ def _sha256(text: Any) -> str | None:
 @one_line_errors("eval.run")
 def main(argv: Sequence[str] | None = None) -> int:
     tasks = "\n".join(f"  {task.name:16s} {task.metric}" for task in TASKS.values())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.run",
         description=__doc__,
         epilog=f"tasks and their primary metrics:\n{tasks}",
@@ -381,14 +381,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="file or folder of the task, or a Hub id")
     parser.add_argument("--out", required=True, type=Path, help="result JSON")
     parser.add_argument("--samples", type=Path, help="one line a question (default: FILE.samples.jsonl next to --out)")
-    parser.add_argument("--limit", type=int, help="score the first N groups only")
-    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--seed", type=int, help="seed of the model's training, for the record")
+    parser.add_argument("--limit", type=whole(1), help="score the first N groups only")
+    parser.add_argument("--max_new_tokens", type=whole(1), help="default: the task's")
+    parser.add_argument("--batch_size", type=whole(1), default=256)
+    parser.add_argument("--seed", type=seed_number, help="seed of the model's training, for the record")
     options = vars(parser.parse_args(argv))
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if options[name] is not None and options[name] < 1:
-            raise UserError(f"--{name} must be 1 or more, not {options[name]}.")
     result, _ = score_model(options.pop("model"), options.pop("data"), **options)
     print(table(result))
     return 0

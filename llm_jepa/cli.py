@@ -147,9 +147,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         # Without use_cpu, each gloo process would train a separate model into the same folder.
         overrides = [*overrides, "--use_cpu", "true"]
     recipe = replace(parse_recipe(options.recipe, overrides), allowed=frozenset(options.allow_changed))
-    from .core.checks import check_packages
+    from .core.checks import check_library_options, check_packages
 
     check_packages(recipe.training)
+    check_library_options(recipe.training)
     family = commands_of(recipe.family)
     if options.dry_run:
         from .core.strict_yaml import dump_yaml

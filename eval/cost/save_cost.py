@@ -47,7 +47,7 @@ from llm_jepa.vl import VLJEPAModel, VLJEPAProcessor, VLJEPATrainer, VLJEPATrain
 from llm_jepa.vl.data import Clip, ClipDataset, Pair
 from llm_jepa.vl.loading import plain_frames
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors, whole
 from ..provenance import environment
 
 BOUND = 1.15  # of `wait`, for lm_large
@@ -241,7 +241,7 @@ def table(result: dict[str, Any]) -> str:
 
 @one_line_errors("eval.save_cost")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.save_cost",
         description=str(__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -249,13 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="under 45 s: 2 or 3 saves of each")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
-    parser.add_argument("--repetitions", type=int, help=f"saves of each (default: {REPETITIONS})")
+    parser.add_argument("--repetitions", type=whole(1), help=f"saves of each (default: {REPETITIONS})")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: that of temporary files)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--threads", type=whole(1, 1024), default=1, help="torch threads")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="file for every figure of every repetition")
     options = parser.parse_args(argv)
-    if options.repetitions is not None and options.repetitions < 1:
-        raise UserError(f"--repetitions {options.repetitions} must be 1 or more.")
     if options.folder is not None and not options.folder.is_dir():
         raise UserError(f"--folder: no folder at {options.folder}.")
     check_writable(options.out)

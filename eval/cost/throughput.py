@@ -33,7 +33,7 @@ from llm_jepa.core.files import file_sha256, write_json
 from llm_jepa.lm import Prompt, build_views, random_model, read_rows, train_tokenizer
 from llm_jepa.synthetic import nl_rx as generator
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors
 from ..experiments.small_runs import SHARED
 from ..graders.regexes import RegexError, language
 from ..provenance import environment
@@ -146,7 +146,7 @@ def regex_seconds(files: Sequence[Path]) -> tuple[float, int, int]:
 
 @one_line_errors("eval.cost.throughput")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.cost.throughput",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

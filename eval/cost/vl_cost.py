@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -40,7 +39,7 @@ from llm_jepa.core.files import write_json
 from llm_jepa.synthetic import shapestream as world
 from llm_jepa.vl import PrefixDecoder, PrefixDecoderConfig, Segment, VLJEPAModel, segment_uniform
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors
 from ..provenance import environment
 from ..vl.selective_decoding import online
 
@@ -273,9 +272,7 @@ def share_right(stream: world.Stream, segments: Sequence[Segment], codes: np.nda
 
 @one_line_errors("eval.vl_cost")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.vl_cost", description=str(__doc__).splitlines()[0], allow_abbrev=False
-    )
+    parser = ArgumentParser(prog="python -m eval.vl_cost", description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="only the small shape and two streams")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)

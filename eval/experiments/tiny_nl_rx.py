@@ -6,7 +6,6 @@ result file in eval/results/tiny_nl_rx/. A run whose file exists is not repeated
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from ..command import ArgumentParser, seed_number, whole
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "lm" / "tiny-llama"
 RESULTS = Path(__file__).parents[1] / "results" / "tiny_nl_rx"
@@ -45,10 +46,10 @@ def one_run(cell: tuple[str, str, int], data: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.experiments.tiny_nl_rx", description=__doc__)
+    parser = ArgumentParser(prog="python -m eval.experiments.tiny_nl_rx", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with {synth,turk}_{train,test}.jsonl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one core each")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=whole(1, 1024), default=2, help="number of parallel runs, one core each")
     options = parser.parse_args(argv)
     cells = [(arm, protocol, seed) for seed in options.seeds for protocol in PROTOCOLS for arm in ARMS]
     failed = 0

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.core.errors import ArgumentParser
 from llm_jepa.core.files import write_json
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors, seed_number, whole
 from ..provenance import environment
 from . import __doc__ as about
 from . import caches, changes, damage, forgeries, hostile, kills, machine, ranks, stops, streams
@@ -59,12 +58,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a sample of every kind: under a minute on two cores")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="KIND", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="file for the outcome of every fault")
-    parser.add_argument("--workers", type=int, default=2, help="faults at a time (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random instants")
+    parser.add_argument("--workers", type=whole(1), default=2, help="faults at a time (default: 2)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the random instants")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs, and the folders of failures, here")
     options = parser.parse_args(argv)
-    if options.workers < 1:
-        raise UserError(f"--workers {options.workers} must be 1 or more.")
     if not hasattr(os, "fork"):
         raise UserError("eval.faults needs a system that forks processes, such as Linux.")
     check_writable(options.out)

@@ -30,7 +30,7 @@ from llm_jepa.core.files import write_json
 from llm_jepa.core.strict_yaml import dump_yaml
 from llm_jepa.synthetic import nl_rx
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors, whole
 from ..provenance import environment
 
 KINDS = ("lm", "vl", "watch")
@@ -236,10 +236,10 @@ def faults_of(figures: dict[str, Any]) -> list[str]:
 
 @one_line_errors("eval.faults.soak")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.faults.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=10_000, help="of each training (default: 10000)")
+    parser.add_argument("--steps", type=whole(1), default=10_000, help="of each training (default: 10000)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="lm, vl, watch")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)

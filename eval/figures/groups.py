@@ -46,6 +46,8 @@ DEFINITIONS = {
     "drop_rate": "1 - accuracy of the other wordings / accuracy of the first (PDR of arXiv:2306.04528)",
 }
 
+MAX_WORDINGS = 2000  # 10,000 resamples of two columns each take 320 MB
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -68,14 +70,19 @@ def read_answers(samples: Sequence[Mapping[str, Any]], metric: str) -> Answers:
     """The answers of sample rows {"group", "wording", "scores": {metric: value}, "answer_key"}, in their order.
 
     The metric does not count a group if none of its rows has the metric; such groups are left out. Raises UserError for
-    a metric that no row has or that a group has in part, two rows of one group and wording, or groups with a single
-    wording.
+    a metric that no row has or that a group has in part, two rows of one group and wording, groups with a single
+    wording, or more than MAX_WORDINGS.
     """
     counted = [row for row in samples if metric in row["scores"]]
     if not counted:
         known = sorted(set().union(*(row["scores"] for row in samples)))
         raise UserError(f"No sample has the metric {metric!r}; there is {', '.join(known) or 'none'}.")
     groups, wordings = _index(counted, "group"), _index(counted, "wording")
+    if len(wordings) > MAX_WORDINGS:
+        raise UserError(
+            f"The groups have {len(wordings)} different wordings, and the limit is {MAX_WORDINGS}: every figure is "
+            "resampled for each. Use a part of them, or give the same names to the wordings of all groups."
+        )
     in_part = [row for row in samples if metric not in row["scores"] and row["group"] in groups]
     if in_part:
         raise UserError(f"Group {in_part[0]['group']!r} has the metric {metric!r} for some of its wordings only.")
@@ -200,12 +207,7 @@ def per_group(answers: Answers) -> dict[str, Array]:
     """The figures of DEFINITIONS that are means over groups, for each group: name -> [G]."""
     scores, present, keys = answers.scores, answers.present, answers.keys
     k = present.sum(axis=1)
-    same, right = np.zeros(len(k)), np.zeros(len(k))
-    for i in range(scores.shape[1]):
-        for j in range(i):
-            equal = present[:, i] & present[:, j] & (keys[:, i] == keys[:, j])
-            same += equal
-            right += equal & (scores[:, i] >= 1) & (scores[:, j] >= 1)
+    same, right = _equal_pairs(keys, present), _equal_pairs(keys, present & (scores >= 1))
     pairs = k * (k - 1) / 2
     worst, best = np.nanmin(scores, axis=1), np.nanmax(scores, axis=1)
     return {
@@ -216,6 +218,14 @@ def per_group(answers: Answers) -> dict[str, Array]:
         "consistency": same / pairs,
         "consistent_and_correct": right / pairs,
     }
+
+
+def _equal_pairs(keys: NDArray[np.int64], counted: NDArray[np.bool_]) -> Array:
+    """[G]: how many pairs of the counted answers of each group have the same key. `keys`, `counted`: [G, K]."""
+    groups, columns = np.nonzero(counted)
+    both, count = np.unique(np.stack([groups, keys[groups, columns]]), axis=1, return_counts=True)
+    same: Array = np.bincount(both[0], weights=count * (count - 1) / 2, minlength=len(keys)).astype(np.float64)
+    return same
 
 
 @torch.no_grad()

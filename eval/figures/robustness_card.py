@@ -9,10 +9,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from ruamel.yaml import YAMLError
 
 from llm_jepa import UserError
 from llm_jepa.core.card import NOT_EVALUATED
+from llm_jepa.core.errors import one_line
 from llm_jepa.core.files import write_whole
+from llm_jepa.core.strict_yaml import MAX_BYTES, load_yaml
 
 from .groups import read_answers, robustness
 from .inference import Interval
@@ -54,12 +57,23 @@ def read_card(folder: str | Path) -> RepoCard:
     if not path.is_file():
         return RepoCard(f"---\n{{}}\n---\n# {Path(folder).name}\n")
     try:
+        _check_metadata(path)
         card = RepoCard.load(path)
         for entry in card.data.get("model-index") or []:
             entry["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The metadata of {path} cannot be read ({error}); correct its first lines.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+        reason = one_line(error, 200)
+        raise UserError(f"The metadata of {path} cannot be read ({reason}); correct its first lines.") from None
     return card
+
+
+def _check_metadata(path: Path) -> None:
+    """Raises ValueError or YAMLError for a card that would take long to parse: by its size, depth, or aliases."""
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"the card has {path.stat().st_size} bytes, and the limit is {MAX_BYTES}")
+    parts = path.read_text(encoding="utf-8").split("---\n", maxsplit=2)
+    if len(parts) == 3 and not parts[0].strip("\ufeff \n"):
+        load_yaml(parts[1])
 
 
 def _with_table(text: str, run: Run, results: list[EvalResult], dataset: str, metric: str) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .text import safe_to_normalize
+
 MAX_N = 4
 SIGMA = 6.0  # words; of the Gaussian penalty on a difference in length
 Ngrams = Counter[tuple[str, ...]]
@@ -81,7 +83,7 @@ def tokenize(text: str) -> list[str]:
     Stands in for coco-caption's PTBTokenizer, which needs Java. They differ in contractions ("isn't" is "is n't"
     there) and in rare symbols.
     """
-    text = unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'")
+    text = unicodedata.normalize("NFC", safe_to_normalize(text.lower())).replace("\u2019", "'")
     return re.findall(r"\w+(?:['-]\w+)*", text)
 
 

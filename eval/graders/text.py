@@ -97,13 +97,45 @@ def plain(text: str) -> str:
     articles, word order. A text of nothing but marks stays as it is.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", "".join(map(_same_form, unicodedata.normalize("NFC", text))))
+        composed = unicodedata.normalize("NFC", safe_to_normalize(text))
+        text = unicodedata.normalize("NFC", "".join(map(_same_form, composed)))
     text = " ".join(text.translate(_SAME_MARK).lower().split())
     text = _without_surroundings(text) or text
     article, _, rest = text.partition(" ")
     if article in ("a", "an", "the") and rest not in ("", "a", "an", "the"):
         return rest
     return text
+
+
+_MARKS = re.compile(r"[^\x00-\u02ff]{31,}")  # cheap to find; letters of other scripts are looked at more closely
+_MAX_MARKS = 30
+_JOINER = "\u034f"
+
+
+def safe_to_normalize(text: str) -> str:
+    """The text with a joiner after every 30 combining marks in a row (the Stream-Safe Format of Unicode, UAX #15).
+
+    Normalisation sorts the marks of a letter, in quadratic time: 80,000 marks take minutes. No language writes more
+    than a few.
+    """
+    return _MARKS.sub(lambda match: _with_joiners(match[0]), text)
+
+
+def _with_joiners(text: str) -> str:
+    parts, marks = [], 0
+    for character in text:
+        # Some characters are a letter with marks, or only marks: count what they decompose into.
+        pieces = unicodedata.normalize("NFKD", character)
+        leading = next((i for i, piece in enumerate(pieces) if not unicodedata.combining(piece)), len(pieces))
+        if marks + leading > _MAX_MARKS:
+            parts.append(_JOINER)
+            marks = 0
+        parts.append(character)
+        if leading == len(pieces):
+            marks += leading
+        else:
+            marks = next((i for i, piece in enumerate(reversed(pieces)) if not unicodedata.combining(piece)), 0)
+    return "".join(parts)
 
 
 def _same_form(character: str) -> str:
@@ -140,7 +172,7 @@ def squad_normalized(text: str) -> str:
 
     An answer that consists of articles only (the band The The) keeps them.
     """
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = unicodedata.normalize("NFKC", safe_to_normalize(text)).lower()
     text = " ".join("".join(c for c in text if c not in string.punctuation).split())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text
 

@@ -50,7 +50,7 @@ from llm_jepa.vl import (
     train_y_decoder,
 )
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors, seed_number, whole
 from ..graders.cider import cider_d
 from ..provenance import environment, weights_sha256
 
@@ -230,14 +230,14 @@ def human_cider(references: Sequence[Sequence[str]]) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="folder with coco_open_256/, mobilenet_v2/, ...")
     parser.add_argument("--text-encoder", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--decoder", type=Path, help="folder to save the y_decoder in, or to load it from")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--decoder-steps", type=int, default=1700)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=300)
+    parser.add_argument("--decoder-steps", type=whole(1), default=1700)
+    parser.add_argument("--seed", type=seed_number, default=0)
     return parser.parse_args(argv)
 
 

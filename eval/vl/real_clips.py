@@ -11,7 +11,6 @@ the tolerance is 1 s.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from llm_jepa.core.json_files import read_json
 from llm_jepa.stream.segments import boundary_f1
 from llm_jepa.vl import VLJEPA, Segment, open_frames, segment_offline, segment_uniform
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, one_line_errors, seed_number, whole
 from ..provenance import environment
 from .coco_photos import build, class_rows, encode_images, load_photos, train_predictor
 from .selective_decoding import online
@@ -79,12 +78,12 @@ def mean_f1(clips: dict[str, dict[str, Any]], way: str) -> float:
 
 @one_line_errors("eval.vl.real_clips")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="folder with clips/, coco_open_256/, mobilenet_v2/")
     parser.add_argument("--text-encoder", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=300)
+    parser.add_argument("--seed", type=seed_number, default=0)
     options = parser.parse_args(argv)
     check_writable(options.out)
     segments_sha256 = file_sha256(options.data / "clips" / "segments.json")  # before the training

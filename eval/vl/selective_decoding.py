@@ -17,7 +17,6 @@ right. Sensitivities are those of `SENSITIVITIES`, N those of `COUNTS`. The repo
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ from llm_jepa.vl import (
 )
 from llm_jepa.vl.watch import MIN_DURATION
 
-from ..command import check_writable, one_line_errors, require
+from ..command import ArgumentParser, check_writable, number, one_line_errors, require, seed_number, whole
 from ..provenance import environment, weights_sha256
 from .shapestream_figures import QUERY, SIZE
 
@@ -292,11 +291,13 @@ def summarize(results: dict[str, Any]) -> dict[str, float]:
 
 @one_line_errors("eval.vl.selective_decoding")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, help="a model of eval.vl.shapestream")
-    parser.add_argument("--streams", type=int, default=24, help="streams of each density; with 12 the ratio is noisy")
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--streams", type=whole(1), default=24, help="streams of each density; with 12 the ratio is noisy"
+    )
+    parser.add_argument("--seconds", type=number(1, 86_400), default=120)
+    parser.add_argument("--first-seed", type=seed_number, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--plot", type=Path, help="PNG file for the curves")
     options = parser.parse_args(argv)

@@ -45,7 +45,7 @@ from llm_jepa.vl import (
     plain_frames,
 )
 
-from ..command import check_writable, one_line_errors
+from ..command import ArgumentParser, check_writable, number, one_line_errors, seed_number, whole
 from ..provenance import environment, weights_sha256
 from .shapestream_figures import QUERY, SIZE, measure
 
@@ -363,15 +363,17 @@ def train_all(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--result", type=Path, help="JSON file for the figures (default: OUT/result.json)")
     parser.add_argument("--text-encoder", help="folder of a sentence encoder, which is frozen (default: from scratch)")
-    parser.add_argument("--clips", type=int, default=9500)
-    parser.add_argument("--streams", type=int, default=6)
-    parser.add_argument("--effort", type=float, default=1.0, help="factor for the steps of each stage")
-    parser.add_argument("--test-clips", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips", type=whole(1), default=9500)
+    parser.add_argument("--streams", type=whole(1), default=6)
+    parser.add_argument(
+        "--effort", type=number(0, 1000, above=True), default=1.0, help="factor for the steps of each stage"
+    )
+    parser.add_argument("--test-clips", type=whole(1), default=3000)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--float32", action="store_true", help="no bfloat16, for a CPU without AVX512-BF16 or AMX")
     parser.add_argument("--quick", action="store_true", help="a test run in under 45 s; its figures mean nothing")
     options = parser.parse_args(argv)

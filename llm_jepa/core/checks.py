@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from .errors import UserError, one_line
+from .options import MAX_SEED
 
 logger = logging.get_logger(__name__)
 
@@ -26,9 +27,9 @@ def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:
 def check_ranges(args: Any, ranges: Iterable[tuple[str, float, float, str]]) -> None:
     """(name, low, high, why): the value is None or within low..high."""
     for name, low, high, why in ranges:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            allowed = f"be {low} or more" if high == math.inf else f"lie in {low}..{high}"
+        value = getattr(args, name, None)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            allowed = f"be {low} or more" if high >= 10_000 and not value > high else f"lie in {low}..{high}"
             raise UserError(f"{name}={value} must {allowed} ({why}).")
 
 
@@ -47,9 +48,40 @@ def check_used(args: Any, uses: Iterable[tuple[str, bool, str]]) -> None:
             raise UserError(f"{name}: {value} would be ignored: it belongs to {owner}; remove it.")
 
 
-def check_batch_sizes(args: TrainingArguments) -> None:
-    names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    check_at_least(args, dict.fromkeys(names, 1))
+# Options of transformers that it takes unchecked: (name, low, high, why). A number beyond these ends in an error of
+# torch or numpy after the model is loaded, or trains nothing.
+NUMBERS = (
+    *((name, 0, MAX_SEED, "numpy takes no other") for name in ("seed", "data_seed")),
+    *((name, 1, 10**6, "it counts rows") for name in ("per_device_train_batch_size", "per_device_eval_batch_size")),
+    ("gradient_accumulation_steps", 1, 10**6, "it counts micro-batches"),
+    ("num_train_epochs", 1e-6, 1e6, "set max_steps for a part of an epoch"),
+    ("max_steps", -1, 10**12, "-1 counts epochs"),
+    ("learning_rate", 0, math.inf, "1e-5 to 1e-3 is usual"),
+    ("warmup_steps", 0, 1e12, "below 1 it is a share"),
+    ("weight_decay", 0, 1e6, "0.01 to 0.1 is usual"),
+    ("adam_beta1", 0, 1 - 1e-9, "0.9 is usual"),
+    ("adam_beta2", 0, 1 - 1e-9, "0.95 to 0.999 is usual"),
+    ("adam_epsilon", 0, 1e6, "1e-8 is usual"),
+    ("max_grad_norm", 0, math.inf, "0 clips nothing"),
+    *(
+        (name, 0, 1e12, "it counts steps; below 1 it is a share")
+        for name in ("logging_steps", "save_steps", "eval_steps")
+    ),
+    ("eval_delay", 0, 1e12, "it counts steps or epochs"),
+    ("save_total_limit", 0, 10**9, "it counts checkpoints"),
+    *((name, 1, 10**9, "it counts steps") for name in ("eval_accumulation_steps", "torch_empty_cache_steps")),
+    ("dataloader_num_workers", 0, 1024, "each is a process"),
+    ("dataloader_prefetch_factor", 1, 1024, "it counts batches"),
+    ("dataset_num_proc", 1, 1024, "each is a process"),
+    ("ddp_timeout", 1, 10**8, "it counts seconds"),
+    ("ddp_bucket_cap_mb", 1, 10**6, "it counts MB"),
+    ("local_rank", -1, 10**6, "the launcher sets it"),
+)
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """Raises UserError for a number of transformers' own options that is out of range."""
+    check_ranges(args, NUMBERS)
 
 
 def check_batches(args: TrainingArguments, rows: int, validation_rows: int, *, compares_rows: bool, step: int) -> None:
@@ -99,6 +131,29 @@ def check_packages(args: TrainingArguments) -> None:
             raise UserError(f"report_to: {integration}: {one_line(error)}") from error
 
 
+def check_library_options(args: TrainingArguments) -> None:
+    """Raises UserError for options that transformers passes on unchecked and torch refuses later, in its own words."""
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{name}: expected a mapping, got {value!r}; write {{name: value}}.")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise UserError("dataloader_persistent_workers: there are no workers; set dataloader_num_workers: 1 or more.")
+    if args.torch_compile:  # these import the compiler, a second
+        _check_choice("torch_compile_mode", args.torch_compile_mode, torch._inductor.list_mode_options())
+        _check_choice("torch_compile_backend", args.torch_compile_backend, torch._dynamo.list_backends(exclude_tags=()))
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"lr_scheduler_type, lr_scheduler_kwargs: {one_line(error, 300)}") from error
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value is not None and value not in choices:
+        raise UserError(f"{name}: {value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
 def check_precision(args: TrainingArguments) -> None:
     """bf16 and fp16 need a GPU, unless the run says that it is on the CPU."""
     if (args.bf16 or args.fp16) and not args.use_cpu and not torch.cuda.is_available():
@@ -114,7 +169,7 @@ def check_dispatch(args: TrainingArguments) -> None:
 
 def check_validation(data: Any) -> None:
     """`validation_data` and `validation_rows` of the data arguments of a recipe."""
-    check_at_least(data, {"validation_rows": 0})
+    check_at_least(data, {"validation_rows": 0, "max_rows": 1, "max_row_bytes": 1})
     if data.validation_data is not None and data.validation_rows:
         raise UserError("Set validation_data or validation_rows, not both.")
 

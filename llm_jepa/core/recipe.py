@@ -25,6 +25,7 @@ from typing import Any, Literal, Union
 from ruamel.yaml import YAMLError
 
 from .errors import UserError, one_line
+from .options import has_half_character
 from .strict_yaml import load_yaml, read_yaml
 
 MAX_FILES = 5  # a recipe, the file it extends, the file that one extends, ...
@@ -68,8 +69,9 @@ BOOKKEEPING = {
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout",
     "disable_tqdm", "feature_cache", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
     "hub_strategy", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps",
-    "logging_strategy", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_steps",
-    "save_strategy", "save_total_limit", "skip_memory_metrics", "stop_after", "train_data", "validation_data",
+    "logging_strategy", "max_row_bytes", "max_row_pairs", "max_rows", "output_dir", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "stop_after", "train_data", "validation_data",
 }  # fmt: skip
 
 
@@ -241,10 +243,24 @@ def describe_keys(groups: Groups, titles: Sequence[str], parents: str) -> str:
 
 def coerce(key: str, value: Any, hint: Any) -> Any:
     """`value` as `hint` wants it (an int becomes a float), or UserError."""
+    _check_plain(key, value)
     accepted, result = _accept(value, hint)
     if not accepted:
         raise UserError(f"{key}: expected {_describe(hint)}, got {value!r} ({type(value).__name__}).")
     return result
+
+
+def _check_plain(key: str, value: Any) -> None:
+    """Raises UserError for a number of more than 64 bits and for half of a character, however deep in a value."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{key}: {value} has more than 64 bits; write a smaller number.")
+    if isinstance(value, str) and has_half_character(value):
+        raise UserError(f"{key}: the text has a byte that is not UTF-8, or half of a surrogate pair; write it anew.")
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _check_plain(key, item)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

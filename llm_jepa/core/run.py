@@ -80,7 +80,8 @@ def identify(
     Raises UserError if there is nothing to evaluate on, or if the output folder cannot be used.
     """
     training, folder = recipe.training, Path(recipe.training.output_dir)
-    if validation_sha256 is None and (training.eval_strategy != "no" or training.load_best_model_at_end):
+    evaluates = training.eval_strategy != "no" or training.load_best_model_at_end or training.eval_on_start
+    if validation_sha256 is None and evaluates:
         raise UserError(
             "There is nothing to evaluate on: set validation_data or validation_rows, or eval_strategy: no."
         )

@@ -12,18 +12,19 @@ from transformers import PreTrainedConfig
 from trl import SFTConfig
 
 from ..core.checks import (
-    check_at_least,
-    check_batch_sizes,
     check_dispatch,
     check_fixed,
+    check_numbers,
     check_precision,
     check_ranges,
     check_used,
     check_validation,
 )
 from ..core.errors import UserError
+from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
 from .predictor_tokens import MAX_PREDICTOR_TOKENS
+from .rows import MAX_ROW_PAIRS
 
 # Options of SFTConfig and TrainingArguments that must keep these values, and why.
 FIXED = (
@@ -89,6 +90,15 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            (
+                ("tokenizer_vocab_size", 257, 10**7, "256 bytes and the special tokens"),
+                ("lora_r", 1, 2**16, "8 to 64 is usual"),
+                ("lora_alpha", 1, 10**6, "twice lora_r is usual"),
+                ("lora_dropout", 0, 0.999, "0 is off"),
+            ),
+        )
         lora_keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         for name in lora_keys:
             value = getattr(self, name)
@@ -125,8 +135,21 @@ class DataArguments:
         default="validation", metadata={"help": "Split of validation_data in a folder or on the Hub."}
     )
 
+    max_rows: int = field(
+        default=LIMITS.max_rows, metadata={"help": "Refuse data of more rows; a small file can unpack to any number."}
+    )
+    max_row_bytes: int = field(
+        default=LIMITS.max_row_bytes,
+        metadata={"help": "Refuse a longer line of JSON or record of CSV. A row takes up to 1 kB of memory per byte."},
+    )
+
     def __post_init__(self) -> None:
         check_validation(self)
+
+    @property
+    def limits(self) -> RowLimits:
+        """How much a source may hold."""
+        return RowLimits(self.max_rows, self.max_row_bytes)
 
 
 @dataclass
@@ -232,6 +255,10 @@ class LLMJEPAConfig(SFTConfig):
             "completion token. drop: leave them out. refuse: train nothing. All are counted."
         },
     )
+    max_row_pairs: int = field(
+        default=MAX_ROW_PAIRS,
+        metadata={"help": "Refuse a row whose `views` make more pairs: all of its contexts with all of its targets."},
+    )
     diagnostics_pairs: int = field(
         default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
     )
@@ -253,8 +280,7 @@ class LLMJEPAConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_batch_sizes(self)
-        check_at_least(self, {"learning_rate": 0})
+        check_numbers(self)
         # TRL turns bf16 on by default, which a machine without a GPU refuses.
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu and not self.fp16 and self.bf16 is None:
@@ -273,18 +299,21 @@ class LLMJEPAConfig(SFTConfig):
         check_ranges(
             self,
             (
-                ("jepa_weight", 0, math.inf, "0 is plain SFT"),
-                ("jepa_weight_end", 0, math.inf, "0 ends as plain SFT"),
+                ("jepa_weight", 0, 1e6, "0 is plain SFT"),
+                ("jepa_weight_end", 0, 1e6, "0 ends as plain SFT"),
                 ("jepa_dropout", 0, 1, "it is the share of steps without the JEPA term"),
-                ("regularizer_weight", 0, math.inf, "0 is none"),
+                ("regularizer_weight", 0, 1e6, "0 is none"),
+                ("temperature", 1e-4, 1e4, "CLIP starts at 0.07"),
+                ("max_length", 1, 2**31, "it counts tokens; null for no limit"),
+                ("pad_to_multiple_of", 1, 2**16, "8 or 64 is usual"),
+                ("router_aux_loss_coef", 0, 1e6, "0.001 is usual"),
                 ("projector_dim", 0, 4096, "64 to 256 is usual, 0 is none"),
                 ("ema_decay", 0, 1, "0.99 is usual"),
                 ("num_predictor_tokens", 0, MAX_PREDICTOR_TOKENS, "the reference code defines no more"),
                 ("diagnostics_pairs", 0, math.inf, "0 is off"),
+                ("max_row_pairs", 1, math.inf, "each row has a pair"),
             ),
         )
-        if not self.temperature > 0:
-            raise UserError(f"temperature={self.temperature} must be > 0; CLIP starts at 0.07.")
         if self.jepa_dropout == 1:
             raise UserError("jepa_dropout=1 leaves no step with the JEPA term; set jepa_weight: 0 for plain SFT.")
         check_fixed(self, FIXED)
@@ -300,8 +329,6 @@ class LLMJEPAConfig(SFTConfig):
             seconds_of(self.stop_after)
         if self.parallelism_config is not None:
             raise UserError("parallelism_config: context and sequence parallelism drop the attention mask; remove it.")
-        if self.max_length is not None and self.max_length < 1:
-            raise UserError(f"max_length={self.max_length} leaves no token; raise it or set null for no limit.")
         if self.chat_template_path is not None and not self.chat_template_path.endswith((".jinja", ".j2")):
             raise UserError(f"chat_template_path={self.chat_template_path!r} must be a .jinja file.")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import UserError
+from ..core.options import plain_text, whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,20 +164,20 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `llm-jepa generate`."""
     parser.add_argument("model", help="model folder or Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", action="append", help="a user turn (repeatable)")
+    source.add_argument("--prompt", action="append", type=plain_text, help="a user turn (repeatable)")
     source.add_argument(
         "--input", nargs="+", help="files or a folder of rows with 'prompt' or 'messages' (a last answer is left out)"
     )
-    parser.add_argument("--system", help="system prompt for --prompt (default: that of all training rows)")
+    parser.add_argument(
+        "--system", type=plain_text, help="system prompt for --prompt (default: that of all training rows)"
+    )
     parser.add_argument("--output", help="write JSON lines here instead of printing")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=whole(1), default=128)
+    parser.add_argument("--batch_size", "--batch-size", type=whole(1), default=32)
 
 
 def generate(options: argparse.Namespace) -> None:
     """Continue each prompt greedily; print the texts or write JSON lines."""
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens {options.max_new_tokens} must be 1 or more.")
     if options.system and options.input:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     _check_output(options, ".jsonl", "JSON lines")
@@ -222,7 +223,7 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
         help="files or a folder of rows with 'prompt' and 'completion', or 'messages'; or only 'prompt' or 'text'",
     )  # fmt: skip
     parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, [N, D] each")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
+    parser.add_argument("--batch_size", "--batch-size", type=whole(1), default=32)
 
 
 def embed(options: argparse.Namespace) -> None:
@@ -288,8 +289,6 @@ VERBS = {"generate": (add_generate_arguments, generate), "embed": (add_embed_arg
 
 def _check_output(options: argparse.Namespace, suffix: str, kind: str) -> None:
     """Raises UserError for a file that cannot be written, or whose name promises another format than `kind`."""
-    if options.batch_size < 1:
-        raise UserError(f"--batch_size {options.batch_size} must be 1 or more.")
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise UserError(f"No folder for --output {options.output}; make it first.")
     if options.output and Path(options.output).exists():

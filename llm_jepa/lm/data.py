@@ -65,6 +65,7 @@ def view_options(args: LLMJEPAConfig) -> dict[str, Any]:
         "context_view": args.context_view,
         "label_protocol": args.label_protocol,
         "max_length": args.max_length,
+        "max_row_pairs": args.max_row_pairs,
     }
 
 

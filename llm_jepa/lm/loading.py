@@ -50,7 +50,11 @@ RECORD = {
 def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
     """The training rows and the validation rows. `seed` draws the rows that are held out of the training set."""
     train = read_rows(
-        args.train_data, split=args.train_split, config=args.dataset_config, revision=args.dataset_revision
+        args.train_data,
+        split=args.train_split,
+        config=args.dataset_config,
+        revision=args.dataset_revision,
+        limits=args.limits,
     )
     name = _name(args.train_data)
     if len(train) == 0:
@@ -58,7 +62,9 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
     for index, row in enumerate(train):  # before the split, so that errors name the row of the file
         parse_row(row, f"{name}, row {index}")
     if args.validation_data is not None:
-        validation = read_rows(args.validation_data, split=args.validation_split, config=args.dataset_config)
+        validation = read_rows(
+            args.validation_data, split=args.validation_split, config=args.dataset_config, limits=args.limits
+        )
         if len(validation) == 0:
             raise UserError(f"{_name(args.validation_data)} holds no rows.")
         return train, validation

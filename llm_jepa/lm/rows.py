@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
+from ..core.json_files import parse_json
 
 Message = dict[str, Any]
+MAX_ROW_PAIRS = 1024  # InfoNCE compares every pair of a batch with every other: 4 GB for 32 such rows
+# Options of `apply_chat_template`. A row that could set them would bring its own template, which is a program.
+NOT_FOR_ROWS = {
+    "self", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+    "truncation", "max_length", "return_tensors", "sanitize_control_tokens", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 USED_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "views", "target_key")
 
 
@@ -27,10 +34,12 @@ class ParsedRow(NamedTuple):
         return with_kwargs(self.prompt, self.render_kwargs)
 
 
-def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
+def parse_row(row: dict[str, Any], where: str, *, max_pairs: int | None = None) -> ParsedRow:
     """Read a TRL row. `messages` becomes (everything before, last assistant turn).
 
     Earlier assistant turns are a part of the prompt and are not trained.
+
+    max_pairs: contexts times targets; None for any number.
 
     Raises UserError that names `where` (e.g. "row 3") and the field.
     """
@@ -46,6 +55,7 @@ def parse_row(row: dict[str, Any], where: str) -> ParsedRow:
     else:
         raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
     contexts, targets = _other_wordings(row.get("views"), where)
+    _check_pairs(len(contexts) + 1, len(targets) + 1, max_pairs, where)
     return ParsedRow(prompt, completion, render_kwargs_of(row, where), contexts, targets, _target_key(row, where))
 
 
@@ -60,12 +70,18 @@ def render_kwargs_of(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Arguments of the chat template. TRL takes tools as a JSON string too."""
     tools = row.get("tools")
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise UserError(f"{where}: 'tools' is a string that is not JSON: {error}.") from None
-    kwargs = {} if tools is None else {"tools": tools}
-    return kwargs | (row.get("chat_template_kwargs") or {})
+        tools = parse_json(tools, f"{where}: 'tools' is a string that", list)
+    if tools is not None and not _are_turns(tools):
+        raise UserError(f"{where}: 'tools' must be a list of JSON objects, one for each tool.")
+    kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise UserError(f"{where}: 'chat_template_kwargs' must be a JSON object, found {type(kwargs).__name__}.")
+    if taken := sorted(NOT_FOR_ROWS & kwargs.keys()):
+        raise UserError(
+            f"{where}: 'chat_template_kwargs' has {', '.join(taken)}, which is not a variable of the template but an "
+            "option of the tokenizer; remove it."
+        )
+    return kwargs if tools is None else {"tools": tools} | kwargs
 
 
 def stand_in_answer(row: dict[str, Any], eos: str | None) -> tuple[bool, dict[str, Any]]:
@@ -146,6 +162,14 @@ def _other_wordings(views: Any, where: str) -> tuple[list[str], list[str]]:
                 f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."
             )
     return views.get("contexts") or [], views.get("targets") or []
+
+
+def _check_pairs(contexts: int, targets: int, max_pairs: int | None, where: str) -> None:
+    if max_pairs is not None and contexts * targets > max_pairs:
+        raise UserError(
+            f"{where}: {contexts} contexts and {targets} targets make {contexts * targets} pairs, and the limit is "
+            f"max_row_pairs: {max_pairs}; raise it, or leave out some of the row's 'views'."
+        )
 
 
 def _target_key(row: dict[str, Any], where: str) -> str | None:

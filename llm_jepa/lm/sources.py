@@ -12,12 +12,13 @@ import glob
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import (
     BuilderConfig,
     Dataset,
@@ -31,17 +32,35 @@ from datasets import (
 from datasets.features.features import register_feature
 
 from ..core.errors import UserError, first_line
-from ..core.row_files import DELIMITERS, JSON_SUFFIXES, Row, row_suffix, rows_of_file
+from ..core.row_files import (
+    DELIMITERS,
+    JSON_SUFFIXES,
+    LIMITS,
+    MAX_RATIO,
+    Row,
+    RowLimits,
+    check_regular,
+    row_suffix,
+    rows_of_file,
+)
+from .rows import USED_COLUMNS
 
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}  # -> the builder of `datasets`
 FILE_SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)
 KNOWN_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "cache"}  # of a folder or a Hub id; none reads pickles
 CHUNK = 10_000  # rows
+MAX_COLUMNS = 1000
+MOST_TABLE_BYTES = 2**28  # that a table of any size may unpack to
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def read_rows(
-    source: str | Sequence[str], *, split: str = "train", config: str | None = None, revision: str | None = None
+    source: str | Sequence[str],
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    limits: RowLimits = LIMITS,
 ) -> Dataset:
     """The rows of one or more files, of a folder, or of a Hub data set.
 
@@ -50,15 +69,19 @@ def read_rows(
             wrote, a folder of data files, or a Hub id.
         split: of a folder or of a Hub data set; files and a saved `Dataset` have none.
         config, revision: of a Hub data set.
+        limits: how much the source may hold.
 
-    Raises UserError for a source that cannot be read.
+    Raises UserError for a source that cannot be read, or holds more than the limits.
     """
     sources = [source] if isinstance(source, str) else list(source)
     if len(sources) == 1 and Path(sources[0]).is_dir():
-        return _rows_of_folder(Path(sources[0]), split)
-    if len(sources) == 1 and not _names_files(sources[0]):
-        return _rows_of_hub(sources[0], split, config, revision)
-    return _rows_of_files([path for one in sources for path in _files(one)])
+        rows = _rows_of_folder(Path(sources[0]), split, limits)
+    elif len(sources) == 1 and not _names_files(sources[0]):
+        rows = _rows_of_hub(sources[0], split, config, revision)
+    else:
+        rows = _rows_of_files([path for one in sources for path in _files(one)], limits)
+    limits.check_count(", ".join(sources), len(rows))
+    return rows
 
 
 def data_sha256(dataset: Dataset | None) -> str | None:
@@ -83,6 +106,7 @@ def _names_files(source: str) -> bool:
 
 def _files(source: str) -> list[Path]:
     path = Path(source)
+    check_regular(path)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -95,7 +119,7 @@ def _files(source: str) -> list[Path]:
     return paths
 
 
-def _rows_of_files(paths: Sequence[Path]) -> Dataset:
+def _rows_of_files(paths: Sequence[Path], limits: RowLimits) -> Dataset:
     for path in paths:
         if row_suffix(path) not in FILE_SUFFIXES or (path.suffix != row_suffix(path) and _is_table(path)):
             raise UserError(
@@ -104,13 +128,17 @@ def _rows_of_files(paths: Sequence[Path]) -> Dataset:
             )
     tables = [path for path in paths if _is_table(path)]
     if not tables:
-        return _dataset(row for path in paths for _, row in rows_of_file(path))
+        return _dataset(one for path in paths for one in rows_of_file(path, limits))
     kinds = {TABLE_SUFFIXES.get(row_suffix(path)) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{tables[0]} cannot be read together with files of another kind; convert them to one kind.")
     names = [str(path) for path in paths]
     try:
+        for path in paths:
+            _check_table(path, limits)
         return load_dataset(str(kinds.pop()), data_files=[glob.escape(name) for name in names], split="train")
+    except UserError:
+        raise
     except Exception as error:  # datasets wraps parser errors in its own and in pyarrow's
         raise UserError(f"Cannot read {', '.join(names)}: {first_line(error.__cause__ or error)}") from None
 
@@ -119,10 +147,58 @@ def _is_table(path: Path) -> bool:
     return row_suffix(path) in TABLE_SUFFIXES
 
 
+def _check_table(path: Path, limits: RowLimits) -> None:
+    """Raises UserError for a table of more rows or bytes than a file of its size can honestly hold.
+
+    A table that repeats a value stores it once: 16 kB can be 3,000,000 rows, or rows of 1 GB.
+    """
+    most, rows, size = max(MOST_TABLE_BYTES, MAX_RATIO * path.stat().st_size), 0, 0
+    if row_suffix(path) == ".parquet":
+        with pq.ParquetFile(path) as table:
+            limits.check_count(str(path), table.metadata.num_rows)
+    for packed in _batches(path):
+        batch = _without_dictionaries(packed)
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        limits.check_count(str(path), rows)
+        if limits.max_row_bytes < batch.nbytes < most:
+            for index in range(batch.num_rows):
+                limits.check_size(f"{path}, row {rows - batch.num_rows + index}", batch.slice(index, 1).nbytes)
+        if size > most:
+            raise UserError(
+                f"{path} unpacks to more than {most} bytes, over {MAX_RATIO} times its size; write its rows as JSON "
+                "lines if you trust it."
+            )
+
+
+def _without_dictionaries(batch: Any) -> Any:
+    """The batch with every value in its place. `datasets` makes the same of it, for all rows at once."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """The record batches of a Parquet or an Arrow file, which is a file or a stream of Arrow's format."""
+    if row_suffix(path) == ".parquet":
+        with pq.ParquetFile(path) as table:
+            yield from table.iter_batches(batch_size=100)
+        return
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader = pa.ipc.open_file(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)
+            return
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+
+
 # -- folders and the Hub ----------------------------------------------------------------------------------------------
 
 
-def _rows_of_folder(folder: Path, split: str) -> Dataset:
+def _rows_of_folder(folder: Path, split: str, limits: RowLimits) -> Dataset:
     """A folder that `save_to_disk` wrote, or a folder of data files as it would be on the Hub."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_rows(folder, split)
@@ -132,7 +208,7 @@ def _rows_of_folder(folder: Path, split: str) -> Dataset:
     paths = [Path(name) for name in files[split]]
     if any(row_suffix(path) not in FILE_SUFFIXES for path in paths) or _has_options(builder.config, paths):
         return _load_dataset(str(folder), split=split)  # the folder's README says how its files are read
-    return _rows_of_files(paths)
+    return _rows_of_files(paths, limits)
 
 
 def _saved_rows(folder: Path, split: str) -> Dataset:
@@ -221,11 +297,17 @@ class _JsonText(str):
     """A value that is encoded already."""
 
 
-def _dataset(rows: Iterable[Row]) -> Dataset:
-    """A column that holds one type of plain values has this type; every other column is of `JsonValues`."""
+def _dataset(rows: Iterable[tuple[str, Row]]) -> Dataset:
+    """(place, row) as a data set.
+
+    A column that holds one type of plain values has this type; every other column is of `JsonValues`. Raises UserError
+    for more than MAX_COLUMNS keys, because every row has a value for every key.
+    """
     columns: dict[str, list[Any]] = {}
     count = 0
-    for count, row in enumerate(rows, start=1):
+    for count, (place, row) in enumerate(rows, start=1):
+        if len(row) > MAX_COLUMNS:
+            raise _too_many_keys(place, len(row))
         for key, value in row.items():
             column = columns.get(key)
             if column is None:
@@ -233,6 +315,8 @@ def _dataset(rows: Iterable[Row]) -> Dataset:
             if isinstance(value, (dict, list)):  # encoded at once: as text it takes a fifth of the memory
                 value = _JsonText(_encode(value))
             column.append(value)
+        if len(columns) > MAX_COLUMNS:
+            raise _too_many_keys(f"{place} and the rows before it", len(columns))
         if len(row) < len(columns):
             for column in columns.values():
                 if len(column) < count:
@@ -246,6 +330,13 @@ def _dataset(rows: Iterable[Row]) -> Dataset:
             column = [value if isinstance(value, _JsonText) else encode(value) for value in column]
         arrays[name] = _in_chunks(column, features[name]())
     return Dataset(pa.table(arrays), info=DatasetInfo(features=Features(features)))
+
+
+def _too_many_keys(place: str, count: int) -> UserError:
+    return UserError(
+        f"{place}: there are {count} different keys, and the limit is {MAX_COLUMNS}; remove those that are not used "
+        f"({', '.join(USED_COLUMNS)} are)."
+    )
 
 
 def _feature_of(column: list[Any]) -> Any:

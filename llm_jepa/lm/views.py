@@ -32,7 +32,7 @@ from .prompts import (
     tokens_of,
     tokens_up_to,
 )
-from .rows import Message, ParsedRow, parse_row
+from .rows import MAX_ROW_PAIRS, Message, ParsedRow, parse_row
 
 ContextView = Literal["prefix", "message"]
 LabelProtocol = Literal["completion", "paper"]
@@ -85,6 +85,7 @@ def build_views(
     context_view: ContextView = "prefix",
     label_protocol: LabelProtocol = "completion",
     max_length: int | None = None,
+    max_row_pairs: int | None = MAX_ROW_PAIRS,
     form: PromptForm = TRAINED,
     where: str = "the row",
     index: int = 0,
@@ -102,11 +103,12 @@ def build_views(
         label_protocol: "completion": every token after the prompt, end-of-turn included. "paper": every token that is
             not the pad token, as the published script really trains (its collator rebuilds the labels).
         max_length: tokens; cuts the end of the LM row and of each view.
+        max_row_pairs: the contexts of a row times its targets.
         form: of the prompts that are asked later; `prompt_fits` says whether they are the start of this row.
 
-    Raises UserError naming `where` if a view or the labels would be empty.
+    Raises UserError naming `where` if a view or the labels would be empty, or there are too many pairs.
     """
-    parsed = parse_row(row, where)
+    parsed = parse_row(row, where, max_pairs=max_row_pairs)
     cut = _plain_parts if isinstance(parsed.prompt, str) else _chat_parts
     parts = cut(parsed, tokenizer, where, form, alone=context_view == "message")
     views = [*parts.contexts, *parts.targets]

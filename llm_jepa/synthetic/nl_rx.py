@@ -33,6 +33,7 @@ from pathlib import Path
 
 from ..core.errors import ArgumentParser
 from ..core.files import write_json_lines
+from ..core.options import seed_number, whole
 
 # Part of every seed: a change of the grammar is a change of the data, and needs another number.
 VERSION = 1
@@ -343,10 +344,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m llm_jepa.synthetic.nl_rx", description="Write NL-RX-like training and test files."
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder to write to; made if missing")
-    parser.add_argument("--train", type=int, default=6000, metavar="N", help="rows (default: %(default)s)")
-    parser.add_argument("--validation", type=int, default=512, metavar="N", help="rows (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=500, metavar="N", help="rows of either test file (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
+    parser.add_argument("--train", type=whole(1), default=6000, metavar="N", help="rows (default: %(default)s)")
+    parser.add_argument("--validation", type=whole(1), default=512, metavar="N", help="rows (default: %(default)s)")
+    parser.add_argument(
+        "--test", type=whole(1), default=500, metavar="N", help="rows of either test file (default: 500)"
+    )
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="(default: %(default)s)")
     try:
         options = parser.parse_args(argv)
         sizes = {"train": options.train, "validation": options.validation, "test": options.test}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
 
 from ..core.checks import (
-    check_at_least,
-    check_batch_sizes,
     check_dispatch,
     check_fixed,
+    check_numbers,
     check_precision,
+    check_ranges,
     check_used,
     check_validation,
 )
 from ..core.errors import UserError
+from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
 from .configuration import HELP
 
@@ -86,8 +88,19 @@ class VLModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.num_frames is not None and self.num_frames < 1:
-            raise UserError(f"num_frames={self.num_frames} must be 1 or more.")
+        check_ranges(
+            self,
+            (
+                ("num_frames", 1, 2**16, "1 is an image"),
+                ("frame_size", 1, 2**14, "it counts pixels a side"),
+                ("num_predictor_layers", 1, 10**4, "null keeps all"),
+                ("shared_dim", 1, 2**20, "the paper has 1536"),
+                ("motion_dim", 0, 2**20, "0 is off"),
+                ("max_query_tokens", 1, 2**31, "it counts tokens"),
+                ("max_target_tokens", 1, 2**31, "it counts tokens"),
+                ("tokenizer_vocab_size", 257, 10**7, "256 bytes and the special tokens"),
+            ),
+        )
         parts = {name: getattr(self, name) for name in ("x_encoder", "predictor", "y_encoder")}
         if self.vl_model is not None:
             for name, option in type(self).__dataclass_fields__.items():
@@ -121,8 +134,18 @@ class VLDataArguments:
         default=0, metadata={"help": "Without validation_data: clips held out of train_data, drawn with data_seed."}
     )
 
+    max_rows: int = field(
+        default=LIMITS.max_rows, metadata={"help": "Refuse data of more rows; a small file can unpack to any number."}
+    )
+    max_row_bytes: int = field(default=LIMITS.max_row_bytes, metadata={"help": "Refuse a longer line of JSON."})
+
     def __post_init__(self) -> None:
         check_validation(self)
+
+    @property
+    def limits(self) -> RowLimits:
+        """How much a manifest may hold."""
+        return RowLimits(self.max_rows, self.max_row_bytes)
 
 
 @dataclass
@@ -174,23 +197,23 @@ class VLJEPATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_batch_sizes(self)
+        check_numbers(self)
         check_precision(self)
         if self.report_to is None:
             self.report_to = "none"
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:  # transformers: False with activation_checkpointing
             self.ddp_find_unused_parameters = True  # a batch without queries leaves the predictor's token table unused
-        check_at_least(
+        check_ranges(
             self,
-            {
-                "learning_rate": 0,
-                "regularizer_weight": 0,
-                "y_encoder_lr_factor": 0,
-                "pairs_per_clip": 1,
-                "x_encoder_trainable_layers": -1,
-                "diagnostics_pairs": 0,
-            },
+            (
+                ("regularizer_weight", 0, 1e6, "0 is none"),
+                ("y_encoder_lr_factor", 0, 1e6, "0 freezes it"),
+                ("pairs_per_clip", 1, 10**6, "each clip has a pair"),
+                ("x_encoder_trainable_layers", -1, 10**6, "-1 trains all"),
+                ("diagnostics_pairs", 0, math.inf, "0 is off"),
+                ("neftune_noise_alpha", 0, 0, "no embedding of tokens is trained with noise"),
+            ),
         )
         check_fixed(self, FIXED)
         if self.feature_cache is not None and self.x_encoder_trainable_layers:

@@ -26,13 +26,16 @@ from torch.utils.data import Dataset
 
 from ..core.errors import UserError
 from ..core.files import file_sha256, text_key
-from ..core.row_files import json_rows
+from ..core.row_files import LIMITS, RowLimits, check_regular, json_rows
 from ..stream.clips import read_clip
 from ..stream.frames import Limits
 from ..stream.opening import is_image
 from ..stream.pixels import to_rgb
 from .features import FeatureCache
 from .processing import VLJEPAProcessor
+
+MAX_PATH = 4096  # characters; Linux opens no longer one
+MAX_SECONDS = 1e9  # of a clip's start and end; no film lasts 30 years
 
 
 class Pair(NamedTuple):
@@ -241,17 +244,18 @@ def clips_sha256(clips: Sequence[Clip]) -> str:
     return digest.hexdigest()
 
 
-def read_clips(path: str | Path) -> list[Clip]:
+def read_clips(path: str | Path, limits: RowLimits = LIMITS) -> list[Clip]:
     """Read clips from a JSON-lines manifest. Rows of one file and time span become one clip, in the order of the first.
 
     A line is {"video" or "image": path relative to the manifest, "target": text or [texts], "query": text or absent,
     "start_s", "end_s": optional}. Raises UserError with the line for anything else.
     """
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise UserError(f"No manifest at {path}; it holds one JSON object a line, with 'video' and 'target'.")
     pairs_of: dict[tuple[str, float | None, float | None], list[Pair]] = {}  # by file, start and end
-    for place, row in json_rows(path):
+    for place, row in json_rows(path, limits):
         clip = _read_row(row, path.parent, place)
         pairs_of.setdefault((clip.video, clip.start_s, clip.end_s), []).extend(clip.pairs)
     if not pairs_of:
@@ -263,7 +267,8 @@ def _read_row(row: dict[str, Any], folder: Path, place: str) -> Clip:
     """A row of a manifest as a clip with the pairs of this row. place: file and line, for messages."""
     known = {"video", "image", "target", "query", "start_s", "end_s"}
     if unknown := sorted(set(row) - known):
-        raise UserError(f"{place} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise UserError(f"{place} has unknown keys {names}; known are {', '.join(sorted(known))}.")
     media = row.get("video", row.get("image"))
     targets = row.get("target")
     if isinstance(targets, str):
@@ -278,13 +283,13 @@ def _read_row(row: dict[str, Any], folder: Path, place: str) -> Clip:
         raise UserError(f"{place} has a 'video' and an 'image'; keep one of them.")
     start, end = row.get("start_s"), row.get("end_s")
     for time in (start, end):
-        if time is not None and not (isinstance(time, (int, float)) and time >= 0):
+        if time is not None and (type(time) not in (int, float) or not 0 <= time <= MAX_SECONDS):
             raise UserError(f"{place}: start_s and end_s are seconds from the start of the video.")
     if end is not None and (start or 0) >= end:
         raise UserError(f"{place}: start_s={start} is not before end_s={end}.")
     file_name = folder / media
-    if not file_name.is_file():
-        raise UserError(f"{place} names {media}, but there is no such file next to the manifest.")
+    if "\0" in media or len(media) > MAX_PATH or not file_name.is_file():
+        raise UserError(f"{place} names {media[:200]!r}, but there is no such file next to the manifest.")
     return Clip(str(file_name), tuple(Pair(query, target) for target in targets), start, end)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import GPT2Config, TrainingArguments
 
 from ..core.errors import UserError
+from ..core.options import number, seed_number, whole
 from ..core.publish import is_cut_move, remove_leftovers
-from ..core.row_files import JSON_SUFFIXES, json_rows, row_suffix
+from ..core.row_files import JSON_SUFFIXES, check_regular, json_rows, row_suffix, text_lines
 from ..core.tokenizer import train_bpe
 from .data import is_text
 from .inference import VLJEPA
@@ -28,23 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory_only", "--memory-only", action="store_true", help="no LM: a caption is the nearest text"
     )
     parser.add_argument("--no_memory", "--no-memory", action="store_true", help="decode predictions as they are")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=64)
-    parser.add_argument("--learning_rate", "--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden_size", "--hidden-size", type=int, default=192)
-    parser.add_argument("--vocab_size", "--vocab-size", type=int, default=4096)
-    parser.add_argument("--num_prefix", "--num-prefix", type=int, default=4, help="vectors per embedding")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=2000)
+    parser.add_argument("--batch_size", "--batch-size", type=whole(1), default=64)
+    parser.add_argument("--learning_rate", "--learning-rate", type=number(above=True), default=1e-3)
+    parser.add_argument("--layers", type=whole(1), default=3)
+    parser.add_argument("--hidden_size", "--hidden-size", type=whole(1), default=192)
+    parser.add_argument("--vocab_size", "--vocab-size", type=whole(1), default=4096)
+    parser.add_argument("--num_prefix", "--num-prefix", type=whole(1), default=4, help="vectors per embedding")
+    parser.add_argument("--seed", type=seed_number, default=0)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. Raises UserError for options that cannot work."""
     if options.memory_only and options.no_memory:
         raise UserError("--memory_only with --no_memory leaves no y_decoder; remove one of them.")
-    for name in ("steps", "batch_size", "layers", "hidden_size", "num_prefix"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be 1 or more.")
     if options.hidden_size % (heads := max(1, options.hidden_size // 64)):
         raise UserError(f"--hidden_size {options.hidden_size} does not divide into {heads} heads; use 64, 128, 192 ...")
     if not Path(options.model).is_dir():
@@ -125,24 +123,13 @@ def train_y_decoder(
 def read_texts(path: str | Path) -> list[str]:
     """The distinct texts of a file, in order. Raises UserError for a line without a text, and if there is no text."""
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise UserError(f"No texts at {path}; give one text a line, or .jsonl rows with 'target' or 'text'.")
-    texts = _texts_of_rows(path) if row_suffix(path) in JSON_SUFFIXES else _texts_of_lines(path)
+    texts = _texts_of_rows(path) if row_suffix(path) in JSON_SUFFIXES else list(text_lines(path))
     if not texts:
         raise UserError(f"{path} holds no texts.")
     return list(dict.fromkeys(texts))
-
-
-def _texts_of_lines(path: Path) -> list[str]:
-    texts: list[str] = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}, line {number} is not UTF-8: {error}. Save the file as UTF-8.") from None
-        if line.strip():
-            texts.append(line.strip())
-    return texts
 
 
 def _texts_of_rows(path: Path) -> list[str]:

@@ -20,9 +20,9 @@ from .processing import VLJEPAProcessor
 
 def load_clips(data: VLDataArguments, *, seed: int) -> tuple[list[Clip], list[Clip]]:
     """Read (train, validation). Clips held out for validation are drawn with `seed` and leave the training set."""
-    train = read_clips(data.train_data)
+    train = read_clips(data.train_data, data.limits)
     if data.validation_data is not None:
-        return train, read_clips(data.validation_data)
+        return train, read_clips(data.validation_data, data.limits)
     if data.validation_rows >= len(train):
         raise UserError(
             f"validation_rows={data.validation_rows} leaves nothing of the {len(train)} clips of {data.train_data}; "

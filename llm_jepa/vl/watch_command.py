@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..core.errors import UserError
 from ..core.files import write_whole
+from ..core.options import number, plain_text
+from ..core.row_files import text_lines
 from ..stream.decoder import Caption
 from ..stream.frames import Limits, source_name
 from ..stream.opening import open_frames
@@ -43,20 +43,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", help="video file, - (standard input), URL, webcam:0, lavfi:testsrc=rate=8"
     )
-    parser.add_argument("--query", help='the question (default: the model\'s own; "" for none)')
+    parser.add_argument("--query", type=plain_text, help='the question (default: the model\'s own; "" for none)')
     words = parser.add_mutually_exclusive_group()
-    words.add_argument("--labels", metavar="A,B,C", help="caption with the nearest of these texts; needs no y_decoder")
+    words.add_argument(
+        "--labels", type=plain_text, metavar="A,B,C", help="caption with the nearest of these texts; needs no y_decoder"
+    )
     words.add_argument("--memory", metavar="FILE", help="the same, with a file of one text per line")
 
     timing = parser.add_argument_group("windows")
     timing.add_argument(
-        "--stride", type=_positive, default=0.5, metavar="S", help="seconds between two windows (default: 0.5)"
+        "--stride",
+        type=number(0.001, 86_400),
+        default=0.5,
+        metavar="S",
+        help="seconds between two windows (default: 0.5)",
     )
     timing.add_argument(
-        "--fps", type=_positive, metavar="N", help="frames a second in a window (default: a window lasts 2 s)"
+        "--fps", type=number(0.001, 1000), metavar="N", help="frames a second in a window (default: a window lasts 2 s)"
     )
     timing.add_argument(
-        "--max-seconds", "--max_seconds", type=_positive, metavar="S", help="stop after so many seconds of the stream"
+        "--max-seconds",
+        "--max_seconds",
+        type=number(above=True),
+        metavar="S",
+        help="stop after so many seconds of the stream",
     )
     timing.add_argument(
         "--live", action="store_true", help="drop frames that come too fast (always on for cameras and rtsp)"
@@ -65,16 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scenes = parser.add_argument_group("scenes")
     level = scenes.add_mutually_exclusive_group()
     level.add_argument(
-        "--sensitivity", type=_positive, default=1.0, metavar="X",
+        "--sensitivity", type=number(above=True), default=1.0, metavar="X",
         help="2 cuts at half the change, 0.5 at twice the change (default: 1, calibrated to the stream's noise)",
     )  # fmt: skip
     level.add_argument(
-        "--threshold", type=_not_negative, metavar="T", help="a fixed Ward gain to cut at, instead of calibration"
+        "--threshold", type=number(), metavar="T", help="a fixed Ward gain to cut at, instead of calibration"
     )
     scenes.add_argument(
         "--min-duration",
         "--min_duration",
-        type=_not_negative,
+        type=number(),
         metavar="S",
         help="shortest scene in seconds (default: three quarters of a window)",
     )
@@ -250,9 +260,9 @@ def _texts(options: argparse.Namespace) -> list[str] | None:
     elif options.memory is not None:
         option = f"--memory {options.memory}"
         try:
-            lines = Path(options.memory).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{option} cannot be read ({error}); give a UTF-8 file with one text per line.") from None
+            lines = list(text_lines(options.memory))
+        except UserError as error:
+            raise UserError(f"{option} cannot be read: {error} It is one text a line, in UTF-8.") from None
     else:
         return None
     texts = list(dict.fromkeys(text.strip() for text in lines if text.strip()))
@@ -274,21 +284,3 @@ def _check_outputs(options: argparse.Namespace) -> None:
         paths.append(path.resolve())
     if len(set(paths)) < len(paths):
         raise UserError("--jsonl, --srt and --report must be different files.")
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda value: value > 0, "> 0")
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, ">= 0")
-
-
-def _number(text: str, is_valid: Callable[[float], bool], range_text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_valid(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number {range_text}")
-    return value

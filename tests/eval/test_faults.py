@@ -181,7 +181,7 @@ def test_a_stopped_suite_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--workers", "0"], "--workers 0 must be 1 or more."),
+        (["--workers", "0"], "--workers: '0' must be a whole number, 1 or more"),
         (["--only", "earthquake"], "invalid choice: 'earthquake'"),
         (["--out", "/"], "is a folder"),
     ],

@@ -218,7 +218,7 @@ def test_runs_that_are_not_alike_are_refused(changes, message, command, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--models", "@a", "--limit", "0"), "--limit must be 1 or more"),
+        (("--models", "@a", "--limit", "0"), "--limit: '0' must be a whole number, 1 or more"),
         (("--models", "@a", "--limit", "1"), "1 group(s) to ask"),
         (("--models", "@a", "@a"), "Two models are named 'a'"),
         (("--models", "x=@a,@a"), "names a run twice"),

@@ -271,7 +271,7 @@ def test_toy_run_writes_every_figure(tmp_path, monkeypatch, capsys):
     ("argv", "message"),
     [
         (["--nl-rx", "nowhere"], "no folder at nowhere"),
-        (["--repetitions", "0"], "--repetitions 0 must be 1 or more"),
+        (["--repetitions", "0"], "--repetitions: '0' must be a whole number, 1 or more"),
         (["--repetitions", "2", "--memory-batches", "3"], "more than the 2 batches; lower it"),
         (["--quick", "--repetitions", "5000"], "need 20000 rows"),
     ],

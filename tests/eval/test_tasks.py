@@ -558,8 +558,8 @@ def test_help_lists_the_tasks(capsys):
         ({"model": "{}/none"}, "No model folder at"),
         ({"out": "{}/model"}, "is a folder"),
         ({"out": "{}/g.jsonl/o.json"}, "is in the way"),
-        ({"batch_size": 0}, "--batch_size must be 1 or more"),
-        ({"limit": -1}, "--limit must be 1 or more"),
+        ({"batch_size": 0}, "--batch_size: '0' must be a whole number, 1 or more"),
+        ({"limit": -1}, "--limit: '-1' must be a whole number, 1 or more"),
         ({"task": "paws"}, "unknown"),
     ],
 )

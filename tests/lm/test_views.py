@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from llm_jepa.core.errors import UserError
@@ -320,6 +321,15 @@ def test_plain_rows_and_labels_are_trls(add_bos, tmp_path):
     pairs += [("the quick f", "ox"), ("y a", "b"), ("y ab", "ab"), ("fox", f" over{eos}"), ("fox", f" over{eos}\n")]
     rows = [{"prompt": p, "completion": c} for p, c in pairs]
     assert our_rows(rows, tokenizer) == trl_prepares(rows, tokenizer, tmp_path)
+
+
+def test_a_row_sets_no_option_of_the_tokenizer():
+    """A row that could set `chat_template` would bring its own program. Tools have a column, and are data."""
+    options = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"kwargs", "documents"}
+    assert "chat_template" in options
+    for name in options - {"tools"}:
+        with pytest.raises(UserError, match=f"the row: 'chat_template_kwargs' has {name}, .*remove it"):
+            build_views({**pair([("user", "x")], "over"), "chat_template_kwargs": {name: "y"}}, tokenizer_of("chatml"))
 
 
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look up.", "parameters": {}}}

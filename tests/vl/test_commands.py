@@ -489,7 +489,7 @@ def test_a_dry_run_refuses_what_the_run_would(changes, said, recipe, capsys):
     ("row", "said"),
     [
         ({"image": "0.png", "target": "x", "lable": "y"}, "line 2 has unknown keys lable"),
-        ({"image": "none.png", "target": "x"}, "line 2 names none.png"),
+        ({"image": "none.png", "target": "x"}, "line 2 names 'none.png'"),
         ({"video": "film.mp4", "target": "x", "start_s": 5, "end_s": 2}, "line 2"),
     ],
 )

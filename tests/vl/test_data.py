@@ -234,7 +234,7 @@ def test_rows_of_one_file_and_span_become_one_clip(folder):
         ({"image": "a.png", "target": "x", "query": 3}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "target": "x", "query": 0}, "line 2 needs .* 'query' is a text"),
         ({"image": "a.png", "video": "c.mp4", "target": "x"}, "line 2.*video.*image"),
-        ({"image": "z.png", "target": "x"}, "line 2 names z.png, but there is no such file next to the manifest"),
+        ({"image": "z.png", "target": "x"}, "line 2 names 'z.png', but there is no such file next to the manifest"),
         ({"image": ".", "target": "x"}, "line 2 names"),
         ({"video": "c.mp4", "target": "x", "start_s": -1}, "line 2: start_s and end_s are seconds"),
         ({"video": "c.mp4", "target": "x", "end_s": "1"}, "line 2: start_s and end_s are seconds"),

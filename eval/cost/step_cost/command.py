@@ -15,7 +15,7 @@ from transformers.utils import logging
 from llm_jepa import UserError
 from llm_jepa.core.files import write_json
 
-from ...command import check_writable, one_line_errors, require
+from ...command import ArgumentParser, check_writable, one_line_errors, require, seed_number, whole
 from ...provenance import environment
 from . import __doc__ as about
 from .data import DATA_SETS, SHAPES, load_data
@@ -29,7 +29,7 @@ SETTINGS = ("quick", "repetitions", "memory_batches", "batch_size", "threads", "
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     description, _, arms = str(about).partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.step_cost",
         description=description,
         epilog=arms,
@@ -40,15 +40,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--spider", type=Path, metavar="DIR", help="folder of spider_train.jsonl (default: generated)")
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, help="default: both; with --quick nl_rx")
     parser.add_argument("--model", nargs="+", choices=list(SHAPES), help="default: both; with --quick body")
-    parser.add_argument("--repetitions", type=int, help="batches per arm (default: 15; with --quick 5)")
+    parser.add_argument("--repetitions", type=whole(1), help="batches per arm (default: 15; with --quick 5)")
     parser.add_argument(
-        "--memory-batches", type=int, help="batches whose peak is counted (default: 5; --quick: 1, of ours and sft)"
+        "--memory-batches",
+        type=whole(1),
+        help="batches whose peak is counted (default: 5; --quick: 1, of ours and sft)",
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="examples of a micro-batch")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--batch-size", type=whole(1), default=4, help="examples of a micro-batch")
+    parser.add_argument("--threads", type=whole(1, 1024), default=1, help="torch threads")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
-    parser.add_argument("--seed", type=int, default=0, help="weights, rows and order of the arms")
+    parser.add_argument("--seed", type=seed_number, default=0, help="weights, rows and order of the arms")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="file for every figure of every repetition")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="file for the bars of the ratios")
     options = parser.parse_args(argv)
@@ -90,9 +92,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError for options that cannot work."""
-    for name in ("repetitions", "memory_batches", "batch_size", "threads"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
     if options.memory_batches > options.repetitions:
         raise UserError(
             f"--memory-batches {options.memory_batches} is more than the {options.repetitions} batches; lower it, or "

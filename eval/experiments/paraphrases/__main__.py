@@ -11,7 +11,7 @@ from llm_jepa import UserError
 from llm_jepa.core.files import write_json
 from llm_jepa.core.strict_yaml import load_yaml
 
-from ...command import one_line_errors, require
+from ...command import ArgumentParser, one_line_errors, require, whole
 from . import PLAN, RESULTS
 from . import __doc__ as about
 from .analysis import analyse, confirmed, draw, space_table, table
@@ -21,7 +21,7 @@ from .runs import confirm, select
 
 @one_line_errors("eval.experiments.paraphrases")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.experiments.paraphrases",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("step", choices=["prepare", "select", "confirm", "analyse"])
     parser.add_argument("--data", type=Path, help="NL-RX folder (prepare)")
     parser.add_argument("--work", type=Path, default=Path("runs/paraphrases"), help="folder of base model and views")
-    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one core each")
+    parser.add_argument("--jobs", type=whole(1, 1024), default=2, help="number of parallel runs, one core each")
     options = parser.parse_args(argv)
     plan = load_yaml(PLAN.read_text())
     if options.step == "prepare":

@@ -14,7 +14,7 @@ from llm_jepa import UserError
 from llm_jepa.core.files import write_json
 from llm_jepa.core.strict_yaml import load_yaml
 
-from ...command import one_line_errors, require
+from ...command import ArgumentParser, one_line_errors, require, whole
 from ...tasks import nl_rx
 from . import PLAN, RESULTS
 from . import __doc__ as about
@@ -35,7 +35,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 @one_line_errors("eval.experiments.replication")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m eval.experiments.replication",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="folder of the result files (default: the committed ones; needed with --start)"
     )
     parser.add_argument("--plan", type=Path, help=f"default: eval/plans/{PLAN.name}; needed with --start")
-    parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs, one core each; 1 on one GPU")
+    parser.add_argument(
+        "--jobs", type=whole(1, 1024), default=2, help="number of parallel runs, one core each; 1 on one GPU"
+    )
     options = parser.parse_args(argv)
     if options.start and (options.out is None or options.plan is None):
         raise UserError(

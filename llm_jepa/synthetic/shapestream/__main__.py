@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import ArgumentParser
 from ...core.files import write_whole, written_whole
+from ...core.options import whole
 from .events import NUM_FRAMES
 from .pictures import write_video
 from .samples import Clip, clip, stream, write_clips
@@ -32,10 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m llm_jepa.synthetic.shapestream", description="Write samples of ShapeStream."
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if missing")
-    parser.add_argument("--clips", type=int, default=26, metavar="N", help="clips on the sheet (default: %(default)s)")
-    parser.add_argument("--streams", type=int, default=1, metavar="N", help="streams of 120 s (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=0, metavar="N", help="training clips, as mp4, and train.jsonl")
-    parser.add_argument("--test", type=int, default=0, metavar="N", help="test clips, as mp4, and test.jsonl")
+    parser.add_argument(
+        "--clips", type=whole(0), default=26, metavar="N", help="clips on the sheet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--streams", type=whole(0), default=1, metavar="N", help="streams of 120 s (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--train", type=whole(0), default=0, metavar="N", help="training clips, as mp4, and train.jsonl"
+    )
+    parser.add_argument("--test", type=whole(0), default=0, metavar="N", help="test clips, as mp4, and test.jsonl")
     try:
         options = parser.parse_args(argv)
         folder = Path(options.out)

@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint slow mutants soak results paraphrases replication step-cost faults clean
+.PHONY: quickstart test lint slow mutants fuzz soak results paraphrases replication step-cost faults clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
@@ -21,6 +21,11 @@ slow: $(STAMP)
 mutants: $(STAMP)
 	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev,mutants]"
 	$(BIN)/python -m tests.mutants --out eval/results/faults/mutants.json
+
+# Do any bytes make a reader or a grader fail? Ten minutes for each of seven targets.
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev,fuzz]"
+	$(BIN)/python -m pytest -q -m slow tests/fuzz
 
 # Does a run of 10,000 steps grow, or leave anything behind? Ten minutes.
 soak: $(STAMP)

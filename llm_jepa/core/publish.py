@@ -264,7 +264,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_entry(name: str, entry: Any) -> bool:
     path = PurePosixPath(name)
-    is_inside = bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    # str(path): a name that only the file system reads as another's, such as a/ or ./a, would not be among its files.
+    is_inside = name == str(path) != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
     if not is_inside or not isinstance(entry, dict):
         return False
     size, sha256 = entry.get("bytes"), entry.get("sha256")

@@ -244,6 +244,8 @@ def _judge_change(said: Said, folder: Path, setup: Path, *, words: tuple[str, ..
     if is_one_line(said) and "Cannot resume" in said.lines[0]:
         is_named = all(word in said.lines[0] for word in words)
         return Outcome(SURVIVED) if is_named else Outcome(LOST, f"the refusal does not name it: {said.lines[0]}")
+    if is_one_line(said) and words and all(word in said.lines[0] for word in words):
+        return Outcome(SURVIVED)  # no run may have this value
     if said.code != 0:
         return Outcome(LOST, f"exit {said.code}: {said.err[-300:]}")
     wrong = difference(folder / "run", setup / "run")

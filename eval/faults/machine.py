@@ -18,7 +18,7 @@ from llm_jepa.core.checkpoint import RUN_FILE, checkpoints, fault
 from llm_jepa.core.failures import DISK_FULL, OUT_OF_MEMORY
 
 from .cases import LOST, SKIPPED, Case, Outcome
-from .runs import RESUME, Run, Said, ended_badly, is_one_line, judge, train, undisturbed
+from .runs import RESUME, Run, Said, difference, ended_badly, is_one_line, judge, train, undisturbed
 
 NOT_FINITE = 3  # exit code
 # How much of a checkpoint the disk holds: too little for a small file, the weights, the optimizer; for the second
@@ -102,6 +102,8 @@ def no_memory(folder: Path, run: Run, family: str, place: str) -> Outcome:
         return Outcome(SKIPPED, "the size of a process is known on Linux only")
     method, step = MEMORY[place]
     said = train(run, folder, before=partial(_at_call, family, method, step, _limit_memory))
+    if said.code == 0 and difference(folder / "run", run.whole) is None:
+        return Outcome(SKIPPED, "memory did not run out: freed memory was enough")
     return _wrong_end(said, folder / "run", OUT_OF_MEMORY, "out of memory") or _go_on(run, folder)
 
 

@@ -313,8 +313,13 @@ def _finished(folder: Path, run: Mapping[str, Any]) -> str | None:
 
 
 def is_finished_of_before(folder: Path, run: Mapping[str, Any] = NO_RECORD) -> bool:
-    """Whether an earlier version finished this run. It left no manifest, but wrote the card and the state last."""
+    """Whether an earlier version finished this run. It left no manifest, but wrote the card and the state last.
+
+    A run with an id is of a version that writes one: without it, the final model is not whole.
+    """
     try:
+        if RUN_ID in read_json(folder / RUN_FILE):
+            return False
         is_at_end = is_last(folder, run)
     except (OSError, ValueError, KeyError, TypeError):
         return False

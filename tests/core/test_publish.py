@@ -410,6 +410,14 @@ def test_a_sealed_checkpoint_in_a_stage_is_not_a_cut_move(model):
     assert (model / "model.safetensors").exists()
 
 
+def test_a_run_with_an_id_is_not_finished_without_its_manifest(model):
+    """Earlier versions gave no id, and wrote no manifest."""
+    (model / MANIFEST).unlink()
+    assert is_finished_of_before(model)
+    write_json(model / RUN_FILE, {"id": "abc"})
+    assert not is_finished_of_before(model)
+
+
 # -- which run goes on ------------------------------------------------------------------------------------------------
 
 

@@ -17,13 +17,11 @@ SAVE_COST = RESULTS / "save_cost" / "cpu.json"
 
 def scorecard(path: Path = FAULTS, save_cost: Path = SAVE_COST) -> str:
     """Markdown: a row for each kind of fault, what was skipped, and every fault that did not survive."""
-    if not path.is_file():
-        return "No figures are committed yet: `make faults` computes them."
     result = json.loads(path.read_text())
     kinds = result["summary"]
     columns = [name for name in VERDICTS if name != "survived"]
     rows = []
-    for kind, counts in kinds.items():
+    for kind, counts in sorted(kinds.items(), key=lambda item: (item[0] == "all", item[0].lower())):
         target = TARGETS.get(kind, ALL)
         figures = [f"{counts['survived']} of {counts['injected']}", *(str(counts[name]) for name in columns)]
         rows.append([kind, *figures, target.text, verdict_on(counts), target.before])

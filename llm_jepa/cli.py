@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .core.errors import (
     LAUNCHED,
@@ -43,6 +43,9 @@ Train a model as a recipe says. Any recipe key can be overridden: --learning_rat
   llm-jepa train recipes/lm/tiny-llama/nl-rx-synth.yaml --output_dir runs/first --resume_from_checkpoint true
   llm-jepa train RECIPE.yaml --launch ddp --num_processes 8
 """
+LAUNCH_OPTIONS = (
+    "launch", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +114,11 @@ def _run(argv: list[str]) -> None:
     train.add_argument("-h", "--help", action="store_true", help="show this help and every recipe key of ours")
     train.add_argument("--dry-run", action="store_true", help="show the resolved recipe, one batch and the cost")
     train.add_argument("--launch", help="cpu, ddp, fsdp2, zero3 or an accelerate config file: several processes")
-    train.add_argument("--num_processes", "--num-processes", help="how many (default: one per GPU)")
+    train.add_argument("--num_processes", "--num-processes", help="how many (default: one per GPU of all machines)")
+    train.add_argument("--num_machines", "--num-machines", type=int, help="of the run; the same command on each")
+    train.add_argument("--machine_rank", "--machine-rank", type=int, help="of this machine: 0, 1, ...")
+    train.add_argument("--main_process_ip", "--main-process-ip", help="the address of machine 0")
+    train.add_argument("--main_process_port", "--main-process-port", type=int, help="a free port of it (29500)")
     train.add_argument(
         ALLOW, ALLOW.replace("_", "-"), action="append", default=[], metavar="NAME",
         help="resume although NAME differs from before (repeatable); the refusal says the name",
@@ -141,8 +148,9 @@ def _run(argv: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    if options.num_processes is not None and options.launch is None:
-        raise UserError("--num_processes needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
+    for name in LAUNCH_OPTIONS[1:]:
+        if getattr(options, name) is not None and options.launch is None:
+            raise UserError(f"--{name} needs --launch (cpu, ddp, fsdp2, zero3 or a file).")
     if options.launch == "cpu" and not _overrides_key("use_cpu", overrides):
         # Without use_cpu, each gloo process would train a separate model into the same folder.
         overrides = [*overrides, "--use_cpu", "true"]
@@ -176,12 +184,19 @@ def _train_here_or_launch(
     options: argparse.Namespace, overrides: list[str], recipe: Recipe, family: ModuleType
 ) -> None:
     if options.launch is not None:
-        from .launch import launch
+        from .launch import Machines, launch
 
         if not _overrides_key("family", overrides):
             overrides = [*overrides, "--family", recipe.family]  # or each process would guess it again
         words = [word for name in options.allow_changed for word in (ALLOW, name)]
-        code = launch(options.launch, options.num_processes, options.recipe, [*overrides, *words])
+        code = launch(
+            options.launch,
+            options.num_processes,
+            options.recipe,
+            [*overrides, *words],
+            use_cpu=recipe.training.use_cpu,
+            machines=Machines(*(getattr(options, name) for name in Machines._fields)),
+        )
         if code != 0:
             raise _ProcessFailed(code)
         return
@@ -205,9 +220,9 @@ def _how_to_go_on(options: argparse.Namespace, overrides: list[str], recipe: Rec
 
     newest = newest_sealed(recipe.training.output_dir)
     command = ["llm-jepa", "train", options.recipe, *_without_key("resume_from_checkpoint", overrides)]
-    for name in ("launch", "num_processes"):
+    for name in LAUNCH_OPTIONS:
         if getattr(options, name) is not None:
-            command += [f"--{name}", getattr(options, name)]
+            command += [f"--{name}", str(getattr(options, name))]
     if newest is None:
         return f". Nothing is saved yet; start again: {shlex.join(command)}"
     command += ["--resume_from_checkpoint", "true"]
@@ -229,11 +244,18 @@ def _overrides_key(key: str, overrides: list[str]) -> bool:
     return any(word.replace("-", "_").partition("=")[0] == f"__{key}" for word in overrides)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The installed command: `main`, and the end of the process."""
     exit_code = main()
-    if "LOCAL_RANK" in os.environ:
-        # gloo's threads abort the interpreter's normal exit in one of eight successful runs, so skip that exit.
+    is_launcher = any(word.startswith("--launch") for word in sys.argv[1:])
+    if "LOCAL_RANK" in os.environ or is_launcher:
+        # gloo's threads abort the interpreter's normal exit in one of eight successful runs. In the launcher, it takes
+        # seconds on a busy machine, which a frozen run would add to its ddp_timeout. So skip that exit.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .core.errors import LAUNCHED, UserError, first_failure
 from .core.failures import LOST_RANK
@@ -24,16 +25,47 @@ from .core.signals import INTERRUPTED, SCHEDULER, TRY_AGAIN, Stopped, handled
 MODULE = "llm_jepa.cli"
 # Torch's agent would end the processes at a signal; we pass it on, and they end by themselves.
 AGENT = {"PET_SIGNALS_TO_HANDLE": "SIGHUP"}
-GRACE_S = 3.0  # for the other ranks, if one has failed; torch's agent gives a frozen one 30
+GRACE_S = 2.0  # for the other ranks, if one has failed; torch's agent gives a frozen one 30
 CONFIGS = ("cpu", "ddp", "fsdp2", "zero3")  # accelerate_configs/*.yaml
 
 
-def launch(config: str, num_processes: str | None, recipe: str, overrides: Sequence[str]) -> int:
+class Machines(NamedTuple):
+    """Where this machine is among those of a run. None: a single machine, or as the config file says."""
+
+    num_machines: int | None = None
+    machine_rank: int | None = None
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+
+    def arguments(self, config: str) -> list[str]:
+        """For Accelerate. Raises UserError if something is missing."""
+        if self.num_machines is None:
+            if any(value is not None for value in self):
+                raise UserError("--machine_rank, --main_process_ip and --main_process_port need --num_machines.")
+            # Accelerate's default port is fixed, so a second run on the same machine would fail.
+            return [] if _names_port(config) else ["--main_process_port", str(_free_port())]
+        if self.num_machines < 1 or self.machine_rank is None or self.main_process_ip is None:
+            raise UserError("--num_machines N needs --machine_rank 0..N-1 and --main_process_ip of machine 0.")
+        if not 0 <= self.machine_rank < self.num_machines:
+            raise UserError(f"--machine_rank {self.machine_rank} must be 0 to {self.num_machines - 1}.")
+        values = self._replace(main_process_port=self.main_process_port or 29500)._asdict()
+        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def launch(
+    config: str,
+    num_processes: str | None,
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    use_cpu: bool,
+    machines: Machines = Machines(),  # noqa: B008
+) -> int:
     """Run `llm-jepa train recipe overrides` once per process. Returns the exit code of the first process that failed.
 
     Args:
         config: a name of CONFIGS or an Accelerate config file.
-        num_processes: default: one per GPU, or 2 on the CPU; with a config file, as the file says.
+        num_processes: of all machines. Default: one per GPU, or 2 on the CPU; with a config file, as the file says.
         recipe: a recipe file, already checked by the caller.
 
     Raises UserError for a config that cannot work on this machine, and `Stopped` if the run was asked to stop.
@@ -42,24 +74,26 @@ def launch(config: str, num_processes: str | None, recipe: str, overrides: Seque
 
     if config in CONFIGS:
         gpus = torch.cuda.device_count()
-        if config != "cpu" and gpus == 0:
+        if gpus == 0 and not (use_cpu and config in ("cpu", "fsdp2")):
             raise UserError(f"--launch {config} needs GPUs and none is visible; use --launch cpu.")
         if config == "zero3" and importlib.util.find_spec("deepspeed") is None:
             raise UserError("--launch zero3 needs DeepSpeed: pip install deepspeed")
         file = str(importlib.resources.files("llm_jepa") / "accelerate_configs" / f"{config}.yaml")
-        num_processes = num_processes or str(gpus or 2)
+        num_processes = num_processes or str((2 if use_cpu else gpus) * (machines.num_machines or 1))
     elif os.path.isfile(config):
         file = config
     else:
         raise UserError(f"--launch {config!r} is not one of {', '.join(CONFIGS)} and not a file.")
     if num_processes is not None and (not num_processes.isdigit() or int(num_processes) < 1):
         raise UserError(f"--num_processes {num_processes!r} must be a whole number of 1 or more.")
+    if num_processes is not None and int(num_processes) % (machines.num_machines or 1):
+        raise UserError(f"--num_processes {num_processes} does not divide by the {machines.num_machines} machines.")
 
-    command = ["--config_file", file, "--main_process_port", str(_free_port())]
+    command = ["--config_file", file, *machines.arguments(config)]
     command += ["--num_processes", num_processes] if num_processes else []
     # Without --launch: if the file asks for one process, that process would launch itself again, endlessly.
     command += ["-m", MODULE, "train", recipe, *overrides]
-    with _Signals().passed_on() as signals, _environment(config) as failures:
+    with _Signals().passed_on() as signals, _environment(use_cpu) as failures:
         code, last_words = _run_agent(command)
         if code == 0:
             return 0
@@ -122,9 +156,9 @@ def _end_others(failures: str, is_over: threading.Event) -> None:
 
 
 @contextmanager
-def _environment(config: str) -> Iterator[str]:
+def _environment(use_cpu: bool) -> Iterator[str]:
     """The environment of the launch, and silence of torch's agent. Yields the folder for the ranks' failures."""
-    changes = {**AGENT, **({"ACCELERATE_USE_CPU": "true"} if config == "cpu" else {})}
+    changes = {**AGENT, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})}
     before = {name: os.environ.get(name) for name in (*changes, LAUNCHED)}
     with tempfile.TemporaryDirectory(prefix="llm_jepa_launch_") as failures:
         os.environ.update(changes, **{LAUNCHED: failures})
@@ -167,8 +201,15 @@ def _run_agent(command: list[str]) -> tuple[int, str]:
     return 0, ""
 
 
+def _names_port(config: str) -> bool:
+    """Whether an Accelerate config file says where the machines meet."""
+    if config in CONFIGS:
+        return False
+    text = Path(config).read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^ *\"?main_process_port\"? *: *\d", text, re.MULTILINE) is not None
+
+
 def _free_port() -> int:
-    """Accelerate's default port is fixed, so a second run on the same machine would fail."""
     with socket.socket() as free:
         free.bind(("", 0))
         return int(free.getsockname()[1])

@@ -85,7 +85,7 @@ def check_numbers(args: TrainingArguments) -> None:
 
 
 def check_batches(args: TrainingArguments, rows: int, validation_rows: int, *, compares_rows: bool, step: int) -> None:
-    """What the numbers of rows mean for batches. Warns of a last batch that has a single row.
+    """What the numbers of rows mean for batches. Warns of a last batch that has a single row, and of repeated rows.
 
     Args:
         rows, validation_rows: of the data sets; 0 validation rows if nothing is evaluated.
@@ -99,6 +99,13 @@ def check_batches(args: TrainingArguments, rows: int, validation_rows: int, *, c
         raise UserError(
             f"dataloader_drop_last: true leaves no batch: {rows} training rows are fewer than the {batch} of one "
             "batch; lower per_device_train_batch_size."
+        )
+    repeated = -rows % batch
+    if args.world_size > 1 and repeated and not args.dataloader_drop_last and args.process_index == 0:
+        logger.warning(
+            f"{repeated} row(s) are trained twice in each epoch: {rows} rows do not divide by the {batch} of "
+            f"{args.world_size} processes, and Accelerate fills the last batches up. dataloader_drop_last: true leaves "
+            "the last rows of an epoch out instead."
         )
     if not compares_rows:
         return

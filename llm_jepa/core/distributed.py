@@ -17,13 +17,17 @@ them up. Every rank must run the backward pass, even one without rows, because i
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 def gather_with_grad(x: Tensor) -> tuple[Tensor, slice]:
@@ -79,6 +83,28 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def shard_on_cpu(args: Any) -> None:
+    """Let Accelerate's FSDP2 shard over CPU processes, too. Call it before the trainer makes its `Accelerator`.
+
+    Accelerate 1.15 honours FSDP for processes with GPUs only; with gloo it would silently use DDP. Nothing else in its
+    FSDP2 depends on the device. args: `TrainingArguments`.
+    """
+    state = PartialState()
+    if wants_fsdp(args) and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU  # `AcceleratorState` turns it into FSDP
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, or all of a tensor that is sharded; then every rank must call this."""
+    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered
+
+
+def wants_fsdp(args: Any) -> bool:
+    """Whether the run or its launcher asks for Accelerate's FSDP. args: `TrainingArguments`."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def shared_coin(seed: int, step: int) -> float:

@@ -25,7 +25,10 @@ MEMORY_WORDS = (
 ONEDNN_MEMORY = "could not create a primitive"  # its whole message; longer ones are about operations it does not have
 LOST_WORDS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/transport",
-    "Watchdog caught collective operation timeout", "NCCL communicator was aborted",
+    "Application timeout caused pair closure", "Read timeout", "Write timeout", "Connect timeout", "Socket closed",
+    "Socket Timeout", "wait timeout after", "failed to recv, got 0 bytes", "No route to host", "Network is unreachable",
+    "Connection timed out", "Connection refused", "Watchdog caught collective operation timeout",
+    "NCCL communicator was aborted", "remote process exited or there was a network error",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerState, TrainingArguments
 
 from .checkpoint import (
@@ -132,7 +133,7 @@ def is_finished(recipe: Recipe, start: Beginning) -> bool:
         is_whole = fault_of_model(folder, record) is None if is_verified else is_finished_of_before(folder, record)
         if not is_whole or (is_verified and not is_last(folder, record)):
             return False
-    if recipe.training.process_index == 0:
+    if recipe.training.should_save:
         note = "" if is_verified else "; an earlier version saved it without a manifest to verify it by"
         print(f"{folder} is already finished ({_state_of(resume).global_step} steps{note}).")
         _clean(folder)
@@ -147,6 +148,7 @@ def _clean(folder: Path) -> None:
 def claim(trainer: JEPATrainer, recipe: Recipe, record: dict[str, Any], *, sources: Mapping[str, str | None]) -> None:
     """Write the run's record into its folder. Call it last, so that a run that is refused leaves the folder free."""
     trainer.accelerator.wait_for_everyone()  # until every process has looked at the folder
+    _check_machines(trainer)
     if RUN_ID not in record:
         # From the Hub, since `identify`. What is not a folder costs nothing: the cache names files by their hash.
         given = {key: str(recipe.given.get(key)) for key in sources}
@@ -154,7 +156,7 @@ def claim(trainer: JEPATrainer, recipe: Recipe, record: dict[str, Any], *, sourc
         record = {**record, CONTENTS: {**record[CONTENTS], **contents(recipe, downloaded)}}
         record[RUN_ID] = run_id(record)
     trainer.run = record
-    if not trainer.is_world_process_zero():
+    if not trainer.args.should_save:  # one process, or with save_on_each_node one of each machine
         return
     folder = Path(trainer.args.output_dir)
     write_json(folder / RUN_FILE, record)
@@ -162,6 +164,21 @@ def claim(trainer: JEPATrainer, recipe: Recipe, record: dict[str, Any], *, sourc
     if descriptor is not None:
         trainer.release_folder = weakref.finalize(trainer, os.close, descriptor)
     _clean(folder)
+
+
+def _check_machines(trainer: JEPATrainer) -> None:
+    """With save_on_each_node, each machine writes the same names. Raises UserError if machines share output_dir."""
+    args = trainer.args
+    if not args.save_on_each_node:
+        return
+    with trainer.stage(Path(args.output_dir)) as stage:
+        shares = args.should_save and args.process_index != 0 and stage.exists()
+        answers = gather_object([shares])  # before the stage is removed
+    if any(answers):
+        raise UserError(
+            f"save_on_each_node: true, but several machines share output_dir {args.output_dir}, and would write the "
+            "same files. Remove save_on_each_node: process 0 then writes them for all."
+        )
 
 
 def data_seed(recipe: Recipe) -> int:
@@ -231,7 +248,7 @@ def _save(trainer: JEPATrainer, before_saving: Callable[[JEPATrainer, Path], Non
         if before_saving is not None:
             before_saving(trainer, staged)
         trainer.save_model(str(staged), _internal_call=True)  # True: not to the Hub yet
-        if trainer.is_world_process_zero():
+        if args.should_save:
             trainer.state.save_to_json(str(staged / STATE_FILE))
             trainer.write_card(staged)
         trainer.accelerator.wait_for_everyone()

@@ -88,7 +88,7 @@ class SavingTrainer(Trainer):
             stage = stack.enter_context(self.stage(run_dir))
             self._write_checkpoint(stage, run_dir, model, trial)
             self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
+            if self.args.should_save:  # with save_on_each_node, one process of each machine
                 publish_it = self._publisher(stage / target.name, target)
                 remove_stage = stack.pop_all().close
 
@@ -103,8 +103,6 @@ class SavingTrainer(Trainer):
             if self._is_awaited():
                 self.finish_saving()
                 self.accelerator.wait_for_everyone()
-            if self.args.should_save and self.args.save_on_each_node and (stage / target.name).exists():
-                self._publisher(stage / target.name, target)()  # the file system is not shared
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
             self.accelerator.wait_for_everyone()

@@ -40,6 +40,7 @@ from . import checkpoint
 from .card import Evaluation, last_evaluation
 from .checks import check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
+from .distributed import shard_on_cpu
 from .errors import NonFiniteLossError, UserError
 from .pairs import PairKeys
 from .safetensors_files import load_tensors, tensors_of
@@ -66,6 +67,10 @@ class SafeTrainer(StoppableTrainer):
     """
 
     advice_if_not_finite = "Lower learning_rate, or look at the rows of this step."
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
 
     @property
     def is_fsdp(self) -> bool:
@@ -107,6 +112,9 @@ class SafeTrainer(StoppableTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save without `training_args.bin`, which is a pickle, and without the local keys of tokenizers."""
+        if self.args.save_on_each_node:  # transformers 5.24 writes the weights on one machine only
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.should_save_on_this_rank = bool  # of is_main_process, which is one process of each machine
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

@@ -119,7 +119,7 @@ def _merge_adapter(trainer: JEPATrainer, folder: Path) -> None:
 
     if not isinstance(trainer.model, PeftModel):
         return
-    if trainer.is_world_process_zero():
+    if trainer.args.should_save:
         with trainer.template_to_save():
             save_adapter(trainer.model, trainer.processing_class, folder / "adapter")
     trainer.model = trainer.base_model = trainer.model.merge_and_unload()

@@ -16,7 +16,6 @@ Shapes: R rows, L tokens in a row, B examples, P pairs, D hidden size, V vocabul
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -480,9 +479,6 @@ def check_support(trainer: LLMJEPATrainer) -> None:
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
-    wants_fsdp = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if wants_fsdp and not trainer.is_fsdp_enabled:
-        raise UserError("FSDP was asked for, but without GPUs Accelerate silently uses DDP instead; use --launch cpu.")
     model_class = type(trainer.base_model)
     if trainer.aux_loss_enabled and not hasattr(sys.modules[model_class.__module__], "load_balancing_loss_func"):
         raise UserError(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from ..core.diagnostics import evaluating
+from ..core.distributed import whole
 from ..core.errors import UserError
 from ..core.losses import at_least_float32
 from ..core.pairs import PairKeys
@@ -80,6 +81,8 @@ class VLJEPATrainer(JEPATrainer):
             processing_class=processor,
             **kwargs,
         )
+        if self.is_fsdp_enabled:  # FSDP2 shards no scalars
+            model.log_temperature.data = model.log_temperature.data.reshape(1)
         if args.feature_cache is not None:
             for dataset in (train_dataset, eval_dataset):
                 if dataset is not None and dataset.features is None:
@@ -91,7 +94,7 @@ class VLJEPATrainer(JEPATrainer):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _cached_features(self, dataset: ClipDataset) -> FeatureCache:
-        """The visual features of all clips, computed once; rank 0 computes and the others wait."""
+        """The visual features of all clips. One process computes them (of each machine, if these share no files)."""
         model, args = self.base_model, self.args
 
         def encode(pixels: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class VLJEPATrainer(JEPATrainer):
                 return model.encode_frames(pixels.to(args.device))
 
         model.x_encoder.to(args.device)
-        with evaluating(model), args.main_process_first(local=False, desc="computing visual features"):
+        with evaluating(model), args.main_process_first(local=args.save_on_each_node, desc="computing visual features"):
             return cache_features(
                 encode,
                 dataset,
@@ -110,7 +113,7 @@ class VLJEPATrainer(JEPATrainer):
                 encoder_hash=f"{encoder_sha256(model.x_encoder)} pooled={model.config.pool_frames} "
                 f"bf16={args.bf16} fp16={args.fp16}",
                 batch_size=args.per_device_eval_batch_size,
-                is_main=args.process_index == 0,
+                is_main=args.should_save,
             )
 
     @torch.no_grad()
@@ -171,7 +174,7 @@ class VLJEPATrainer(JEPATrainer):
         # In float32, as it was summed.
         figures = {"loss": float(torch.tensor(sums["pair_loss"] / max(sums["pairs"], 1)))}
         if self.args.objective == "info_nce":
-            figures["temperature"] = float(self.base_model.temperature.detach())
+            figures["temperature"] = float(whole(self.base_model.temperature.detach()))
         return figures
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -183,6 +186,15 @@ class VLJEPATrainer(JEPATrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         slow_y_encoder(optimizer, self.base_model, self.args.y_encoder_lr_factor)
         return optimizer
+
+    def after_optimizer_step(self, progress: float) -> None:
+        if self.is_fsdp_enabled:
+            _ = self.base_model.temperature  # the forward pass bounds a gathered copy; this bounds the weight
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None and "log_temperature" in state_dict:  # of a sharded model
+            state_dict = {**state_dict, "log_temperature": state_dict["log_temperature"].reshape(())}
+        super()._save(output_dir, state_dict=state_dict)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -394,6 +394,9 @@ def test_unreadable_data_files(content, said, recipe, tmp_path, capsys):
     expect_refusal(capsys, ["train", recipe(train_data=str(data))], "bad.jsonl", said)
 
 
+TWO_MACHINES = ("--num_machines", "2", "--main_process_ip", "127.0.0.1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -404,8 +407,12 @@ def test_unreadable_data_files(content, said, recipe, tmp_path, capsys):
         (["--num_processes", "2"], "--num_processes needs --launch"),
         (["--launch", "tpu"], "'tpu' is not one of cpu, ddp, fsdp2, zero3"),
         (["--launch", "cpu", "--num_processes", "none"], "must be a whole number"),
-        (["--launch", "fsdp2"], "needs GPUs"),
         (["--launch", "ddp"], "needs GPUs"),
+        (["--machine_rank", "0"], "--machine_rank needs --launch"),
+        (["--launch", "cpu", "--machine_rank", "0"], "need --num_machines"),
+        (["--launch", "cpu", "--num_machines", "2"], "needs --machine_rank"),
+        (["--launch", "cpu", *TWO_MACHINES, "--machine_rank", "2"], "must be 0 to 1"),
+        (["--launch", "cpu", *TWO_MACHINES, "--machine_rank", "1", "--num_processes", "3"], "does not divide by the 2"),
     ],
 )
 def test_command_line_mistakes(arguments, said, recipe, capsys):

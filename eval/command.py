@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.core.errors import ArgumentParser, print_error, traceback_flag
+from llm_jepa.core.errors import ArgumentParser, is_panic, print_error, traceback_flag
 from llm_jepa.core.options import number, seed_number, whole
+from llm_jepa.core.printing import safe_output, shown
 
 __all__ = [
     "ArgumentParser", "check_writable", "number", "one_line_errors", "require", "seed_number", "whole",
@@ -30,17 +32,25 @@ def one_line_errors(name: str) -> Callable[[Callable[[Words], int]], Callable[..
     def decorate(main: Callable[[Words], int]) -> Callable[..., int]:
         @functools.wraps(main)
         def guarded(argv: Words = None) -> int:
-            with traceback_flag(sys.argv[1:] if argv is None else argv) as words:
+            with traceback_flag(sys.argv[1:] if argv is None else argv) as words, safe_output():
                 try:
                     with warnings.catch_warnings():
-                        warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+                        warnings.showwarning = _show_warning
                         return main(words)
                 except Exception as error:  # a model's own code may raise anything
+                    return print_error(name, error)
+                except BaseException as error:
+                    if not is_panic(error):
+                        raise
                     return print_error(name, error)
 
         return guarded
 
     return decorate
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"Warning: {shown(str(message))}", file=sys.stderr)
 
 
 def require(*packages: str) -> None:

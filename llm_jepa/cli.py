@@ -22,12 +22,14 @@ from .core.errors import (
     ArgumentParser,
     NonFiniteLossError,
     UserError,
+    is_panic,
     print_error,
     report,
     show_traceback,
     traceback_flag,
 )
 from .core.failures import machine_failure
+from .core.printing import safe_output
 from .core.signals import INTERRUPTED, Stopped, ending_at_once
 from .families import FAMILIES, commands_of, describe_keys, parse_recipe
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # Threads that spin while they wait make small CPU steps up to 100 times slower as soon as a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with traceback_flag(sys.argv[1:] if argv is None else argv) as words:
+    with traceback_flag(sys.argv[1:] if argv is None else argv) as words, safe_output():
         return _exit_code_of(words)
 
 
@@ -76,6 +78,10 @@ def _exit_code_of(argv: list[str]) -> int:
             print(f"llm-jepa: {end if isinstance(end, _Ended) else 'interrupted'}", file=sys.stderr)
         return end.exit_code if isinstance(end, _Ended) else INTERRUPTED
     except Exception as error:  # a model's own code may raise anything
+        return print_error("llm-jepa", error)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
         return print_error("llm-jepa", error)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from markupsafe import Markup, escape
 from transformers import TrainingArguments
 
 from .files import write_whole
+from .printing import escaped, shown
 
 # In every fresh card. `eval.robustness --write-card` takes it out again.
 NOT_EVALUATED = "Nothing else is known about this model until it has been evaluated on a task."
@@ -76,11 +78,37 @@ def versions_of(packages: Sequence[str]) -> str:
 def write_card(output_dir: str | Path, template: Path, metadata: ModelCardData, **facts: Any) -> Path:
     """Render `template` into README.md. `metadata` becomes the YAML head; `facts` are the template's variables.
 
-    The template escapes what a stranger named (`| e`), so that no model name or setting becomes markup.
+    No name or setting becomes markup: each text among the facts is in one line, and HTML and Markdown in it are
+    escaped.
     """
     path = Path(output_dir) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     facts |= {"name": Path(output_dir).name, "not_evaluated": NOT_EVALUATED}
+    facts = {key: _as_text(value) for key, value in facts.items()}
+    for key, value in vars(metadata).items():
+        if isinstance(value, str):
+            setattr(metadata, key, escaped(value))  # YAML quotes the rest
     card = ModelCard.from_template(metadata, template_path=str(template), **facts)
     write_whole(path, f"{card}\n")
     return path
+
+
+def _as_text(fact: Any) -> Any:
+    """A fact with its texts escaped for Markdown; numbers and objects of ours stay."""
+    if isinstance(fact, Evaluation):
+        return replace(fact, rows=_as_text(fact.rows))
+    if isinstance(fact, dict):
+        return {_as_text(key): _as_text(value) for key, value in fact.items()}
+    if isinstance(fact, list) and all(isinstance(item, (dict, tuple)) for item in fact):
+        return [_as_text(item) for item in fact]
+    if type(fact) is tuple:
+        return tuple(_as_text(item) for item in fact)
+    if isinstance(fact, list) and not all(isinstance(item, (int, float)) for item in fact):
+        fact = str(fact)
+    if not isinstance(fact, str):
+        return fact
+    # Not `_` and `*`: names hold them, also in the lines of code that a reader copies.
+    text = str(escape(shown(fact)))
+    for mark in "|`[]":
+        text = text.replace(mark, f"&#{ord(mark)};")
+    return Markup(text)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from .printing import shown
+
 TRACEBACK = "--traceback"
 # Package -> our extra
 EXTRAS = {"PIL": "vl", "av": "vl", "matplotlib": "eval", "scipy": "eval", "evaluate": "eval", "gguf": "gguf"}
@@ -61,7 +63,12 @@ def traceback_flag(words: Sequence[str]) -> Iterator[list[str]]:
         os.environ[_ASKED_FOR_TRACEBACK] = before
 
 
-def print_error(program: str, error: Exception) -> int:
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust failed, such as `tokenizers` at a regular expression that takes too long."""
+    return type(error).__name__ == "PanicException"  # not an Exception, and its class cannot be imported
+
+
+def print_error(program: str, error: BaseException) -> int:
     """Print an error as one line on stderr and return the exit code, 2.
 
     `UserError` and `OSError` speak for themselves, and a package of an extra gets the command that
@@ -75,6 +82,8 @@ def print_error(program: str, error: Exception) -> int:
         line = " ".join(message.split())
     elif isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in EXTRAS:
         line = f'this needs {package}: pip install "llm-jepa[{EXTRAS[package]}]"'
+    elif is_panic(error):
+        line = f"a library failed while it read the model or its tokenizer: {message[:300]}"
     else:
         lines = [text.strip() for text in message.splitlines() if text.strip()]
         is_of_worker = any("Original Traceback" in text for text in lines)
@@ -86,6 +95,7 @@ def print_error(program: str, error: Exception) -> int:
 
 def report(program: str, line: str, exit_code: int) -> int:
     """Print a line on stderr. A launched process hands it to its launcher, which prints one for all of them."""
+    line = shown(line)
     folder = os.environ.get(LAUNCHED)
     if folder is None or not os.path.isdir(folder):
         print(f"{program}: {line}", file=sys.stderr)

@@ -32,6 +32,7 @@ from transformers.utils import logging
 from .errors import UserError, first_line, one_line
 from .json_files import read_json, shape_fault
 from .safetensors_files import find_file, no_larger_than, read_weights
+from .templates import check_templates, use_template
 
 logger = logging.get_logger(__name__)
 
@@ -304,8 +305,13 @@ def _check_generation_config(source: str, revision: str | None, subfolder: str) 
 # -- tokenizers and image processors ----------------------------------------------------------------------------------
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, subfolder: str = "") -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the Hub. Raises UserError."""
+def load_tokenizer(
+    source: str, *, revision: str | None = None, subfolder: str = "", chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the Hub, whose chat templates have been tried. Raises UserError.
+
+    chat_template_path: a file whose template takes the place of those in the folder.
+    """
     check_tokenizer(source, revision=revision, subfolder=subfolder)
     with loading("a tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -313,7 +319,11 @@ def load_tokenizer(source: str, *, revision: str | None = None, subfolder: str =
         )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(f"{source} names the tokenizer_class {type(tokenizer).__name__}, which is not a tokenizer.")
-        return tokenizer
+    if chat_template_path is None:
+        check_templates(tokenizer, source)
+    else:
+        use_template(tokenizer, chat_template_path)
+    return tokenizer
 
 
 def check_tokenizer(source: str, *, revision: str | None = None, subfolder: str = "") -> None:

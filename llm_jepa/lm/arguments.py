@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from ..core.checks import (
     check_validation,
 )
 from ..core.errors import UserError
+from ..core.patterns import matching
 from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
 from .predictor_tokens import MAX_PREDICTOR_TOKENS
@@ -86,7 +88,11 @@ class ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
     lora_target_modules: str | list[str] = field(
-        default="all-linear", metadata={"help": "Modules that get an adapter, or all-linear."}
+        default="all-linear",
+        metadata={
+            "help": "Modules that get an adapter: a list of last names, all-linear, or a regular expression for whole "
+            "names."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -111,6 +117,9 @@ class ModelArguments:
                 "Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch); "
                 "a from-scratch recipe takes a checkpoint with --model_config null --model_name_or_path NAME."
             )
+        targets = self.lora_target_modules
+        if isinstance(targets, str) and not re.fullmatch(r"[\w-]+", targets):
+            matching(targets, [], "lora_target_modules")  # a malformed pattern is refused before a model is loaded
         if self.model_config is not None and "model_type" not in self.model_config:
             raise UserError("model_config has no model_type; add one, e.g. model_type: llama.")
 

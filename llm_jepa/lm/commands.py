@@ -105,7 +105,7 @@ def _trainer(recipe: Recipe, start: _Start) -> LLMJEPATrainer:
     model = load_model(recipe.model, tokenizer, seed=training.seed)
     with run.library_refusals():
         trainer = LLMJEPATrainer(
-            model, training, rows, validation, tokenizer, lora_config(recipe.model), preparation=preparation
+            model, training, rows, validation, tokenizer, lora_config(recipe.model, model), preparation=preparation
         )
     run.claim(trainer, recipe, start.run.record, sources=SOURCES)
     return trainer
@@ -130,6 +130,7 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
 
     launched: several processes will train, so the batch of one of them is not yet known to be too small.
     """
+    from ..core import printing
     from ..core.run import data_seed
     from .arguments import check_pairs
     from .data import prepare_rows
@@ -149,7 +150,10 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
     print("# Rows")
     for name, count in preparation.counts.items():
         print(f"{name}: {count}")
-    print("\n# The first row, packed\n" + describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty()))
+    described = describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty())
+    print(
+        "\n# The first row, packed\n" + described, file=printing.raw(sys.stdout)
+    )  # with colors; texts in it are quoted
     print(
         "\n# The first prompt, as the trained model is asked it\n"
         + describe_prompt(raw[0], tokenizer, preparation.form)

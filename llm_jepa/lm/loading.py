@@ -5,6 +5,7 @@ Weights are read from safetensors only, and code that comes with a checkpoint is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -25,6 +26,8 @@ from transformers.utils import logging
 from ..core import untrusted
 from ..core.errors import UserError
 from ..core.json_files import shape_fault
+from ..core.patterns import matching
+from ..core.templates import use_template
 from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
 from .from_scratch import default_attention, random_model, train_tokenizer
 from .predictor_tokens import MAX_PREDICTOR_TOKENS
@@ -80,19 +83,13 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
 
 def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Dataset) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer. If it names none and trains from scratch, a BPE is trained on the training rows."""
-    source = model.tokenizer_name_or_path or model.model_name_or_path
-    if source is None:
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(train, model.tokenizer_vocab_size)
-    else:
-        tokenizer = tokenizer_from(source, revision=None if model.tokenizer_name_or_path else model.model_revision)
-    if training.chat_template_path is not None:
-        path = Path(training.chat_template_path)
-        if not path.is_file():
-            raise UserError(f"No chat template at {path}; check chat_template_path.")
-        try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"The chat template {path} is not UTF-8 text: {error}.") from None
+    source, template = model.tokenizer_name_or_path or model.model_name_or_path, training.chat_template_path
+    if source is not None:
+        revision = None if model.tokenizer_name_or_path else model.model_revision
+        return tokenizer_from(source, revision=revision, chat_template_path=template)
+    tokenizer: PreTrainedTokenizerBase = train_tokenizer(train, model.tokenizer_vocab_size)
+    if template is not None:
+        use_template(tokenizer, template)
     return tokenizer
 
 
@@ -107,13 +104,20 @@ def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, see
     return model_from(str(model.model_name_or_path), revision=model.model_revision, **options)
 
 
-def tokenizer_from(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer from the Hub or a folder; the folder may hold a model or only a tokenizer. Raises UserError."""
+def tokenizer_from(
+    source: str, revision: str | None = None, *, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer from the Hub or a folder; the folder may hold a model or only a tokenizer.
+
+    chat_template_path: a file whose template takes the place of those in the folder.
+
+    Raises UserError if it cannot be loaded, and for a chat template that cannot be used.
+    """
     if not (Path(source) / "tokenizer_config.json").is_file():
         untrusted.check_folder(source)
     if (Path(source) / "config.json").is_file():
         _refuse_other_families(source, "main")  # before transformers warns of a model type that it does not know
-    return untrusted.load_tokenizer(source, revision=revision)
+    return untrusted.load_tokenizer(source, revision=revision, chat_template_path=chat_template_path)
 
 
 def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
@@ -165,17 +169,39 @@ def form_from(source: str, *, revision: str = "main") -> PromptForm:
     return form_of(check_model(source, revision=revision))
 
 
-def lora_config(model: ModelArguments) -> LoraConfig | None:
-    """The LoRA adapter of a recipe; None without use_peft."""
+def lora_config(model: ModelArguments, base: PreTrainedModel) -> LoraConfig | None:
+    """The LoRA adapter of a recipe for the model `base`; None without use_peft.
+
+    Raises UserError for `lora_target_modules` that match no module.
+    """
     if not model.use_peft:
         return None
+    targets = model.lora_target_modules
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        targets = _modules_of(targets, base)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
+        target_modules=targets,
     )
+
+
+def _modules_of(pattern: str, base: PreTrainedModel) -> list[str] | str:
+    """The modules that PEFT would find with a regular expression, in a form that needs no engine, or a harmless one."""
+    names = [name for name, _ in base.named_modules() if name]
+    matches = matching(pattern, names, "lora_target_modules")
+    if not matches:
+        raise UserError(
+            f"lora_target_modules={pattern[:80]!r} matches no module; it is a regular expression for a whole name "
+            f"such as {names[-1]}. Write all-linear, or a list of last names: [q_proj, v_proj]."
+        )
+    # PEFT takes a name in a list for the end of a name, too.
+    ends = tuple(f".{name}" for name in matches)
+    if any(name.endswith(ends) for name in set(names) - set(matches)):
+        return "|".join(map(re.escape, matches))
+    return matches
 
 
 def _name(data: str | Sequence[str]) -> str:

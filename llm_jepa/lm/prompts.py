@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..core.errors import UserError, first_line
 from ..core.json_files import parse_json
+from ..core.templates import budget
 from .rows import Message, ParsedRow, render_kwargs_of
 
 # A text; messages; or a row {"prompt": either of them, "tools": ..., "chat_template_kwargs": ...} without completion.
@@ -89,9 +90,10 @@ def render(
 ) -> str:
     """The conversation as the chat template writes it. Raises UserError if the template refuses it."""
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
-        )
+        with budget():
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+            )
     except Exception as error:  # a template is a program: it may raise anything
         raise UserError(
             f"{where}: the chat template cannot render this conversation ({type(error).__name__}: "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..core.errors import UserError
 from ..core.files import write_whole
 from ..core.options import number, plain_text
+from ..core.printing import escaped, raw
 from ..core.row_files import text_lines
 from ..stream.decoder import Caption
 from ..stream.frames import Limits, source_name
@@ -159,7 +160,7 @@ class _Outputs:
     """
 
     def __init__(self, jsonl: str | None, srt: str | None, settings: WatchSettings) -> None:
-        self.printer = _Printer(sys.stdout)
+        self.printer = _Printer(raw(sys.stdout))
         self._jsonl, self._srt, self._settings = jsonl, srt, settings
         self._captions: list[Caption] = []
         self._events: TextIO | None = None
@@ -229,7 +230,7 @@ class _Printer:
             self._write(f"~{line}\n")
 
     def line(self, text: str) -> None:
-        self._write(("\r\x1b[K" if self._on_terminal else "") + text + "\n")
+        self._write(("\r\x1b[K" if self._on_terminal else "") + escaped(text) + "\n")
 
     def _write(self, text: str) -> None:
         encoding = self._stream.encoding or "utf-8"

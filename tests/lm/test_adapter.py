@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llm_jepa.cli import main
 from llm_jepa.lm.adapter import save_adapter
+from llm_jepa.lm.arguments import ModelArguments
 from llm_jepa.lm.inference import generate
+from llm_jepa.lm.loading import lora_config
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.conftest import FLOAT32, config, expect_refusal, tiny_model
 
@@ -218,3 +220,47 @@ def test_the_commands_say_that_a_folder_holds_an_adapter(tokenizer, capsys):
     train()
     for folder in ("run/adapter", "run/checkpoint-2"):
         expect_refusal(capsys, ["generate", folder, "--prompt", "x"], "holds an adapter, not a whole model")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.q_proj",
+        r"model\.layers\.1\..*_proj",
+        r".*\.(q|v)_proj",
+        r"model\.layers\.\d\.mlp\.\w+_proj",
+        "(.*up_proj)",
+    ],
+)
+def test_a_pattern_adapts_the_modules_that_peft_would_find(pattern, tokenizer):
+    base = base_model(tokenizer)
+    arguments = ModelArguments(model_name_or_path="base", use_peft=True, lora_target_modules=pattern)
+    ours = lora_config(arguments, base)
+    assert not isinstance(ours.target_modules, str), "PEFT would use the engine"
+    found = get_peft_model(base, ours).targeted_module_names
+    expected = get_peft_model(tiny_model(tokenizer), LoraConfig(target_modules=pattern)).targeted_module_names
+    assert sorted(found) == sorted(expected) and found
+
+
+def test_a_pattern_of_a_short_name_adapts_no_longer_one():
+    """PEFT takes `head` in a list for the end of `inner.head`, too."""
+    base = torch.nn.ModuleDict(
+        {"head": torch.nn.Linear(2, 2), "inner": torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2)})}
+    )
+    arguments = ModelArguments(model_name_or_path="base", use_peft=True, lora_target_modules="he(ad|)")
+    targets = lora_config(arguments, base).target_modules
+    assert get_peft_model(base, LoraConfig(target_modules=targets)).targeted_module_names == ["head"]
+
+
+def test_an_adapter_is_no_model_for_generate_and_train(tokenizer, capsys):
+    """One line says what to name instead. transformers would load the base that the adapter names."""
+    base_model(tokenizer)
+    train()
+    for words in (
+        ["generate", "run/adapter", "--prompt", "x"],
+        ["train", "recipe.yaml", "--model_name_or_path", "run/adapter", "--output_dir", "new"],
+    ):
+        expect_refusal(
+            capsys, words, "run/adapter holds an adapter, not a whole model: name the folder of the finished run"
+        )
+    assert main(["generate", "run", "--prompt", "x", "--max_new_tokens", "1"]) == 0

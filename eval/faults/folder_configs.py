@@ -18,7 +18,7 @@ SIZES = (
 WRONG: tuple[Any, ...] = (0, -1, 3, 10**5, 10**9, 10**30, 1.5, "x", {}, float("nan"))
 KERNELS = (
     "kernels-community/flash-attn2", "kernels-community/flash-attn2@main", "stranger/kernel", "stranger/kernel@v1:run",
-    "paged|stranger/kernel", "sdpa|stranger/kernel", "stranger", "./kernel", "/tmp/kernel", "MiniMaxAI/msa",
+    "paged|stranger/kernel", "sdpa|stranger/kernel", "stranger", "./kernel", "/var/kernel", "MiniMaxAI/msa",
 )  # fmt: skip
 TRUST = "trust_remote_code"
 SPELLINGS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")

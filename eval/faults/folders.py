@@ -38,7 +38,7 @@ CONTENTS: dict[str, bytes] = {
 }
 # Names of huggingface_hub's test of unsafe file names, and ours.
 OUTSIDE = (
-    "../outside.safetensors", "a/../../outside.safetensors", "/tmp/outside.safetensors", "..",
+    "../outside.safetensors", "a/../../outside.safetensors", "/var/outside.safetensors", "..",
     "..\\outside.safetensors", "C:\\outside.safetensors", "//host/outside.safetensors",
     "./../outside.safetensors", "sub/./x.safetensors", "", "a//b.safetensors", "file:///etc/passwd",
     "pytorch_model.bin", "model.pt", "notes.txt", "model.safetensors\0.bin", "model.safetensors/",

@@ -12,7 +12,7 @@ from eval import faults
 from eval.faults import cases, changes, command, damage, figures, forgeries, stops
 from eval.faults.cases import HUNG, LOST, SILENT, SKIPPED, SURVIVED, TRACEBACK, Case, Outcome, run_cases
 from eval.faults.runs import Said, ended_badly, is_one_line, undisturbed
-from tests import ranks  # noqa: F401: its fork server has imported everything
+from tests import ranks  # noqa: F401 - its fork server has imported everything
 
 
 def said(code=2, err="llm-jepa: error: no", out=""):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.core.errors import ArgumentParser, is_panic, print_error, traceback_flag
+from llm_jepa.core.errors import ArgumentParser, is_panic, print_error, report, traceback_flag
 from llm_jepa.core.options import number, seed_number, whole
 from llm_jepa.core.printing import safe_output, shown
+from llm_jepa.core.signals import Stopped, ending_at_once
 
 __all__ = [
     "ArgumentParser", "check_writable", "number", "one_line_errors", "require", "seed_number", "whole",
@@ -23,10 +25,13 @@ __all__ = [
 Words = Sequence[str] | None  # of a command line; None: those of this process
 
 
-def one_line_errors(name: str) -> Callable[[Callable[[Words], int]], Callable[..., int]]:
+def one_line_errors(name: str, *, if_stopped: str = "") -> Callable[[Callable[[Words], int]], Callable[..., int]]:
     """Decorate a `main(argv)` so that an error prints `name: error: ...` and returns 2.
 
-    `--traceback` among the words of the command line shows where the error was raised.
+    SIGTERM and SIGUSR1 return 75 and Ctrl-C returns 130, after a line. `--traceback` among the words of the command
+    line shows where the error was raised.
+
+    if_stopped: what a stopped command has kept, and what to do then.
     """
 
     def decorate(main: Callable[[Words], int]) -> Callable[..., int]:
@@ -34,9 +39,12 @@ def one_line_errors(name: str) -> Callable[[Callable[[Words], int]], Callable[..
         def guarded(argv: Words = None) -> int:
             with traceback_flag(sys.argv[1:] if argv is None else argv) as words, safe_output():
                 try:
-                    with warnings.catch_warnings():
+                    with ending_at_once(), warnings.catch_warnings():
                         warnings.showwarning = _show_warning
                         return main(words)
+                except (KeyboardInterrupt, Stopped) as end:
+                    stopped = end if isinstance(end, Stopped) else Stopped(signal.SIGINT)
+                    return report(name, ". ".join(filter(None, (str(stopped), if_stopped))), stopped.exit_code)
                 except Exception as error:  # a model's own code may raise anything
                     return print_error(name, error)
                 except BaseException as error:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from llm_jepa import UserError, cli
 from llm_jepa.core.files import write_json, write_json_lines, write_whole, written_whole
 from llm_jepa.core.json_files import read_json, read_json_lines
+from llm_jepa.core.signals import INTERRUPTED, TRY_AGAIN, Stopped
 from llm_jepa.lm import check_model, tokenizer_from
 
 from .command import ArgumentParser, one_line_errors, require, whole
@@ -162,6 +164,8 @@ def _embed(model: str, rows: Sequence[dict[str, Any]], out: Path, batch_size: in
     files = ["--input", str(inputs), "--output", str(out)]
     with contextlib.redirect_stderr(messages):
         code = cli.main(["embed", model, *files, "--batch_size", str(batch_size)])
+    if code in (TRY_AGAIN, INTERRUPTED):
+        raise Stopped(signal.SIGINT if code == INTERRUPTED else signal.SIGTERM)
     if code:
         raise UserError(messages.getvalue().strip().removeprefix("llm-jepa: error: "))
     sys.stderr.write(messages.getvalue())
@@ -171,7 +175,7 @@ def _embed(model: str, rows: Sequence[dict[str, Any]], out: Path, batch_size: in
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-@one_line_errors("eval.robustness")
+@one_line_errors("eval.robustness", if_stopped="The answers so far are kept; the same command continues.")
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     models, scored = parse_arms(options.models), parse_arms(options.samples)

@@ -367,7 +367,7 @@ def _sha256(text: Any) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@one_line_errors("eval.run")
+@one_line_errors("eval.run", if_stopped="The answers so far are kept; the same command continues.")
 def main(argv: Sequence[str] | None = None) -> int:
     tasks = "\n".join(f"  {task.name:16s} {task.metric}" for task in TASKS.values())
     parser = ArgumentParser(

@@ -73,10 +73,10 @@ def _exit_code_of(argv: list[str]) -> int:
         if failure.__cause__ is not None:
             show_traceback(failure.__cause__)
         return report("llm-jepa", str(failure), failure.exit_code)
-    except (_Ended, KeyboardInterrupt) as end:
+    except (_Ended, Stopped, KeyboardInterrupt) as end:
         if LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":  # the launcher says it once for all
-            print(f"llm-jepa: {end if isinstance(end, _Ended) else 'interrupted'}", file=sys.stderr)
-        return end.exit_code if isinstance(end, _Ended) else INTERRUPTED
+            print(f"llm-jepa: {'interrupted' if isinstance(end, KeyboardInterrupt) else end}", file=sys.stderr)
+        return INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.exit_code
     except Exception as error:  # a model's own code may raise anything
         return print_error("llm-jepa", error)
     except BaseException as error:
@@ -143,7 +143,8 @@ def _run(argv: list[str]) -> None:
     if run is not None:
         if rest:
             raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
-        run(options)
+        with ending_at_once():
+            run(options)
     elif options.help:
         train.print_help()
         print(describe_keys())
@@ -230,7 +231,9 @@ def _how_to_go_on(options: argparse.Namespace, overrides: list[str], recipe: Rec
         if getattr(options, name) is not None:
             command += [f"--{name}", str(getattr(options, name))]
     if newest is None:
-        return f". Nothing is saved yet; start again: {shlex.join(command)}"
+        cache = getattr(recipe.training, "feature_cache", None)
+        kept = f" (but the features in {cache})" if cache is not None else ""
+        return f". Nothing is saved yet{kept}; start again: {shlex.join(command)}"
     command += ["--resume_from_checkpoint", "true"]
     return f". Saved last: {newest}. Continue: {shlex.join(command)}"
 

@@ -10,8 +10,11 @@ import time
 
 import pytest
 
+from llm_jepa import launch as launch_module
 from llm_jepa.core.checkpoint import fault
+from llm_jepa.core.signals import Stopped
 from tests.core.test_stopping import folder  # noqa: F401
+from tests.launched import environment
 from tests.launched import launch as run_launcher
 
 FAULT = """
@@ -40,6 +43,40 @@ def launch(folder, tmp_path, fault, *words, method="after_optimizer_step", step=
     assert "Traceback" not in done.stderr, done.stderr
     lines = [line for line in done.stderr.splitlines() if "llm-jepa:" in line or "torch" in line]
     return done.returncode, [line for line in lines if "reducer.cpp" not in line], seconds
+
+
+# A rank that trains nothing and imports no torch: rank 0 sends its launcher a signal as soon as both are there, and
+# each says which signals reach it. The launcher knows its ranks by the name of their module.
+RANK = """
+import os, pathlib, signal, sys, time
+folder, number, rank = pathlib.Path(sys.argv[2]), int(sys.argv[4]), os.environ["RANK"]
+got = []
+for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(each, lambda number, frame: got.append(number))
+(folder / f"{rank}.here").touch()
+if rank == "0":
+    while not (folder / "1.here").exists():
+        time.sleep(0.01)
+    os.kill(os.getppid(), number)
+while not got:
+    time.sleep(0.01)
+time.sleep(0.2)  # a second one would be too many
+(folder / f"{rank}.got").write_text(str(got))
+os._exit(130 if number == signal.SIGINT else 75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_the_launcher_passes_a_signal_on_to_every_rank_once(number, tmp_path, monkeypatch):
+    (tmp_path / "rank_of_test.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", environment(tmp_path)["PYTHONPATH"])
+    monkeypatch.setattr(launch_module, "MODULE", "rank_of_test")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        launch_module.launch("cpu", "2", str(tmp_path), ["--signal", str(int(number))], use_cpu=True)
+    assert stopped.value.code == number
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [(tmp_path / f"{rank}.got").read_text() for rank in "01"] == [str([int(number)])] * 2
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""Requests to stop a run: SIGTERM and SIGUSR1 of a scheduler, Ctrl-C, and the time limit `stop_after`.
+"""Requests to stop a command: SIGTERM and SIGUSR1 of a scheduler, Ctrl-C, and the time limit `stop_after`.
 
 A scheduler sends a signal some time before it kills. While a model is trained, the request waits for the end of the
 optimizer step, where a checkpoint is saved (`stopping.StoppableTrainer`). Before that there is nothing to save, and the
-command ends at once. Needs no torch.
+command ends at once. So do commands whose work is kept as it is done. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ class Stopped(BaseException):
     """The run was asked to stop and did. Like KeyboardInterrupt not an `Exception`, which libraries catch.
 
     code: the number of the signal, or TIME_LIMIT.
+    kept: what is saved, and how to go on, in words.
     """
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, kept: str = "") -> None:
         super().__init__(code)
-        self.code = code
+        self.code, self.kept = code, kept
 
     def __str__(self) -> str:
         if self.code == TIME_LIMIT:
-            return "stopped, because the time of stop_after is over"
-        return "interrupted" if self.code == signal.SIGINT else f"stopped by {signal.Signals(self.code).name}"
+            why = "stopped, because the time of stop_after is over"
+        else:
+            why = "interrupted" if self.code == signal.SIGINT else f"stopped by {signal.Signals(self.code).name}"
+        return f"{why}. {self.kept}" if self.kept else why
 
     @property
     def exit_code(self) -> int:
@@ -85,12 +88,13 @@ class StopRequest:
 @contextmanager
 def ending_at_once() -> Iterator[None]:
     """Inside the block, SIGTERM and SIGUSR1 raise `Stopped`, as Ctrl-C raises KeyboardInterrupt."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    with handled(SCHEDULER, stop):
+    with handled(SCHEDULER, end_at_once):
         yield
+
+
+def end_at_once(number: int, frame: Any) -> None:
+    """The handler of `ending_at_once`."""
+    raise Stopped(number)
 
 
 @contextmanager

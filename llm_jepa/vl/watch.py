@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import math
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..core.errors import UserError
+from ..core.signals import SCHEDULER, Stopped, end_at_once, handled
 from ..stream.decoder import Caption, SelectiveDecoder
 from ..stream.frames import Frame, FrameSource, StreamClock, Window, held, windows, without_leaps
 from ..stream.segments import WardSegmenter
@@ -50,7 +51,7 @@ class WatchResult:
     num_windows: windows embedded.  num_decodes: texts decoded, at most one a scene, two if it had a provisional one.
     seconds: of video, from the first frame to the last.  wall_s: wall-clock time.
     lost: kind -> count of frames and windows that were skipped or changed; no zeros.
-    interrupted: ended by Ctrl-C.
+    interrupted: ended by Ctrl-C or another signal.
     error: the error that ended the stream early, if any. `watch` raises it only if no window was seen before it.
     """
 
@@ -226,8 +227,8 @@ class Watcher:
     def watch(self, frames: Iterable[Frame]) -> WatchResult:
         """As the function `watch`. Once only: a second stream needs a new Watcher."""
         settings, decoder, started = self._settings, self._decoder, time.monotonic()
-        with _CtrlC() as ctrl_c:
-            usable = _UsableFrames(frames, ctrl_c, settings.max_seconds, self._timeline)
+        with _Signals() as signals:
+            usable = _UsableFrames(frames, signals, settings.max_seconds, self._timeline)
             # A film of variable rate shows a still once. Here, as in a training clip, it lasts as long as it is shown.
             is_film = isinstance(frames, FrameSource) and not frames.live
             shown = held(usable, fps=settings.fps) if is_film else usable
@@ -238,10 +239,10 @@ class Watcher:
                 except ModelError as error:
                     usable.error = error.reason
                     break
-                if ctrl_c.pressed:  # a still may be many windows
+                if signals.came:  # a still may be many windows
                     break
             self._emit(decoder.finish())
-        if not decoder.num_windows and not ctrl_c.pressed:
+        if not decoder.num_windows and not signals.came:
             raise usable.error or UserError("No frames: the stream ended before it began.")
         return WatchResult(
             captions=tuple(self.captions),
@@ -251,7 +252,7 @@ class Watcher:
             seconds=usable.seconds,
             wall_s=time.monotonic() - started,
             lost=self._losses(frames, usable),
-            interrupted=ctrl_c.pressed,
+            interrupted=signals.came,
             error=usable.error,
         )
 
@@ -354,50 +355,50 @@ def to_json(caption: Caption, query: str) -> str:
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 
-class _CtrlC:
-    """Ends a stream at Ctrl-C without losing a caption.
+class _Signals:
+    """Ends a stream at Ctrl-C, SIGTERM or SIGUSR1 without losing a caption.
 
-    The first Ctrl-C interrupts a wait for a frame at once. At any other time it is remembered until the current window
-    is done. A second one raises KeyboardInterrupt as usual.
+    The first one interrupts a wait for a frame at once. At any other time it is remembered until the current window is
+    done. A second one ends the process, as usual: it raises KeyboardInterrupt, or `Stopped`.
 
     It is always remembered, because FFmpeg swallows an exception that is raised while it waits in a read of ours.
     """
 
     def __init__(self) -> None:
-        self.pressed = self.waiting = False
-        self._installed = False
+        self.came = self.waiting = False
+        self._stack = ExitStack()
 
-    def __enter__(self) -> _CtrlC:
-        if threading.current_thread() is threading.main_thread():
-            # not if somebody else handles it, or ignores it as nohup does
-            self._installed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            if self._installed:
-                signal.signal(signal.SIGINT, self._handle)
+    def __enter__(self) -> _Signals:
+        # not if somebody else handles it, or ignores it as nohup does
+        usual = (signal.default_int_handler, signal.SIG_DFL, end_at_once)
+        numbers = [number for number in (signal.SIGINT, *SCHEDULER) if signal.getsignal(number) in usual]
+        self._stack.enter_context(handled(numbers, self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._stack.close()
 
-    def _handle(self, *_: object) -> None:
-        again, waiting = self.pressed, self.waiting
-        self.pressed, self.waiting = True, False
-        if waiting or again:
+    def _handle(self, number: int, frame: Any) -> None:
+        again, waiting = self.came, self.waiting
+        self.came, self.waiting = True, False
+        if (waiting or again) and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if waiting or again:
+            raise Stopped(number)
 
 
 class _UsableFrames:
-    """The frames that fit into windows. Ends at the end of the stream, at an error in it, and at Ctrl-C.
+    """The frames that fit into windows. Ends at the end of the stream, at an error in it, and at a signal.
 
     seconds: from the first frame to the last.  lost: kind -> count.  error: that ended the stream.
     """
 
     def __init__(
-        self, frames: Iterable[Frame], ctrl_c: _CtrlC, max_seconds: float | None, timeline: Timeline | None
+        self, frames: Iterable[Frame], signals: _Signals, max_seconds: float | None, timeline: Timeline | None
     ) -> None:
         if not isinstance(frames, FrameSource):  # a FrameSource has done this already
             frames = without_leaps(frames, lambda frame: frame.time_s, self._skip)
-        self._frames, self._ctrl_c = iter(frames), ctrl_c
+        self._frames, self._signals = iter(frames), signals
         self._max_seconds, self._timeline = max_seconds, timeline
         self._clock = StreamClock()
         self._shape: tuple[int, ...] | None = None  # [H, W, 3] of the first frame
@@ -436,18 +437,18 @@ class _UsableFrames:
         self.lost["frames skipped"] += 1
 
     def _next(self) -> Frame | None:
-        if self._ctrl_c.pressed:
+        if self._signals.came:
             return None
         try:
-            self._ctrl_c.waiting = True
+            self._signals.waiting = True
             frame = next(self._frames, None)
-            self._ctrl_c.waiting = False
+            self._signals.waiting = False
             return frame
-        except KeyboardInterrupt:
-            self._ctrl_c.pressed = True
+        except (KeyboardInterrupt, Stopped):
+            self._signals.came = True
         except Exception as error:  # the stream broke off, and its captions so far are still worth having
             self.error = error
-        self._ctrl_c.waiting = False
+        self._signals.waiting = False
         return None
 
 

@@ -32,7 +32,8 @@ Caption a video or a camera. Every window is embedded; text is decoded once a sc
   llm-jepa watch MODEL webcam:0 --query "What is the person doing?" --provisional
   llm-jepa watch MODEL rtsp://camera/stream --labels "a person,a car,nobody" --jsonl events.jsonl
 
-Ctrl-C ends the stream: the last scene gets its caption, all files are completed, and the exit code is 0.
+Ctrl-C, SIGTERM, and SIGUSR1 end the stream: the last scene gets its caption, all files are completed, and the exit code
+is 0. A second one ends the command at once.
 """
 
 
@@ -102,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """`llm-jepa watch`. 0 at the end of the stream and after Ctrl-C.
+    """`llm-jepa watch`. 0 at the end of the stream and after a signal.
 
     Raises UserError; if the stream breaks off, after its captions are written.
     """
@@ -155,7 +156,7 @@ def _can_be_opened_twice(source: str) -> bool:
 class _Outputs:
     """The terminal, --jsonl and --srt: each caption is shown and written at once, the subtitles on every way out.
 
-    An hour of captions survives a second Ctrl-C. If a run ends without a caption and without a result, its --jsonl file
+    An hour of captions survives a second signal. If a run ends without a caption and without a result, its --jsonl file
     is removed, so that the name is free again.
     """
 

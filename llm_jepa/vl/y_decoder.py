@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,18 +34,20 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..core.checkpoint import is_last
 from ..core.decoding import generate_as_asked, suppressed_ids
 from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.json_files import read_json
 from ..core.publish import damage_of, published
 from ..core.safetensors_files import find_file, load_tensors
+from ..core.signals import StopRequest
+from ..core.stopping import StoppableTrainer
 from ..core.untrusted import load_config, load_model, load_tokenizer, loading
 
 logger = logging.getLogger(__name__)
@@ -304,6 +307,7 @@ def train_prefix_decoder(
     max_tokens: int = 64,
     eval_texts: Sequence[str] | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    stop_request: StopRequest | None = None,
 ) -> PrefixDecoder:
     """Train a prefix decoder on text alone: it learns to write each text from its embedding.
 
@@ -312,6 +316,7 @@ def train_prefix_decoder(
         texts: to learn to write; texts beyond max_tokens are left out, with a warning that counts them.
         tokenizer: of the LM, with an eos_token.
         lm: a causal LM, or a config for random weights. A small one is enough: 2 to 10M weights for captions.
+        stop_request: listens to signals. At one, a checkpoint is saved in `args.output_dir` and `Stopped` is raised.
 
     Raises UserError for a tokenizer without an eos_token, and if no text is left.
     """
@@ -332,7 +337,7 @@ def train_prefix_decoder(
     decoder = PrefixDecoder(config, lm)
     # The LM reads the prefix in place of token embeddings: start at their scale.
     nn.init.normal_(decoder.prefix.weight, std=lm.get_input_embeddings().weight.std().item())
-    trainer = Trainer(
+    trainer = StoppableTrainer(
         model=decoder,
         args=args,
         train_dataset=train,
@@ -340,7 +345,12 @@ def train_prefix_decoder(
         data_collator=functools.partial(_collate, pad_token_id=tokenizer.pad_token_id),
     )
     trainer.label_names = ["input_ids"]  # without labels an evaluation reports no loss
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    trainer.stop_request = stop_request or StopRequest()
+    with trainer.stop_request.listening() if stop_request else nullcontext():
+        if isinstance(resume_from_checkpoint, str) and is_last(resume_from_checkpoint, {}):
+            trainer._load_from_checkpoint(resume_from_checkpoint)  # `train` would take one more step
+        else:
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer.accelerator.unwrap_model(trainer.model).eval()
 
 

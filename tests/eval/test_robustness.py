@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import statistics
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,32 @@ def test_finished_models_are_kept_and_others_added(command, folder, tmp_path):
     assert before == {name: (tmp_path / "out" / name / "samples.jsonl").stat().st_mtime_ns for name in "ab"}
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["order"] == ["a", "b", "c"] and set(result["comparisons"]) == {"a", "c"}
+
+
+@pytest.mark.parametrize("place", ["eval.run._sample", "llm_jepa.lm.reading.embed_pairs"])
+def test_a_stopped_command_goes_on(place, command, tmp_path, monkeypatch):
+    """Stopped in the answers of the second model, and in its embeddings, for which `llm-jepa embed` runs inside."""
+    assert command("--models", "@a", "@b", "--embeddings", out="whole")[0] == 0
+    with monkeypatch.context() as patch:
+        owner, name = import_module(place.rpartition(".")[0]), place.rpartition(".")[2]
+        call, calls = getattr(owner, name), []
+
+        def stopping(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == (50 if name == "_sample" else 2):
+                signal.raise_signal(signal.SIGTERM)
+            return call(*args, **kwargs)
+
+        patch.setattr(owner, name, stopping)
+        code, _, said = command("--models", "@a", "@b", "--embeddings")
+    assert code == 75
+    assert said.splitlines()[-1] == (
+        "eval.robustness: stopped by SIGTERM. The answers so far are kept; the same command continues."
+    )
+    code, output, _ = command("--models", "@a", "@b", "--embeddings")
+    assert code == 0 and "holds this run already" in output
+    for file in ("report.md", "a/samples.jsonl", "b/samples.jsonl"):
+        assert (tmp_path / "out" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 def test_a_folder_made_with_other_settings_is_refused_and_left_as_it_is(command, folder, tmp_path):

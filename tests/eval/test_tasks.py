@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -406,6 +407,30 @@ def test_a_run_cut_short_ends_as_if_it_had_not_been(stop, cut, model_dir, tmp_pa
     assert [(line["group"], line["wording"]) for line in lines] == [
         (group.id, name) for group in data.groups for name in group.wordings
     ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_command_that_is_stopped_goes_on(number, code, model_dir, tmp_path, monkeypatch, capsys):
+    """The signal comes while the second batch is graded."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
+    words = ["--task", "groups", "--model", model_dir, "--data", str(group_file(tmp_path / "g.jsonl"))]
+    words += ["--batch_size", "4", "--max_new_tokens", "5", "--out"]
+    assert run.main([*words, str(tmp_path / "whole.json")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        sample, count = run._sample, iter(range(100))
+        patch.setattr(
+            run, "_sample", lambda *args: (next(count) == 5 and signal.raise_signal(number), sample(*args))[1]
+        )
+        assert run.main([*words, str(tmp_path / "cut.json")]) == code
+    said = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    kept = "The answers so far are kept; the same command continues."
+    assert capsys.readouterr().err.splitlines()[-1] == f"eval.run: {said}. {kept}"
+    assert not (tmp_path / "cut.json").exists()
+    assert run.main([*words, str(tmp_path / "cut.json")]) == 0
+    signal.signal(signal.SIGINT, before)
+    whole, cut = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "cut"))
+    assert cut["resumed_answers"] == 4 and stable(cut) == stable(whole)
+    assert (tmp_path / "cut.samples.jsonl").read_text() == (tmp_path / "whole.samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("where", ["partial", "finished"])

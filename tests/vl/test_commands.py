@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -24,7 +25,8 @@ from llm_jepa.cli import main
 from llm_jepa.vl.arguments import VLJEPATrainingArguments, VLModelArguments
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
-from llm_jepa.vl.y_decoder import YDecoder
+from llm_jepa.vl.modeling import VLJEPAModel
+from llm_jepa.vl.y_decoder import PrefixDecoder, YDecoder
 from tests.conftest import FLOAT32, assert_same_weights, expect_refusal
 from tests.ranks import on_ranks
 
@@ -332,6 +334,64 @@ def test_train_decoder_adds_a_decoder_that_captions_and_refuses_what_cannot_work
     }
     assert decoder.decoder is not None
     expect_refusal(capsys, argv, "exists; move it away")
+
+
+@pytest.mark.parametrize(("number", "code", "step"), [(signal.SIGTERM, 75, 3), (signal.SIGINT, 130, 8)])
+def test_a_stopped_train_decoder_goes_on_bit_for_bit(number, code, step, trained, data, tmp_path, capsys):
+    """Also if the signal comes in the last of its 8 steps."""
+    folder = shutil.copytree(trained, tmp_path / "model")
+    words = ["train-decoder", str(folder), "--texts", str(data / "clips.jsonl"), "--no_memory", "--hidden_size", "64"]
+    words += ["--layers", "1", "--vocab_size", "300", "--batch_size", "2", "--steps", "8"]
+    assert main(words) == 0
+    (folder / "y_decoder").rename(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        prefix_of, calls = PrefixDecoder.prefix_of, []
+
+        def stopping(self, embeddings):
+            calls.append(1)
+            if len(calls) == step:
+                signal.raise_signal(number)
+            return prefix_of(self, embeddings)
+
+        patch.setattr(PrefixDecoder, "prefix_of", stopping)
+        assert main(words) == code
+        signal.signal(signal.SIGINT, before)
+    said = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+    unfinished = folder / "y_decoder.unfinished"
+    saved = f"Saved last: {unfinished / f'checkpoint-{step}'}. The same command continues."
+    assert f"llm-jepa: {said}. {saved}" in capsys.readouterr().err.splitlines()
+    assert not (folder / "y_decoder").exists() and len(calls) == step
+    expect_refusal(capsys, [*words, "--seed", "1"], "holds the unfinished training of another decoder")
+    assert main(words) == 0
+    assert f"Continuing at {unfinished / f'checkpoint-{step}'}." in capsys.readouterr().out
+    assert not unfinished.exists()
+    assert_equal(folder / "y_decoder", tmp_path / "whole")
+
+
+def test_a_stopped_caching_of_features_goes_on_at_its_shard(recipe, tmp_path, monkeypatch, capsys):
+    """16 clips in shards of 4, which are encoded in batches of 2: the signal comes in the second shard."""
+    monkeypatch.setattr("llm_jepa.vl.features.SHARD", 4)
+    options = {"feature_cache": str(tmp_path / "cache"), "per_device_eval_batch_size": 2, "max_steps": 1}
+    encode, encoded = VLJEPAModel.encode_frames, []
+
+    def stopping(self, pixels):
+        encoded.append(len(pixels))
+        if len(encoded) == 4 and sum(encoded) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(VLJEPAModel, "encode_frames", stopping)
+    assert main(["train", recipe(**options)]) == 75
+    said = f"Nothing is saved yet (but the features in {tmp_path / 'cache'}); start again: llm-jepa train"
+    assert f"llm-jepa: stopped by SIGTERM. {said}" in capsys.readouterr().err
+    encoded.append(100)  # no more signals
+    count = len(encoded)
+    assert main(["train", recipe(**options)]) == 0
+    assert sum(encoded[count:]) == 12, "the first shard is there"
+    monkeypatch.undo()
+    assert main(["train", recipe("whole", **{**options, "feature_cache": str(tmp_path / "other")})]) == 0
+    assert_equal(tmp_path / "run", tmp_path / "whole")
 
 
 def test_videos_by_span_with_cached_features(recipe, data, tmp_path):

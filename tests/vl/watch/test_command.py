@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_jepa.cli import main
 from llm_jepa.core.errors import UserError
 from llm_jepa.stream.decoder import Caption
 from llm_jepa.stream.frames import source_name
@@ -212,13 +213,14 @@ def test_damage_in_a_video_costs_frames_there_and_no_more(folder, tmp_path, caps
     assert summary["lost"] == {"corrupt": 5} and ", 5 corrupt" in capsys.readouterr().out
 
 
-def test_after_ctrl_c_the_files_are_whole_and_the_exit_code_is_0(folder, film, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_after_a_signal_the_files_are_whole_and_the_exit_code_is_0(number, folder, film, tmp_path, monkeypatch, capsys):
     count = iter(range(1000))
     original = VLJEPA.embed
 
     def embed(self, *args, **options):
         if next(count) == 30:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self, *args, **options)
 
     monkeypatch.setattr(VLJEPA, "embed", embed)
@@ -235,19 +237,23 @@ def test_after_ctrl_c_the_files_are_whole_and_the_exit_code_is_0(folder, film, t
     assert "decoded 3 of 31 windows" in out[2].read_text()
 
 
-def test_a_second_ctrl_c_is_obeyed_at_once_and_the_captions_are_kept(folder, film, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_second_signal_is_obeyed_at_once_and_the_captions_are_kept(
+    number, code, folder, film, tmp_path, monkeypatch, capsys
+):
     count = iter(range(1000))
     original = VLJEPA.embed
 
     def embed(self, *args, **options):
         if next(count) == 30:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
+            signal.raise_signal(number)
         return original(self, *args, **options)
 
     monkeypatch.setattr(VLJEPA, "embed", embed)
-    with pytest.raises(KeyboardInterrupt):
-        command(folder, film, "--labels", "a,b", "--jsonl", tmp_path / "o.jsonl", "--srt", tmp_path / "o.srt")
+    words = ["--labels", "a,b", "--jsonl", tmp_path / "o.jsonl", "--srt", tmp_path / "o.srt"]
+    assert main(["watch", str(folder), str(film), *map(str, words)]) == code
+    assert capsys.readouterr().err.splitlines()[-1] in ("llm-jepa: interrupted", "llm-jepa: stopped by SIGTERM")
     assert len(srt(tmp_path / "o.srt")) == 2
     lines = (tmp_path / "o.jsonl").read_text().splitlines()
     assert [bool(json.loads(line).get("final")) for line in lines] == [False, True, True]

@@ -161,3 +161,35 @@ def test_a_second_ctrl_c_does_not_wait(train, monkeypatch, capsys):
     assert time.monotonic() - begin < DEADLINE_S, "it waited for the checkpoint"
     ended.set()
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("the cause"), 2), (torch.OutOfMemoryError("CUDA out of memory."), 5)]
+)
+def test_an_error_of_a_step_waits_and_comes_out(error, code, train, tmp_path, monkeypatch, capsys):
+    """Step 4 fails while the checkpoint of step 2 is sealed."""
+    seal, failed = publish.seal, threading.Event()
+
+    def seal_later(folder, **options):
+        assert failed.wait(DEADLINE_S)
+        time.sleep(0.3)  # so that whoever does not wait is gone
+        seal(folder, **options)
+
+    def fail(trainer):
+        if trainer.state.global_step == 3:
+            assert not checkpoints(tmp_path / "run")
+            failed.set()
+            raise error
+
+    threads = set(threading.enumerate())
+    at_each_loss(monkeypatch, fail)
+    monkeypatch.setattr(publish, "seal", seal_later)
+    assert train() == code
+    left = [thread for thread in threading.enumerate() if thread not in threads and isinstance(thread, publish.Work)]
+    published = [path.name for path in checkpoints(tmp_path / "run")]
+    for thread in left:  # or it would write into the next test
+        thread.join(DEADLINE_S)
+    assert published == ["checkpoint-2"] and not left, "it did not wait"
+    assert fault(tmp_path / "run" / "checkpoint-2") is None and not list((tmp_path / "run").glob(".stage-*"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ("the cause" if code == 2 else "out of memory in training") in line

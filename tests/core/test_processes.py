@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -92,9 +93,9 @@ def train_as_rank(rank: int, kind: str, words: list[str], steps: str | None, sai
 def train_and_stop_as_rank(
     rank: int, kind: str, words: list[str], said: str, family: str, step: int | None = None
 ) -> int:
-    """Rank 1 alone gets SIGTERM in this step."""
+    """The last rank alone gets SIGTERM in this step."""
     with pytest.MonkeyPatch.context() as patch:
-        if rank == 1 and step is not None:
+        if rank == dist.get_world_size() - 1 and step is not None:
             send_at(patch, TRAINERS[family], "compute_loss", at(step))
         return train_as_rank(rank, kind, words, None, said)
 
@@ -241,6 +242,29 @@ def test_a_sharded_run_is_stopped_and_goes_on_bit_for_bit(family, folder, tmp_pa
         assert len(lines) == world and all(changed in line for line in lines)
     assert on_ranks(2, train_and_stop_as_rank, FSDP, run, said, family) == [0, 0]
     assert outcome(tmp_path / "run") == outcome(whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("family", [pytest.param("lm"), pytest.param("vl", marks=pytest.mark.slow)])
+def test_another_number_of_processes_is_refused(family, before, after, folder, tmp_path):  # noqa: F811
+    """They would take other rows in other steps. A refusal changes nothing: the run goes on with the old number."""
+    run, said = tmp_path / "run", tmp_path / "said.txt"
+    words = ["train", str(folder / f"{family}.yaml"), "--output_dir", str(run), "--per_device_train_batch_size"]
+    assert on_ranks(before, train_and_stop_as_rank, DDP, [*words, "2"], str(said), family, 1) == [75] * before
+    held = contents(run)
+    words[2:2] = ["--resume_from_checkpoint", "true"]
+    for batch in (2, 2 * before // after):  # the latter takes as many rows in a step
+        said.unlink()
+        assert on_ranks(after, train_and_stop_as_rank, DDP, [*words, str(batch)], str(said), family) == [2] * after
+        lines = [line for line in said.read_text().splitlines() if line.startswith("llm-jepa:")]
+        assert len(lines) == after, said.read_text()
+        assert all(f"num_processes: {before} -> {after}" in line for line in lines), lines
+        assert contents(run) == held
+    assert on_ranks(before, train_and_stop_as_rank, DDP, [*words, "2"], str(said), family) == [0] * before
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def train_as_first_of_its_machine(rank: int, words: list[str], said: str) -> int:

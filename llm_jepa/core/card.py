@@ -88,6 +88,8 @@ def write_card(output_dir: str | Path, template: Path, metadata: ModelCardData, 
     for key, value in vars(metadata).items():
         if isinstance(value, str):
             setattr(metadata, key, escaped(value))  # YAML quotes the rest
+        elif isinstance(value, list):
+            setattr(metadata, key, [escaped(item) if isinstance(item, str) else item for item in value])
     card = ModelCard.from_template(metadata, template_path=str(template), **facts)
     write_whole(path, f"{card}\n")
     return path

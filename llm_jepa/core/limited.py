@@ -19,6 +19,7 @@ from typing import Any
 SECONDS, MEGABYTES = 2.0, 512
 _PATIENCE_S = 60.0  # wall clock, for a machine whose cores are busy; the limit of `seconds` counts CPU time
 _EXCERPT = 300  # characters of an error
+_MAX_REPLY = 16 << 20  # bytes; the names of all modules of the largest models take 5 MB
 
 
 class Refused(Exception):
@@ -75,21 +76,31 @@ def run_limited(
 def _serve() -> None:
     """Answer the one request on stdin."""
     request = json.load(sys.stdin.buffer)
-    sys.path[:] = request["path"]
+    sys.path.extend(request["path"])  # behind Python's own: no file of a folder takes the place of its modules
     function = getattr(importlib.import_module(request["module"]), request["name"])
     _limit(request["seconds"], request["megabytes"])
     try:
-        reply = {"value": function(*request["arguments"])}
+        reply = json.dumps({"value": _value(function, request["arguments"])})
     except MemoryError:
-        reply = {"reason": f"it needs more than {request['megabytes']} MB of memory"}
+        reply = json.dumps({"reason": f"it needs more than {request['megabytes']} MB of memory"})
     except RecursionError:
-        reply = {"reason": "it is nested or recursive without end"}
+        reply = json.dumps({"reason": "it is nested or recursive without end"})
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}"[:_EXCERPT].split())
-        reply = {"reason": text}
-    sys.stdout.buffer.write(json.dumps(reply).encode())
+        reply = json.dumps({"reason": " ".join(str(error).split())})
+    if len(reply) > _MAX_REPLY:
+        reply = json.dumps({"reason": f"its answer is longer than {_MAX_REPLY >> 20} MB"})
+    sys.stdout.buffer.write(reply.encode())
     sys.stdout.buffer.flush()
     os._exit(0)  # freeing gigabytes of small objects takes seconds
+
+
+def _value(function: Callable[..., Any], arguments: list[Any]) -> Any:
+    try:
+        return function(*arguments)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # the text of an error may be too long or too deep, too
+        raise Refused(f"{type(error).__name__}: {str(error)[:_EXCERPT]}") from None
 
 
 def _limit(seconds: float, megabytes: int) -> None:

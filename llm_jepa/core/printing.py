@@ -6,6 +6,7 @@ hide lines, or forge the line of an error. So the command line escapes everythin
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 
 # Control characters except tab and line break, line separators, changes of direction, and halves of characters.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")  # transformers writes its reports in bold, also into files
 _PROGRESS = re.compile(r"(\r|\n|\x1b\[A)*")  # how tqdm moves between its bars; it writes these alone
 
 
@@ -43,7 +45,7 @@ def safe_output() -> Iterator[None]:
     # Loggers keep the stream that they found first, so their messages are escaped before.
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = one_warning
-    sys.stdout, sys.stderr = (_Escaping(stream) for stream in streams)
+    sys.stdout, sys.stderr = _Escaping(streams[0], has_bars=False), _Escaping(streams[1], has_bars=True)
     try:
         yield
     finally:
@@ -60,14 +62,16 @@ def raw(stream: TextIO) -> TextIO:
 class _Escaping:
     """A text stream that escapes what is written to it."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self, stream: Any, *, has_bars: bool) -> None:
+        self.stream, self._has_bars = stream, has_bars
 
     def write(self, text: str) -> int:
-        if _PROGRESS.fullmatch(text):
-            return self.stream.write(text)
-        start = "\r" if text.startswith("\r") else ""  # a progress bar overwrites itself
-        return self.stream.write(start + escaped(text[len(start) :]))
+        start = ""
+        if self._has_bars:  # print(name) writes a name alone, so on stdout `\x1b[A` would be obeyed
+            if _PROGRESS.fullmatch(text):
+                return self.stream.write(text)
+            start = "\r" if text.startswith("\r") else ""  # a progress bar overwrites itself
+        return self.stream.write(start + _encodable(escaped(text[len(start) :]), self.stream))
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -77,11 +81,36 @@ class _Escaping:
         return getattr(self.stream, name)
 
 
+def _encodable(text: str, stream: Any) -> str:
+    """The text with `\\u` escapes, as in JSON, for what the stream's encoding lacks, such as cp1252."""
+    encoding, errors = getattr(stream, "encoding", None), getattr(stream, "errors", None)
+    if text.isascii() or not encoding or errors not in (None, "strict"):
+        return text
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(letter if _holds(encoding, letter) else json.dumps(letter)[1:-1] for letter in text)
+    return text
+
+
+def _holds(encoding: str, letter: str) -> bool:
+    try:
+        letter.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Record(logging.LogRecord):
     """A log record whose message is escaped; its further lines cannot look like lines of their own."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.exc_info and self.exc_info[0]:  # formatters write this text where there is one
+            self.exc_text = escaped(logging.Formatter().formatException(self.exc_info))
+
     def getMessage(self) -> str:
-        return _indented(super().getMessage())
+        return _indented(_COLOR.sub("", super().getMessage()))
 
 
 def _indented(message: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import wraps
@@ -30,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 
 STEPS = 2_000_000  # of a rendering: about 2 seconds. A conversation of 1,000,000 tokens takes about 300,000.
 READ, MADE = 1000, 62  # characters a step, to look at and to make. All steps together make 0.5 GB of 4-byte characters.
-ITEMS = 20  # of a list or a range, a step, if nothing in them is looked at
+ITEMS, CALLED = 20, 4  # items a step, if nothing in them is looked at, and if something is called for each
 MAX_TEMPLATE = 1_000_000  # characters; the longest published template has 60,000
 MAX_BITS = 10_000  # of an integer
 # Methods of texts and filters whose work and result grow like their text. Others are charged the product of it all.
@@ -41,15 +42,20 @@ LINEAR = frozenset(
     abs dictsort e escape float forceescape groupby int join max min replace round sort string tojson trim truncate
     unique urlencode wordcount""".split()  # noqa: SIM905 (one name a line reads worse)
 )
-# Filters that do not look into the items of their list; what they call for each is charged itself.
-SHALLOW = frozenset(
-    """attr count d default first items last length list map random reject rejectattr reverse safe select
-    selectattr""".split()  # noqa: SIM905
+# These go through a text as through a list of its characters; others search it, which is much faster.
+ITERATING = frozenset(("dictsort", "groupby", "max", "min", "sort", "sum", "unique"))
+# Filters that do not look into the items of their list: at none of them, at each, or with a call for each. What is
+# called is charged itself, if it is not cheap.
+CONSTANT = frozenset("attr count d default first last length random safe".split())  # noqa: SIM905
+SHALLOW = frozenset(("items", "list", "reverse"))
+CALLING = frozenset(("map", "reject", "rejectattr", "select", "selectattr"))
+# Tests that take the same time for each value. All others compare, hash, or make a text of it.
+CHEAP_TESTS = frozenset(
+    """boolean callable defined divisibleby escaped even false float integer iterable mapping none number odd sameas
+    sequence string true undefined""".split()  # noqa: SIM905
 )
 OF_DICT = frozenset(dir(dict))
-COMPARING_TESTS = frozenset(
-    ("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", ">", "gt", "greaterthan", ">=", "ge", "in")
-)
+VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{5})|\{[^{}]*(?:\{|\d{5})")  # a format that pads to 10,000 characters or more
 
 
@@ -77,11 +83,8 @@ def _check_name(name: Any) -> None:
         raise SecurityError(f"a namespace of a chat template cannot have the name {name!r}")
 
 
-CONTAINERS = frozenset((list, tuple, dict, _Namespace))
-
-
-class _Budget:
-    """What is left. `core.templates` renders one template at a time."""
+class _Budget(threading.local):
+    """What is left, of the rendering in this thread."""
 
     steps = STEPS
 
@@ -96,15 +99,9 @@ _budget = _Budget()
 
 def _read(value: Any) -> int:
     """Charge for looking at a value as a whole; return its size: characters and items."""
-    kind = type(value)
-    if kind is str:
+    if type(value) is str:  # by far the most common
         _budget.charge(1 + len(value) // READ)
         return len(value)
-    if kind is range:
-        _budget.charge(1 + len(value) // ITEMS)
-        return len(value)
-    if kind not in CONTAINERS:
-        return 1
     # A list may hold one object a million times, so the count is that of a walk and not that of the memory.
     size, steps, rest = 0, 0, [value]
     while rest:
@@ -115,18 +112,30 @@ def _read(value: Any) -> int:
         if kind is str:
             size += len(item)
             steps += len(item) // READ
-        elif kind in CONTAINERS:
-            if kind is _Namespace:
-                item = item._Namespace__attrs
-            if kind is list or kind is tuple:
-                rest.extend(item)
-            else:
-                rest.extend(item)
-                rest.extend(item.values())
-            if steps > _budget.steps:
-                break
+            continue
+        if kind is int:
+            bits = item.bit_length()
+            size += bits // 3
+            steps += bits * bits >> 20  # the time to write it out
+            continue
+        if isinstance(item, (str, bytes)):  # such as Markup
+            size += len(item)
+            steps += len(item) // READ
+        for items in _inside(item, kind):
+            if steps + len(rest) + len(items) > _budget.steps:
+                _budget.charge(steps + len(rest) + len(items))
+            rest.extend(items)
     _budget.charge(steps)
     return size
+
+
+def _inside(value: Any, kind: type) -> tuple[Any, ...]:
+    """The lists and other collections of what a value holds."""
+    if kind is dict or isinstance(value, dict):
+        return value, value.values()
+    if kind is _Namespace:
+        return _inside(value._Namespace__attrs, dict)
+    return (value,) if isinstance(value, (list, tuple, range, *VIEWS)) else ()
 
 
 def _make(size: int) -> None:
@@ -146,9 +155,10 @@ def _room(value: Any) -> int:
     return len(value) if isinstance(value, (str, bytes)) else 2 * len(value)
 
 
-def _glance(value: Any) -> None:
-    """Charge for looking at the items of a value, and not into them."""
-    _budget.charge(1 + (len(value) // ITEMS if isinstance(value, (list, tuple, dict, range)) else 0))
+def _glance(value: Any, items: int = ITEMS) -> None:
+    """Charge a step for as many items of a value, into which nothing looks."""
+    many = isinstance(value, (str, bytes, list, tuple, dict, range, *VIEWS))
+    _budget.charge(1 + (len(value) // items if many else 0))
 
 
 def _product(values: Iterable[Any]) -> int:
@@ -176,9 +186,11 @@ def _join(separator: Any, items: Iterable[Any]) -> list[Any]:
 
 
 def _replace(text: str, old: Any, new: Any) -> None:
+    size = _read(text) + _read(old) + _read(new)
     if isinstance(old, str) and isinstance(new, str):
-        _read(text)
         _make(len(text) + text.count(old) * max(0, len(new) - len(old)))
+    else:  # they become texts
+        _make(size)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
@@ -192,6 +204,10 @@ def _binary(operator: str, left: Any, right: Any) -> None:
     elif operator == "%":
         if isinstance(left, (str, bytes)):
             _format(left, right)
+    elif operator == "-":
+        if isinstance(left, VIEWS):  # they are sets
+            _read(left)
+            _read(right)
     elif isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
         if bits > MAX_BITS:
@@ -207,14 +223,15 @@ def _binary(operator: str, left: Any, right: Any) -> None:
 
 def _call(function: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Charge for a call; return the arguments, in which a generator may have become a list."""
-    _budget.charge(2)
+    _budget.charge(2 + len(arguments))
     if isinstance(function, (Macro, LoopContext)) or function is safe_range:
         return arguments  # a step for each turn is charged in the body
     owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
     values = (*arguments, *kwargs.values())
-    if function is _Namespace or isinstance(function, _Dict):
+    if function is _Namespace or isinstance(function, _Dict) or isinstance(owner, _Dict):
         for value in arguments:  # their keys are hashed; values are held as they are
             _read(value)
+            _glance(value)
     elif isinstance(owner, str):
         if name == "join" and arguments:
             return (_join(owner, arguments[0]), *arguments[1:])
@@ -229,7 +246,7 @@ def _call(function: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     elif isinstance(owner, (int, float, bytes)) or owner is None:
         _make(_product(values if owner is None else (owner, *values)))
     else:  # of a container or a loop: index() and changed() compare
-        for value in (owner, *values) if isinstance(owner, (list, tuple)) else values:
+        for value in (owner, *values) if isinstance(owner, (list, tuple, range, *VIEWS)) else values:
             _read(value)
     return arguments
 
@@ -241,8 +258,13 @@ def _charged_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     @wraps(function)
     def charged(*arguments: Any, **kwargs: Any) -> Any:
         values = (*arguments[hidden:], *kwargs.values())
-        if name in SHALLOW:
-            _glance(values[0])
+        if name in CONSTANT or name in SHALLOW or name in CALLING:
+            if name not in CONSTANT:
+                _glance(values[0], CALLED if name in CALLING else ITEMS)
+            for value in values[1:]:
+                if isinstance(value, str):  # the name of an attribute
+                    _read(value)
+            _budget.charge(1)
         elif name == "format":
             _format(str(values[0]), values[1:])
         elif name == "replace" and len(values) > 2:
@@ -257,6 +279,8 @@ def _charged_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         elif name in LINEAR:
             for value in values:
                 _read(value)
+            if name in ITERATING:
+                _glance(values[0], 1)
         else:
             _make(_product(values))
         return _made(function(*arguments, **kwargs))
@@ -265,7 +289,7 @@ def _charged_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _charged_test(function: Any) -> Callable[..., Any]:
-    """A test that compares: two lists may hold each other's parts a million times."""
+    """A test that looks into its values: two lists may hold each other's parts a million times."""
 
     @wraps(function)
     def charged(*arguments: Any) -> Any:
@@ -382,7 +406,7 @@ class _Template(Template):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["+", "*", "%", "**"])
+    intercepted_binops = frozenset(["+", "-", "*", "%", "**"])
     template_class = _Template
 
     def _generate(self, source: nodes.Template, *arguments: Any, **kwargs: Any) -> str:
@@ -409,7 +433,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if isinstance(argument, tuple):
+        if isinstance(argument, tuple) or (isinstance(argument, str) and len(argument) > READ):
             _read(argument)
         return super().getitem(obj, argument)
 
@@ -475,7 +499,7 @@ def environment() -> Environment:
     created.filters["tojson"] = _tojson
     created.filters = {name: _charged_filter(name, function) for name, function in created.filters.items()}
     created.filters |= {"(step)": _step, "(joined)": _joined, "(made)": _made, "(seen)": _seen}
-    created.tests |= {name: _charged_test(created.tests[name]) for name in COMPARING_TESTS}
+    created.tests = {name: test if name in CHEAP_TESTS else _charged_test(test) for name, test in created.tests.items()}
     created.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,

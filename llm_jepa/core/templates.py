@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +20,6 @@ from .template_trial import try_template
 from .tokenizer import CHAT_TEMPLATE
 
 _compile_of_transformers = chat_template_utils._compile_jinja_template
-_one_at_a_time = threading.RLock()  # the budget is one for the process
 _has_budget: ContextVar[bool] = ContextVar("has_budget", default=False)
 
 
@@ -75,12 +73,11 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 @contextmanager
 def budget() -> Iterator[None]:
     """Render chat templates inside this block with the budget of `core.sandbox`."""
-    with _one_at_a_time:
-        token = _has_budget.set(True)
-        try:
-            yield
-        finally:
-            _has_budget.reset(token)
+    token = _has_budget.set(True)
+    try:
+        yield
+    finally:
+        _has_budget.reset(token)
 
 
 _compile_with_budget = functools.lru_cache(maxsize=64)(sandbox.compile_template)

@@ -5,6 +5,7 @@ The functions are those of Python itself: a child imports its function by name, 
 
 from __future__ import annotations
 
+import colorsys
 import json
 import operator
 import os
@@ -42,6 +43,17 @@ def test_every_end_is_a_reason(function, arguments, reason):
     assert str(refused.value).startswith(reason) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("letter", "megabytes", "reason"),
+    [("a", 512, "its answer is longer than 16 MB"), ("\U0001f469", 100, "it needs more than 100 MB of memory")],
+    ids=ascii,
+)
+def test_a_long_answer_is_a_reason(letter, megabytes, reason):
+    """30 million characters: 30 MB of some letters, and 120 MB of others."""
+    with pytest.raises(Refused, match=reason):
+        run_limited(operator.mul, letter, 30_000_000, megabytes=megabytes)
+
+
 def test_the_child_writes_no_file(tmp_path):
     (tmp_path / "from").write_text("text")
     with pytest.raises(Refused, match="File too large"):
@@ -56,6 +68,13 @@ def test_the_current_folder_and_the_environment_choose_no_module(tmp_path, monke
         Path(f"{name}.py").write_text(f"import os; os.close(os.open({str(tmp_path / 'canary')!r}, os.O_CREAT))")
     assert run_limited(operator.add, 1, 2) == 3
     assert not Path("canary").exists()
+
+
+def test_modules_of_python_come_before_those_of_the_path(tmp_path, monkeypatch):
+    """A user's folder may hold a `colorsys.py`; this process found Python's before."""
+    (tmp_path / "colorsys.py").write_text("def rgb_to_hls(r, g, b): return 'forged'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run_limited(colorsys.rgb_to_hls, 1, 1, 1) == [0.0, 1, 0.0]
 
 
 def test_patterns_match_whole_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -51,6 +52,17 @@ def test_every_printer_escapes(bad, capsys):
     assert not UNSAFE.search(output.out + output.err)
     assert output.out.count(GOOD) == 1 and output.err.count(GOOD) == 3
     assert sum(line.startswith("llm-jepa: error: ") for line in output.err.splitlines()) == 1
+
+
+def test_a_bold_report_of_a_library_is_logged_as_plain_text(capsys):
+    logger, handler = logging.getLogger("llm_jepa.tests.printing"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        with safe_output():
+            logger.warning("\x1b[1mLlama LOAD REPORT\x1b[0m from: x")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().err == "Llama LOAD REPORT from: x\n"
 
 
 def test_lines_of_a_message_cannot_be_lines_of_their_own(capsys):
@@ -130,6 +142,43 @@ def test_progress_bars_move(capsys):
         sys.stderr.write("\x1b[A")
         sys.stderr.write("\n")
     assert capsys.readouterr().err == "\r 10%\x1b[A\n"
+
+
+@pytest.mark.parametrize("text", ["\x1b[A\x1b[A", "\r", "\rforged"], ids=ascii)
+def test_a_name_that_is_printed_alone_moves_nothing(text, capsys):
+    """Only progress bars may move, and they are on stderr."""
+    with safe_output():
+        print("name:", text)
+    assert not UNSAFE.search(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "utf-8", "gbk"])
+def test_a_terminal_of_any_encoding_shows_any_text(encoding, monkeypatch):
+    """What it lacks is escaped as in JSON; before, one letter of an answer ended the command."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    value = {"text": f"é {GOOD}"}
+    with safe_output():
+        print(json.dumps(value, ensure_ascii=False))
+    stream.flush()
+    printed = stream.buffer.getvalue().decode(encoding)
+    assert json.loads(printed) == value
+    assert ("\\u4e2d" in printed) == (encoding not in ("utf-8", "gbk")) and ("é" in printed) == (encoding != "ascii")
+
+
+def test_the_traceback_of_a_logged_error_is_escaped(capsys):
+    logger, handler = logging.getLogger("llm_jepa.tests.printing"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        with safe_output():
+            try:
+                raise ValueError("\x1b[2J 中文")
+            except ValueError:
+                logger.warning("failed", exc_info=True)
+    finally:
+        logger.removeHandler(handler)
+    errors = capsys.readouterr().err
+    assert "\\x1b[2J 中文" in errors and "\x1b" not in errors and "Traceback" in errors
 
 
 def test_escaping_twice_is_escaping_once():

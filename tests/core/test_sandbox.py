@@ -6,13 +6,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trl
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, UndefinedError
+from markupsafe import Markup
 from transformers.utils import chat_template_utils
 
 from llm_jepa.core import sandbox, templates
@@ -149,6 +153,63 @@ def test_texts_of_any_letters_stay_below_half_a_gigabyte(letter):
     assert compile_template("{{ (a * 31000000)|length }}").render(a=letter) == "31000000"
     with pytest.raises(OverBudget):
         compile_template("{{ (a * 125000000)|length }}").render(a=letter)
+
+
+# Each took more than 6 seconds for 20,000 steps, a hundredth of the budget.
+HIDDEN_COSTS = {
+    "markup": ["v|max", "v|int", "v|select('none')|list", "v in v", "v.strip(v)", "v is lower", "v|float"],
+    "bytes": ["v|max", "v|sum", "v|unique|list", "v|map('abs')|sum", "cycler(*v)", "v|wordcount", "dict.fromkeys(v)"],
+    "wide": ["{}[v]", "v|groupby(1000)", "v|sort", "v|map(attribute='x')|list"],
+    "dict": ["v is upper", "v.values()|max", "v.values()|sum", "v.items() == v.copy().items()", "v.keys() - v.keys()"],
+    "list": ["v is lower", "v|select('none')|list", "cycler(*v)"],
+    "range": ["v.count('a')", "v|groupby('real')"],
+    "tuple": ["v is filter", "v is test"],
+    "int": ["v is lower", "v|wordcount"],
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN_COSTS)
+def test_large_values_of_each_kind_are_charged_for(kind, monkeypatch):
+    """A loop around what is slow ends at the budget. The clock is only there for a budget that does not."""
+    values: dict[str, Any] = {
+        "markup": Markup("ab " * 300_000), "bytes": b"ab " * 300_000, "wide": "\U0001f469b " * 300_000,
+        "dict": dict.fromkeys(range(100_000), 1), "list": list(range(100_000)), "range": range(99_999),
+        "tuple": tuple(range(100_000)), "int": 1 << 9_000,
+    }  # fmt: skip
+    monkeypatch.setattr(sandbox, "STEPS", 20_000)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+            for expression in HIDDEN_COSTS[kind]:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 4)
+                os.write(2, f"{expression}\n".encode())
+                loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% if " + expression + " %}{% endif %}"
+                with pytest.raises((OverBudget, UndefinedError)):
+                    compile_template(loop + "{% endfor %}{% endfor %}").render(v=values[kind])
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "see the last expression on stderr"
+
+
+def test_renderings_in_two_threads_have_a_budget_each():
+    """And none waits for the other: a process that is forked meanwhile would wait for ever."""
+    both, texts = threading.Barrier(2, timeout=20), []
+    template = compile_template("{% for a in range(1200) %}{% for b in range(1000) %}{% endfor %}{% endfor %}end")
+
+    def work():
+        with templates.budget():
+            both.wait()
+            texts.append(template.render())
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == ["end", "end"]
 
 
 @pytest.mark.parametrize(("name", "turns"), [("qwen3", 1000), ("llama3_1", 1000), ("gemma4_v5", 200)])

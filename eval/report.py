@@ -17,6 +17,7 @@ from .command import ArgumentParser, one_line_errors, require
 from .pages import cost, experiments, nl_rx, reliability, vl
 from .pages.cards import cards
 from .pages.families import families_table
+from .pages.memory import memory_tables
 
 ROOT = Path(__file__).parent.parent
 README, PAGES, CARDS = ROOT / "README.md", ROOT / "docs" / "results", ROOT / "model_cards"
@@ -34,6 +35,7 @@ def rendered_blocks() -> dict[Path, dict[str, str]]:
         PAGES / "vl.md": {"vl": vl.vl_tables()},
         PAGES / "reliability.md": {"reliability": reliability.scorecard()},
         PAGES / "throughput.md": {"throughput": cost.throughput_line()},
+        ROOT / "docs" / "scaling.md": {"memory": memory_tables()},
     }
 
 

@@ -160,7 +160,7 @@ KEYS: dict[str, list[tuple[str, Any]]] = {
         ("target_encoder", "stop_gradient"), ("lr_scheduler_type", "constant"), ("max_steps", 8), ("max_steps", 3),
         ("weight_decay", 0.1), ("optim", "sgd"), ("jepa_dropout", 0.5), ("readout", "mean"), ("max_length", 64),
         ("context_view", "message"), ("max_grad_norm", 0.01), ("warmup_steps", 2), ("adam_beta1", 0.5),
-        ("eval_steps", 1), ("temperature", 0.5), ("label_smoothing_factor", 0.1),
+        ("eval_steps", 1), ("temperature", 0.5), ("adam_epsilon", 0.01),
     ],
     "vl": [
         ("learning_rate", 0.02), ("seed", 7), ("pairs_per_clip", 2), ("num_frames", 2), ("shared_dim", 4),

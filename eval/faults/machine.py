@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llm_jepa.core.checkpoint import RUN_FILE, checkpoints, fault
 from llm_jepa.core.failures import DISK_FULL, OUT_OF_MEMORY
 
 from .cases import LOST, SKIPPED, Case, Outcome
-from .runs import RESUME, Run, Said, difference, ended_badly, is_one_line, judge, train, undisturbed
+from .runs import RESUME, Run, Said, ended_badly, is_one_line, judge, train, undisturbed
 
 NOT_FINITE = 3  # exit code
 # How much of a checkpoint the disk holds: too little for a small file, the weights, the optimizer; for the second
@@ -26,6 +27,8 @@ NOT_FINITE = 3  # exit code
 DISK_SHARES = (0.05, 0.3, 0.6, 0.9, 1.1, 1.5, 1.9, 2.5, 3.1)
 FILE_SHARES = (0.1, 0.9)  # of the largest file
 MORE_MEMORY = 4 << 20  # bytes that a process may still take from some moment on
+HELD: list[bytearray] = []  # what it has freed before
+HELD_PIECE = 1 << 18  # bytes; smaller holes stay free, as they do when a large tensor finds no room
 # The method of the trainer at whose call memory runs out, and the step
 MEMORY = {
     "loading": ("__init__", 0),
@@ -98,20 +101,29 @@ def limited_files(folder: Path, run: Run, share: float) -> Outcome:
 
 def no_memory(folder: Path, run: Run, family: str, place: str) -> Outcome:
     """From some call on, the process may take only 4 MB more. Then it is run again without that limit."""
-    if not os.path.exists("/proc/self/statm"):
+    if not os.path.exists("/proc/self/status"):
         return Outcome(SKIPPED, "the size of a process is known on Linux only")
     method, step = MEMORY[place]
     said = train(run, folder, before=partial(_at_call, family, method, step, _limit_memory))
-    if said.code == 0 and difference(folder / "run", run.whole) is None:
-        return Outcome(SKIPPED, "memory did not run out: freed memory was enough")
     return _wrong_end(said, folder / "run", OUT_OF_MEMORY, "out of memory") or _go_on(run, folder)
 
 
-def _limit_memory(value: Any = None) -> Any:
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY, resource.RLIM_INFINITY))
-    return value
+def _limit_memory() -> None:
+    """Leave the process 4 MB, and nothing of what it has freed before."""
+    import torch
+
+    # torch starts its threads first: OpenMP itself ends a process that has no room for the stack of a thread.
+    torch.ones(1 << 20).add_(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes(), resource.RLIM_INFINITY))
+    with suppress(MemoryError):
+        while True:
+            HELD.append(bytearray(HELD_PIECE))
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MORE_MEMORY, resource.RLIM_INFINITY))
+
+
+def _data_bytes() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
 
 
 def not_a_number(folder: Path, run: Run, family: str, place: str) -> Outcome:

@@ -44,7 +44,7 @@ def machine_failure(error: BaseException, recipe: Any) -> tuple[str, int] | None
         reason = f"another process ended or did not answer within ddp_timeout: {training.ddp_timeout} seconds"
     elif _has(error, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT), DISK_WORDS):
         code, reason = DISK_FULL, _disk_is_full(training)
-    elif isinstance(error, MemoryError) or str(error) == ONEDNN_MEMORY or _has(error, (errno.ENOMEM,), MEMORY_WORDS):
+    elif str(error) == ONEDNN_MEMORY or _has(error, (errno.ENOMEM,), MEMORY_WORDS, MemoryError):
         code, reason = OUT_OF_MEMORY, _out_of_memory(error, training)
     else:
         return None
@@ -54,10 +54,14 @@ def machine_failure(error: BaseException, recipe: Any) -> tuple[str, int] | None
     return f"stopped: {reason}. Last good checkpoint: {last or 'none yet'}.", code
 
 
-def _has(error: BaseException, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
-    """Whether an error or one of its causes has such an errno or message."""
+def _has(
+    error: BaseException, numbers: tuple[int, ...], words: tuple[str, ...], kinds: tuple[type, ...] | type = ()
+) -> bool:
+    """Whether an error or one of its causes has such an errno or message, or is of such a type."""
     return any(
-        (isinstance(link, OSError) and link.errno in numbers) or any(word in str(link) for word in words)
+        isinstance(link, kinds)
+        or (isinstance(link, OSError) and link.errno in numbers)
+        or any(word in str(link) for word in words)
         for link in _chain(error)
     )
 

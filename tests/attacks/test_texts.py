@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.faults import attacks_texts
+from eval.faults import texts
 from tests.attacks.inputs import faults_of
 
 COUNTS = {"template": 90, "pattern": 15, "model_type": 10, "recipe key": 10, "prompt": 9, "folder": 10}
@@ -12,9 +12,9 @@ COUNTS = {"template": 90, "pattern": 15, "model_type": 10, "recipe key": 10, "pr
 
 @pytest.mark.parametrize("family", COUNTS)
 def test_hostile_texts(family, tmp_path):
-    assert faults_of(attacks_texts.inputs, tmp_path, at_least=COUNTS[family], names=family) == []
+    assert faults_of(texts.inputs, tmp_path, at_least=COUNTS[family], names=family) == []
 
 
 @pytest.mark.slow  # each starts a child that computes until its limit
 def test_hostile_templates_when_they_are_loaded(tmp_path):
-    assert faults_of(attacks_texts.inputs, tmp_path, at_least=60, names="loaded") == []
+    assert faults_of(texts.inputs, tmp_path, at_least=60, names="loaded") == []

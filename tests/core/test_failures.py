@@ -103,6 +103,14 @@ def no_memory(*_):
     raise MemoryError
 
 
+def image_without_memory(*_):
+    """As the image processors of transformers do it."""
+    try:
+        raise MemoryError("Unable to allocate 1.50 MiB for an array")
+    except MemoryError as error:
+        raise ValueError(f"Unable to convert output 'pixel_values' (type: list) to tensor: {error}")  # noqa: B904
+
+
 @pytest.mark.parametrize(
     ("method", "fail", "said"),
     [
@@ -111,6 +119,7 @@ def no_memory(*_):
         ("example_sums", allocate, "in an evaluation; set per_device_eval_batch_size: 2"),
         ("extra_state", allocate, "in training; set"),
         ("check_call", allocate, "outside of training: model and data do not fit"),
+        ("check_call", image_without_memory, "outside of training: model and data do not fit"),
     ],
 )
 @pytest.mark.parametrize("family", list(TRAINERS))

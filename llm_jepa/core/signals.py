@@ -7,6 +7,7 @@ command ends at once. So do commands whose work is kept as it is done. Needs no 
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -95,6 +96,35 @@ def ending_at_once() -> Iterator[None]:
 def end_at_once(number: int, frame: Any) -> None:
     """The handler of `ending_at_once`."""
     raise Stopped(number)
+
+
+@contextmanager
+def waiting_until_started() -> Iterator[None]:
+    """Inside the block, the signals of a scheduler wait; child processes that start in it call `leave_to_parent`."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SCHEDULER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_parent() -> None:
+    """In a child process: leave the signals of a scheduler, which go to all processes, to the parent.
+
+    SIGTERM from the parent itself ends this process. macOS does not say who sends a signal; there, nothing changes.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SCHEDULER)  # also of the thread below, which takes them
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo(SCHEDULER).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ generators, and its figures may choose the weights that are kept.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import TrainerControl
 from .files import write_json
 from .json_files import read_json
 from .saving import SavingTrainer
-from .signals import Stopped, StopRequest
+from .signals import Stopped, StopRequest, leave_to_parent, waiting_until_started
 
 OWED = "evaluation_owed.json"  # in a checkpoint whose step was to be evaluated, and was not
 
@@ -54,6 +56,13 @@ class StoppableTrainer(SavingTrainer):
         super().save_more(folder)
         if self._owed is not None and self.args.should_save:
             write_json(folder / OWED, self._owed)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        of_torch = getattr(loader, "base_dataloader", loader)
+        of_torch.worker_init_fn = partial(_begin_worker, of_torch.worker_init_fn)
+        of_torch._get_iterator = partial(_start_workers, of_torch._get_iterator)
+        return loader
 
     # -- the end of a step --------------------------------------------------------------------------------------------
 
@@ -132,6 +141,18 @@ class StoppableTrainer(SavingTrainer):
             and self.state.best_global_step == self.state.global_step
         ):
             self.state.best_model_checkpoint = str(checkpoint)
+
+
+def _start_workers(start: Callable[[], Any]) -> Any:
+    with waiting_until_started():
+        return start()
+
+
+def _begin_worker(begin: Callable[[int], None] | None, index: int) -> None:
+    """In a worker of a data loader. If a signal to all processes ended it, training could not finish its step."""
+    leave_to_parent()
+    if begin is not None:
+        begin(index)
 
 
 def _generators() -> tuple[Any, ...]:

@@ -10,8 +10,10 @@ import gc
 import json
 import os
 import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -182,6 +184,28 @@ def test_the_other_signals(number, code, said, folder, tmp_path, monkeypatch, ca
     send_at(monkeypatch, LLMJEPATrainer, "compute_loss", at(1), number=number)
     assert main(["train", str(folder / "lm.yaml"), "--output_dir", str(tmp_path / "run")]) == code
     assert f"llm-jepa: {said}. Saved last: {tmp_path}/run/checkpoint-2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not say who sends a signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_lets_workers_finish_the_step(number, folder, tmp_path, monkeypatch, capsys):
+    """As SLURM and systemd send it. After the run, no worker is left."""
+    signalled = []
+
+    def to_workers(trainer):
+        if trainer.state.global_step == 1 and not signalled:
+            signalled.extend(child.pid for child in psutil.Process().children() if "pytest" in str(child.cmdline()))
+            for worker in signalled:
+                os.kill(worker, number)
+            time.sleep(0.3)  # in which torch would see that they have ended
+        return bool(signalled)
+
+    send_at(monkeypatch, LLMJEPATrainer, "compute_loss", to_workers, number=number)
+    words = ["train", str(folder / "lm.yaml"), "--output_dir", str(tmp_path / "run"), "--dataloader_num_workers", "2"]
+    assert main(words) == 75
+    assert f"Saved last: {tmp_path}/run/checkpoint-2" in capsys.readouterr().err
+    gc.collect()
+    assert len(signalled) == 2 and not any(psutil.pid_exists(worker) for worker in signalled)
 
 
 def test_a_second_ctrl_c_leaves_at_once(folder, tmp_path, monkeypatch, capsys):

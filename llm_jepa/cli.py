@@ -260,8 +260,8 @@ def command() -> NoReturn:
     if "LOCAL_RANK" in os.environ or is_launcher:
         # gloo's threads abort the interpreter's normal exit in one of eight successful runs. In the launcher, it takes
         # seconds on a busy machine, which a frozen run would add to its ddp_timeout. So skip that exit.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it is closed
+            stream.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 

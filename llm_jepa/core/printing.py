@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 # Control characters except tab and line break, line separators, changes of direction, and halves of characters.
@@ -36,7 +37,10 @@ def shown(text: str) -> str:
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Escape all that is printed inside this block: on stdout and stderr, by loggers, and by `warnings`."""
+    """Escape all that is printed inside this block: on stdout and stderr, by loggers, and by `warnings`.
+
+    A service may start a command with closed streams, which Python calls None. What is printed there is dropped.
+    """
     streams, factory, format_warning = (sys.stdout, sys.stderr), logging.getLogRecordFactory(), warnings.formatwarning
 
     def one_warning(message: Warning | str, *arguments: Any, **options: Any) -> str:
@@ -45,13 +49,15 @@ def safe_output() -> Iterator[None]:
     # Loggers keep the stream that they found first, so their messages are escaped before.
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = one_warning
-    sys.stdout, sys.stderr = _Escaping(streams[0], has_bars=False), _Escaping(streams[1], has_bars=True)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
-        logging.setLogRecordFactory(factory)
-        warnings.formatwarning = format_warning
+    with ExitStack() as dropped:
+        out, err = (stream or dropped.enter_context(open(os.devnull, "w", encoding="utf-8")) for stream in streams)
+        sys.stdout, sys.stderr = _Escaping(out, has_bars=False), _Escaping(err, has_bars=True)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
+            logging.setLogRecordFactory(factory)
+            warnings.formatwarning = format_warning
 
 
 def raw(stream: TextIO) -> TextIO:

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import shlex
+import subprocess
 import sys
 import warnings
 
@@ -185,3 +187,13 @@ def test_escaping_twice_is_escaping_once():
     for bad in [*BAD, GOOD]:
         assert escaped(escaped(bad)) == escaped(bad) and shown(shown(bad)) == shown(bad)
     assert escaped(GOOD) == GOOD
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_command_with_closed_streams_runs(closed, tmp_path):
+    """Started so by a service or by cron. The exit code is that of the command."""
+    command = shlex.join([sys.executable, "-c", "from llm_jepa.cli import command; command()", "train"])
+    for word, code in (("--help", 0), (str(tmp_path / "nothing.yaml"), 2), (f"--launch=cpu {tmp_path}/no.yaml", 2)):
+        done = subprocess.run(["sh", "-c", f"{command} {word} {closed}"], capture_output=True, text=True)
+        assert done.returncode == code, (word, done)
+        assert "Traceback" not in done.stderr and "NoneType" not in done.stderr

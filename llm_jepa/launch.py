@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .core.errors import LAUNCHED, UserError, first_failure
+from .core.errors import LAUNCHED, UserError, announces, first_failure
 from .core.failures import LOST_RANK
 from .core.signals import INTERRUPTED, SCHEDULER, TRY_AGAIN, Stopped, handled
 
@@ -145,14 +145,16 @@ def _ranks() -> list[int]:
 
 
 def _end_others(failures: str, is_over: threading.Event) -> None:
-    """Wait until a rank reports a failure, and kill the ranks that are left after GRACE_S: they are frozen."""
+    """Wait until a rank reports a failure, and kill the ranks that are left after GRACE_S: they are frozen.
+
+    One that publishes a checkpoint may finish it, as far as torch's agent lets it.
+    """
     while not is_over.wait(0.2):
-        if any(Path(failures).iterdir()):
-            if not is_over.wait(GRACE_S):
-                for rank in _ranks():
+        if any(Path(failures).glob("*.json")) and not is_over.wait(GRACE_S):
+            for rank in _ranks():
+                if not announces(failures, rank):
                     with suppress(ProcessLookupError):
                         os.kill(rank, signal.SIGKILL)
-            return
 
 
 @contextmanager

@@ -79,6 +79,36 @@ def test_the_launcher_passes_a_signal_on_to_every_rank_once(number, tmp_path, mo
     assert [(tmp_path / f"{rank}.got").read_text() for rank in "01"] == [str([int(number)])] * 2
 
 
+# Rank 1 fails when rank 0 is there, which then saves for longer than a frozen rank may stay, and freezes.
+SAVING_RANK = """
+import os, pathlib, signal, sys, time
+from llm_jepa.core.errors import announced, report
+folder, seconds, rank = pathlib.Path(sys.argv[2]), float(sys.argv[4]), os.environ["RANK"]
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == "1":
+    while not (folder / "0.here").exists():
+        time.sleep(0.01)
+    sys.exit(report("llm-jepa", "the cause", 3))
+with announced():
+    (folder / "0.here").touch()
+    time.sleep(seconds)
+    (folder / "0.saved").touch()
+time.sleep(1000)
+"""
+
+
+def test_a_rank_that_saves_is_not_killed_with_those_that_are_frozen(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rank_of_test.py").write_text(SAVING_RANK)
+    monkeypatch.setenv("PYTHONPATH", environment(tmp_path)["PYTHONPATH"])
+    monkeypatch.setattr(launch_module, "MODULE", "rank_of_test")
+    monkeypatch.setattr(launch_module, "GRACE_S", 0.3)
+    began = time.monotonic()
+    assert launch_module.launch("cpu", "2", str(tmp_path), ["--seconds", "2"], use_cpu=True) == 3
+    assert time.monotonic() - began < 25, "torch's agent ended it, after 30 seconds"
+    assert (tmp_path / "0.saved").exists()
+    assert capsys.readouterr().err == "llm-jepa: rank 1: the cause\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_the_launcher_reaches_every_rank(number, folder, tmp_path):  # noqa: F811

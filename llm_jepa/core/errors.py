@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -104,6 +104,32 @@ def report(program: str, line: str, exit_code: int) -> int:
     failure = {"time": time.time(), "rank": int(rank), "line": line, "exit_code": exit_code}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(failure))
     return exit_code
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Inside the block, a launched process saves something that its launcher must not cut off: see `announces`."""
+    folder = os.environ.get(LAUNCHED)
+    if folder is None or not os.path.isdir(folder):
+        yield
+        return
+    mark = _mark(folder, os.getpid())
+    with suppress(OSError):
+        mark.touch()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            mark.unlink()
+
+
+def announces(folder: str, process: int) -> bool:
+    """Whether a launched process is inside of `announced`."""
+    return _mark(folder, process).exists()
+
+
+def _mark(folder: str, process: int) -> Path:
+    return Path(folder) / f"{process}.saves"
 
 
 def first_failure(folder: str) -> tuple[int, str] | None:

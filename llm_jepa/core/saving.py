@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoint, publish
+from .errors import announced
 from .files import make_stage
 from .identity import RUN_ID
 
@@ -93,10 +94,11 @@ class SavingTrainer(Trainer):
                 remove_stage = stack.pop_all().close
 
                 def work() -> None:
-                    try:
-                        publish_it()
-                    finally:
-                        remove_stage()
+                    with announced():
+                        try:
+                            publish_it()
+                        finally:
+                            remove_stage()
 
                 self._work = publish.Work(work)
                 self._work.start()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 from llm_jepa.cli import main
 from llm_jepa.core import publish
 from llm_jepa.core.checkpoint import checkpoints, fault, fault_of_model
+from llm_jepa.core.errors import LAUNCHED, announces
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.core.test_stopping import at, send_at
 from tests.lm.test_ranks import RECIPE
@@ -81,6 +83,23 @@ def test_training_goes_on_while_a_checkpoint_is_published(train, tmp_path, monke
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert fault(tmp_path / "run" / "checkpoint-6") is None
     assert not list((tmp_path / "run").glob(".stage-*"))
+
+
+def test_a_launched_process_announces_that_it_publishes(train, tmp_path, monkeypatch):
+    """Or its launcher would end it two seconds after another process has failed."""
+    launcher = tmp_path / "launcher"
+    launcher.mkdir()
+    monkeypatch.setenv(LAUNCHED, str(launcher))
+    seal, said = publish.seal, []
+
+    def look(folder, **options):
+        said.append((folder.name, announces(str(launcher), os.getpid())))
+        seal(folder, **options)
+
+    monkeypatch.setattr(publish, "seal", look)
+    assert train() == 0
+    assert said[:3] == [(f"checkpoint-{step}", True) for step in (2, 4, 6)]
+    assert not list(launcher.iterdir())
 
 
 @pytest.mark.parametrize("changes", [BEST, {**BEST, "load_best_model_at_end": False, "metric_for_best_model": "loss"}])

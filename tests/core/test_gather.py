@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from llm_jepa.core.distributed import gather_with_grad, shared_coin
+from llm_jepa.core.distributed import gather_with_grad, shard_on_cpu, shared_coin, wants_fsdp, whole
 from llm_jepa.core.losses import info_nce
 from tests.ranks import on_ranks
 
@@ -20,6 +25,7 @@ PAIRS, FEATURES, DIM = 6, 7, 5
 # rows of each rank; the 6 pairs in the order of ranks
 SPLITS = {2: [(4, 2), (0, 6), (3, 3)], 3: [(3, 1, 2), (2, 0, 4), (0, 0, 6)]}
 KEYS = torch.tensor([4, 9, 4, 1, 9, 4])  # equal targets, also across ranks, and none is a row number
+WHOLE = torch.arange(12.0).view(6, 2)
 STEPS = 20_000
 
 
@@ -87,6 +93,8 @@ def found_by(rank: int, world: int) -> dict[str, object]:
     nothing, own = gather_with_grad(empty)
     nothing.sum().backward()
     found["nothing"] = {"rows": nothing, "own": [own.start, own.stop], "grad": empty.grad}
+    shards = distribute_tensor(WHOLE, init_device_mesh("cpu", (world,)), [Shard(0)])
+    found["whole"] = {"parts": whole(shards), "plain": whole(WHOLE[rank]), "rows": len(shards.to_local())}
     found["coin"] = [shared_coin(3, step) for step in range(100)]
     return found
 
@@ -167,6 +175,36 @@ def test_without_a_process_group_it_is_the_tensor_itself():
     x = torch.randn(3, 2, requires_grad=True)
     gathered, own = gather_with_grad(x)
     assert gathered is x and own == slice(0, 3)
+
+
+# -- shards ---------------------------------------------------------------------------------------------------------
+
+
+def test_whole_is_all_of_a_sharded_tensor_and_any_other_tensor_itself(ranks):
+    for rank, found in enumerate(ranks):
+        assert found["whole"]["rows"] == 6 // len(ranks), "sharded, or the test shows nothing"
+        assert type(found["whole"]["parts"]) is Tensor and torch.equal(found["whole"]["parts"], WHOLE)
+        assert torch.equal(found["whole"]["plain"], WHOLE[rank])
+
+
+@pytest.mark.parametrize("fsdp", [[], ["full_shard"]])
+@pytest.mark.parametrize("launcher", [None, "true", "True", "false", ""])
+@pytest.mark.parametrize("processes", list(DistributedType))
+def test_fsdp_shards_over_cpu_processes_if_the_arguments_or_the_launcher_ask_for_it(
+    processes, launcher, fsdp, monkeypatch
+):
+    if launcher is None:
+        monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", launcher)
+    state = PartialState()
+    monkeypatch.setattr(state, "distributed_type", processes)
+    args = SimpleNamespace(fsdp=fsdp)
+    asked = bool(fsdp) or launcher in ("true", "True")
+    assert wants_fsdp(args) is asked
+    shard_on_cpu(args)
+    changes = asked and processes == DistributedType.MULTI_CPU
+    assert state.distributed_type == (DistributedType.MULTI_GPU if changes else processes)
 
 
 # -- the coin -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ ALLOWED = {
     ("llm_jepa/vl/watch_command.py", "__enter__"): "each event is written at once; mode x follows no link",
     ("llm_jepa/vl/watch_page/__init__.py", "_jpeg"): "into memory",
     ("llm_jepa/vl/y_decoder.py", "_write"): "called with a stage",
+    ("eval/cost/memory.py", "training_step"): "the kernel's switch for the peak of a process",
     ("eval/cost/save_cost.py", "measure"): "the saves that are measured, in a temporary folder",
     ("eval/cost/step_cost/measuring.py", "_quiet_stderr"): "the null device",
     ("eval/pretrained.py", "_copy_known_size"): "in a temporary folder",

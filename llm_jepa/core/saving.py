@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoint, publish
@@ -43,6 +44,16 @@ class SavingTrainer(Trainer):
         except BaseException:
             self.finish_saving()
             raise
+        finally:
+            self._close_bars()
+
+    def _close_bars(self) -> None:
+        """Close the progress bars of a training that did not end, so that what is printed next begins a line."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in (callback.training_bar, callback.prediction_bar):
+                    if bar is not None:
+                        bar.close()
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is published. Raises what went wrong. Not collective."""

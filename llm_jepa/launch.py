@@ -204,11 +204,12 @@ def _run_agent(command: list[str]) -> tuple[int, str]:
 
 
 def _names_port(config: str) -> bool:
-    """Whether an Accelerate config file says where the machines meet."""
+    """Whether an Accelerate config file says where processes meet. Several machines meet at 29500 if it does not."""
     if config in CONFIGS:
         return False
     text = Path(config).read_text(encoding="utf-8", errors="replace")
-    return re.search(r"^ *\"?main_process_port\"? *: *\d", text, re.MULTILINE) is not None
+    names = r"^ *[\"']?(main_process_port[\"']? *: *[\"']?\d|num_machines[\"']? *: *[\"']?(?!1\b)\d)"
+    return re.search(names, text, re.MULTILINE) is not None
 
 
 def _free_port() -> int:

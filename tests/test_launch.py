@@ -12,6 +12,7 @@ import pytest
 
 from llm_jepa import launch as launch_module
 from llm_jepa.core.checkpoint import fault
+from llm_jepa.core.errors import first_failure
 from llm_jepa.core.signals import Stopped
 from tests.core.test_stopping import folder  # noqa: F401
 from tests.launched import environment
@@ -157,3 +158,27 @@ def test_a_rank_that_freezes_ends_the_run(what, method, step, rank, folder, tmp_
     assert lines[0].startswith(f"llm-jepa: rank {1 - rank}: stopped: another process ended or did not answer within")
     assert lines[0].endswith(f"Last good checkpoint: {tmp_path}/run/checkpoint-3.")
     assert seconds < 5 + 10, seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("num_machines: 1\nnum_processes: 2\n", False),
+        ("num_machines: 2\n", True),
+        ('{\n "num_machines": 12}', True),
+        ("main_process_port: 29511\n", True),
+        ("main_process_port: '29511'\n", True),
+        ("main_process_port: null\n", False),
+    ],
+)
+def test_the_port_of_a_config_file_is_not_overridden(text, names, tmp_path):
+    """A free port, another one on each machine, would be chosen; then they never meet."""
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    assert bool(launch_module.Machines().arguments(str(config))) is not names
+
+
+def test_half_a_failure_of_a_killed_process_is_passed_over(tmp_path):
+    (tmp_path / "0.json").write_text('{"time": 1')
+    (tmp_path / "1.json").write_text('{"time": 2, "rank": 1, "line": "no", "exit_code": 4}')
+    assert first_failure(str(tmp_path)) == (4, "rank 1: no")

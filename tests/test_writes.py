@@ -44,8 +44,10 @@ STAGES = {"written_whole", "published", "stage", "TemporaryDirectory"}
 ALLOWED = {
     ("llm_jepa/cli.py", "_exit_code_of"): "the null device",
     ("llm_jepa/core/checkpoint.py", "hold"): "opens run.json to lock it, and writes nothing",
+    ("llm_jepa/core/errors.py", "announced"): "into the launcher's private temporary folder",
     ("llm_jepa/core/errors.py", "report"): "into the launcher's private temporary folder",
     ("llm_jepa/core/files.py", "append"): "appends to a file, not through links; whoever reads it cuts a torn line off",
+    ("llm_jepa/core/printing.py", "safe_output"): "the null device",
     ("llm_jepa/core/saving.py", "_name_best_checkpoint"): "called with a stage",
     ("llm_jepa/core/trainer.py", "save_more"): "called with a stage",
     ("llm_jepa/lm/adapter.py", "save_adapter"): "called with a stage, or by a user for a folder of theirs",

@@ -102,7 +102,10 @@ def report(program: str, line: str, exit_code: int) -> int:
         return exit_code
     rank = os.environ.get("RANK", "0")
     failure = {"time": time.time(), "rank": int(rank), "line": line, "exit_code": exit_code}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(failure))
+    try:
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(failure))
+    except OSError:  # for example a full disk
+        print(f"{program}: rank {rank}: {line}", file=sys.stderr)
     return exit_code
 
 
@@ -134,7 +137,10 @@ def _mark(folder: str, process: int) -> Path:
 
 def first_failure(folder: str) -> tuple[int, str] | None:
     """The exit code and the line of the launched process that failed first; the others missed it then."""
-    failures = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    failures = []
+    for path in Path(folder).glob("*.json"):
+        with suppress(OSError, ValueError):  # a process that was killed, or a full disk, leaves half a file
+            failures.append(json.loads(path.read_text()))
     if not failures:
         return None
     first = min(failures, key=lambda failure: failure["time"])

@@ -40,7 +40,7 @@ def run_limited(
     Raises Refused with the reason if there is no value. The child has ended in any case.
     """
     request = {
-        "path": [*sys.path, str(Path(__file__).parents[2])],
+        "path": [*(path for path in sys.path if isinstance(path, str)), str(Path(__file__).parents[2])],
         "module": function.__module__,
         "name": function.__name__,
         "arguments": arguments,

@@ -56,7 +56,9 @@ CHEAP_TESTS = frozenset(
 )
 OF_DICT = frozenset(dir(dict))
 VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_WIDE = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{5})|\{[^{}]*(?:\{|\d{5})")  # a format that pads to 10,000 characters or more
+# Formats that pad to 10,000 characters or more, of `%` and of `str.format`
+_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{5})")
+_WIDE_BRACES = re.compile(r"\{[^{}]*(?:\{|\d{5})")
 
 
 class OverBudget(TemplateRuntimeError):
@@ -170,10 +172,10 @@ def _product(values: Iterable[Any]) -> int:
     return product
 
 
-def _format(text: Any, arguments: Any) -> None:
-    """Charge for `text % arguments` or `text.format(arguments)`."""
+def _format(text: Any, arguments: Any, wide: re.Pattern[str] = _WIDE_PERCENT) -> None:
+    """Charge for `text % arguments` or `text.format(arguments)`. `wide`: what pads too far in such a format."""
     template = text.decode("latin-1") if isinstance(text, bytes) else str(text)
-    if _WIDE.search(template):
+    if wide.search(template.replace("{{", "") if wide is _WIDE_BRACES else template):
         raise OverBudget(f"the template pads a text to 10,000 characters or more: {template[:40]!r}")
     _make(len(template) + (template.count("%") + template.count("{")) * _read(arguments))
 
@@ -444,7 +446,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @wraps(function)
         def charged(*arguments: Any, **kwargs: Any) -> str:
-            _format(value.__self__, (arguments, kwargs))
+            _format(value.__self__, (arguments, kwargs), _WIDE_BRACES)
             return function(*arguments, **kwargs)
 
         return charged

@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
         saved = f"Saved last: {newest}" if (newest := newest_complete(unfinished)) else "Nothing is saved yet"
         raise Stopped(stopped.code, f"{saved}. The same command continues.") from None
     decoder.save_pretrained(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if not options.memory_only:  # then it is another training, and stays
+        shutil.rmtree(unfinished, ignore_errors=True)
     sample = texts[:: max(1, len(texts) // 5)][:5]
     print("Texts, and the decoder's texts for their embeddings:")
     for text, decoded in zip(sample, decoder.decode(vl_jepa.embed_texts(sample)), strict=True):

@@ -11,6 +11,7 @@ import operator
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_modules_of_python_come_before_those_of_the_path(tmp_path, monkeypatch):
     (tmp_path / "colorsys.py").write_text("def rgb_to_hls(r, g, b): return 'forged'")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run_limited(colorsys.rgb_to_hls, 1, 1, 1) == [0.0, 1, 0.0]
+
+
+def test_a_path_that_python_ignores_is_ignored(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("elsewhere")])
+    assert run_limited(operator.add, 1, 2) == 3
 
 
 def test_patterns_match_whole_names():

@@ -33,7 +33,9 @@ transformers_compile = templates._compile_of_transformers
 # What published templates do, and what is charged: each operator, filter, test and call must still give its value.
 EXPRESSIONS = [
     "'a' * 3", "3 * 'a'", "[1] * 2", "'a' + 'b'", "[1] + [2]", "2 ** 10", "7 % 4", "'%s-%d' % ('a', 1)", "'%%'",
-    "'{}-{x}'.format(1, x=2)", "'{x}'.format_map({'x': 1})", "1 ~ 'a' ~ none ~ [1]", "'abc'[1:]", "[1, 2, 3][::-1]",
+    "'{}-{x}'.format(1, x=2)", "'{{\"a\": {}}}'.format(1)",
+    "'{\"a\": {\"b\": \"%s\"}}' % 1", "'{x}'.format_map({'x': 1})",
+    "1 ~ 'a' ~ none ~ [1]", "'abc'[1:]", "[1, 2, 3][::-1]",
     "messages[0]['content'][:4]", "messages[0].content", "messages[0].nothing", "{}.items()|list", "'b' in 'abc'",
     "1 not in [2]", "1 < 2 <= 2", "[1] == [1]", "(1, 2)", "{'a': [1]}", "{(1, 2): 3}[(1, 2)]", "'a,b'.split(',')",
     "'a'.join(['x', 'y'])", "['x', 'y']|join('-')", "messages|map(attribute='role')|join(',')",

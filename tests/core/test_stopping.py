@@ -194,7 +194,8 @@ def test_a_signal_to_all_processes_lets_workers_finish_the_step(number, folder, 
 
     def to_workers(trainer):
         if trainer.state.global_step == 1 and not signalled:
-            signalled.extend(child.pid for child in psutil.Process().children() if "pytest" in str(child.cmdline()))
+            me = psutil.Process()
+            signalled.extend(child.pid for child in me.children() if child.cmdline() == me.cmdline())
             for worker in signalled:
                 os.kill(worker, number)
             time.sleep(0.3)  # in which torch would see that they have ended

@@ -363,6 +363,9 @@ def test_a_stopped_train_decoder_goes_on_bit_for_bit(number, code, step, trained
     assert f"llm-jepa: {said}. {saved}" in capsys.readouterr().err.splitlines()
     assert not (folder / "y_decoder").exists() and len(calls) == step
     expect_refusal(capsys, [*words, "--seed", "1"], "holds the unfinished training of another decoder")
+    assert main([*words[:4], "--memory_only"]) == 0 and unfinished.exists(), "which is none of its own"
+    shutil.rmtree(folder / "y_decoder")
+    capsys.readouterr()
     assert main(words) == 0
     assert f"Continuing at {unfinished / f'checkpoint-{step}'}." in capsys.readouterr().out
     assert not unfinished.exists()

@@ -95,7 +95,7 @@ def limited_files(folder: Path, run: Run, share: float) -> Outcome:
     size = max(file.stat().st_size for file in (run.whole / "checkpoint-3").iterdir())
     limit = (int(share * size), resource.RLIM_INFINITY)
     said = train(run, folder, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit))
-    wrong = _wrong_end(said, folder / "run", DISK_FULL, "is full, or its limit is reached")
+    wrong = _wrong_end(said, folder / "run", DISK_FULL, "ulimit -f")
     return wrong or _go_on(run, folder)
 
 

@@ -7,16 +7,24 @@ Lack of memory is a `MemoryError`, an `OutOfMemoryError` or a `RuntimeError` of 
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
 DISK_FULL, OUT_OF_MEMORY, LOST_RANK = 4, 5, 6  # exit codes
+# torch's zip writer does not say why a write failed.
+TORCH_WORDS = ("PytorchStreamWriter failed writing", "inline_container.cc", "basic_ios::clear")
+FILE_WORDS = ("File too large", "os error 27")
 DISK_WORDS = (
-    "No space left on device", "os error 28", "File too large", "os error 27", "Disk quota exceeded", "os error 122",
-    "PytorchStreamWriter failed writing", "inline_container.cc", "basic_ios::clear",
+    "No space left on device", "os error 28", "Disk quota exceeded", "os error 122", *TORCH_WORDS,
 )  # fmt: skip
 MEMORY_WORDS = (
     "DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "os error 12", "std::bad_alloc",
@@ -42,7 +50,9 @@ def machine_failure(error: BaseException, recipe: Any) -> tuple[str, int] | None
     if training.world_size > 1 and _has(error, (), LOST_WORDS):
         code = LOST_RANK
         reason = f"another process ended or did not answer within ddp_timeout: {training.ddp_timeout} seconds"
-    elif _has(error, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT), DISK_WORDS):
+    elif _has(error, (errno.EFBIG,), FILE_WORDS) or (_has(error, (), TORCH_WORDS) and _is_limited(training)):
+        code, reason = DISK_FULL, _file_is_too_large(training)
+    elif _has(error, (errno.ENOSPC, errno.EDQUOT), DISK_WORDS):
         code, reason = DISK_FULL, _disk_is_full(training)
     elif str(error) == ONEDNN_MEMORY or _has(error, (errno.ENOMEM,), MEMORY_WORDS, MemoryError):
         code, reason = OUT_OF_MEMORY, _out_of_memory(error, training)
@@ -78,14 +88,41 @@ def _disk_is_full(training: Any) -> str:
 
     folder = Path(training.output_dir)
     last = newest_sealed(folder)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = f"{_size(shutil.disk_usage(existing).free)} are free"
+    free = f"{_size(_free(folder))} are free"
     room = (
         f"a checkpoint needs {_size(_bytes_of(last))}, and {free}" if last else f"{free}, and a checkpoint needs more"
     )
     return (
         f"the disk of {folder} is full, or its limit is reached: {room}; make room, or keep fewer checkpoints with "
         "save_total_limit"
+    )
+
+
+def _free(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _largest_file() -> float:
+    """How many bytes a file of this process may have."""
+    if resource is None:
+        return math.inf
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
+
+
+def _is_limited(training: Any) -> bool:
+    """Whether a file reaches its limit before the disk is full."""
+    return _largest_file() < _free(Path(training.output_dir))
+
+
+def _file_is_too_large(training: Any) -> str:
+    folder, limit = Path(training.output_dir), _largest_file()
+    if limit == math.inf:
+        return f"the file system of {folder} takes no file as large as one of a checkpoint; choose another output_dir"
+    return (
+        f"a file in {folder} would be larger than the {_size(limit)} that the limit on the size of a file allows "
+        "(ulimit -f, RLIMIT_FSIZE); raise it: ulimit -f unlimited"
     )
 
 

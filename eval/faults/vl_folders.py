@@ -112,7 +112,7 @@ def _configs(base: Path, describe: Callable[[Path], Command], classify: Callable
         "no-such", "y_encoder_config__hidden_act": "no-such", "max_query_tokens": 0,
         "x_encoder_config__model_type": "llama", "revisions": 5, "predictor_config": [],
     }  # fmt: skip
-    for key, value in wrong.items():
+    for key, value in [*wrong.items(), ("num_frames", 10**9), ("motion_dim", 10**9)]:
         yield Input(f"vl config: {key} {value!r}", damaged(base, with_options({key: value}), classify), "")
     sizes = {"height": 10**6, "width": 10**6}
     for key in ("size", "crop_size"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import WEIGHTS
 from .identity import (
     ENDED_AT,
@@ -194,7 +194,8 @@ def find_resume(
 
     Args:
         run: the record of the run, plain JSON. RUN_FILE must hold the same to resume.
-        resume: None, "true" (the newest complete checkpoint) or a checkpoint folder.
+        resume: None, "true" (the newest complete checkpoint), "auto" ("true" if the folder holds a run, else None) or
+            a checkpoint folder.
         may_change: keys that are not compared; earlier versions wrote some of them.
         allowed: keys that may differ this time.
         defaults: the value of keys that a record may leave out.
@@ -211,6 +212,8 @@ def find_resume(
         raise UserError(f"output_dir {folder} is a file; choose another output_dir.")
     if _is_held(folder):
         raise UserError(f"Another process trains in {folder} now; wait until it ends, or choose another output_dir.")
+    if resume is not None and resume.lower() == "auto":
+        resume = "true" if (folder / RUN_FILE).exists() else None
     if resume is None:
         if allowed:
             raise UserError("--allow_changed goes with --resume_from_checkpoint: a new run has nothing to compare.")
@@ -426,10 +429,15 @@ def _check_is_free(folder: Path) -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / RUN_FILE)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         raise UserError(
-            f"output_dir {folder} has no {RUN_FILE}, so there is no run to resume; "
-            "leave out --resume_from_checkpoint to start one."
+            f"output_dir {folder} has no {RUN_FILE}, so there is no run to resume; leave out --resume_from_checkpoint "
+            "to start one, or write `--resume_from_checkpoint auto`, which does both."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / RUN_FILE} cannot be read ({one_line(error)}), so nobody knows which run this is; put it back, "
+            "or choose another output_dir."
         ) from None
 
 

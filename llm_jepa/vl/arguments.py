@@ -20,7 +20,7 @@ from ..core.checks import (
 from ..core.errors import UserError
 from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
-from .configuration import HELP
+from .configuration import HELP, MAX_FRAMES
 
 # Options of TrainingArguments that must keep these values, and why.
 FIXED = (
@@ -91,7 +91,7 @@ class VLModelArguments:
         check_ranges(
             self,
             (
-                ("num_frames", 1, 2**16, "1 is an image"),
+                ("num_frames", 1, MAX_FRAMES, "1 is an image"),
                 ("frame_size", 1, 2**14, "it counts pixels a side"),
                 ("num_predictor_layers", 1, 10**4, "null keeps all"),
                 ("shared_dim", 1, 2**20, "the paper has 1536"),

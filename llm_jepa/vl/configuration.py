@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+MAX_FRAMES = 65_536  # of a clip
 MIN_TEMPERATURE = 0.01  # CLIP's floor (logit scale 100): below it a learnt temperature runs away
 
 # The options that a recipe may set, each described once: here, and as the help of `VLModelArguments`.
@@ -90,6 +91,8 @@ class VLJEPAConfig(PreTrainedConfig):
     def _problem(self) -> str | None:
         if self.shared_dim < 1 or self.num_frames < 1 or self.max_query_tokens < 1 or self.max_target_tokens < 1:
             return "shared_dim, num_frames, max_query_tokens and max_target_tokens must be 1 or more."
+        if self.num_frames > MAX_FRAMES:
+            return f"num_frames={self.num_frames}: a clip has {MAX_FRAMES:,} frames at most."
         if not self.temperature >= MIN_TEMPERATURE:
             return f"temperature={self.temperature} must be {MIN_TEMPERATURE} or more; CLIP starts at 0.07."
         if self.y_pooling not in ("mean", "first", "last"):  # `strict` does not read annotations that are strings

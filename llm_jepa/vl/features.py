@@ -83,12 +83,19 @@ class FeatureCache:
         except (OSError, SafetensorError, IndexError):
             is_right = False
         if not is_right:
-            raise UserError(
-                f"The features of clip {index} in {path} are damaged. Remove that file and start again: it is computed "
-                "again."
-            )
+            raise UserError(f"The features of clip {index} in {path} are damaged. {self._set_aside(path)}")
         self._checked.add(index)
         return features
+
+    def _set_aside(self, path: Path) -> str:
+        """Remove a damaged file, so that the next start computes it again. Returns what to do."""
+        try:
+            if self.folder.is_symlink():  # it may belong to somebody else
+                raise OSError
+            path.unlink(missing_ok=True)
+        except OSError:
+            return "Remove that file and start again: it is computed again."
+        return "That file is removed; start again: it is computed again."
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each worker of a data loader opens the files again

@@ -160,6 +160,18 @@ def test_a_file_that_changed_is_refused_by_name_and_can_be_allowed(family, reque
     assert run.train(*RESUME) == 0
 
 
+def test_a_torn_record_is_not_a_missing_one(lm, tmp_path, capsys):
+    run = copy_of(lm, tmp_path / "copy")
+    path = run.out / "run.json"
+    path.write_text(path.read_text()[:-9])
+    for value in ("true", "auto"):
+        assert run.train("--resume_from_checkpoint", value) == 2
+        assert f"{path} cannot be read" in capsys.readouterr().err
+    path.unlink()
+    assert run.train(*RESUME) == 2
+    assert "has no run.json, so there is no run to resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["seed", "num_processes", "sharding", "mixed_precision"])
 def test_a_setting_that_changed_is_refused_by_name(name, lm, tmp_path, capsys):
     run = copy_of(lm, tmp_path / "copy")

@@ -238,8 +238,8 @@ def test_a_sharded_run_is_stopped_and_goes_on_bit_for_bit(family, folder, tmp_pa
     for kind, world, changed in ((DDP, 2, "sharding: 'fsdp 2' -> 'none'"), (FSDP, 1, "num_processes: 2 -> 1")):
         refusal = tmp_path / f"{kind}.txt"
         assert on_ranks(world, train_and_stop_as_rank, kind, run, str(refusal), family) == [2] * world
-        lines = [line for line in refusal.read_text().splitlines() if line.startswith("llm-jepa:")]
-        assert len(lines) == world and all(changed in line for line in lines)
+        said_there = refusal.read_text()  # a line of one rank may begin inside that of another
+        assert said_there.count("llm-jepa: error: ") == said_there.count(changed) == world, said_there
     assert on_ranks(2, train_and_stop_as_rank, FSDP, run, said, family) == [0, 0]
     assert outcome(tmp_path / "run") == outcome(whole)
 

@@ -262,11 +262,14 @@ def test_a_time_limit_is_a_request(folder, tmp_path, monkeypatch, capsys):
 
     send_at(monkeypatch, LLMJEPATrainer, "compute_loss", pass_an_hour)
     words = ["train", str(folder / "lm.yaml"), "--output_dir", str(tmp_path / "run")]
+    words += ["--resume_from_checkpoint", "auto"]  # the command of a scheduler, which is always the same
     assert main([*words, "--stop_after", "1h30m"]) == 75
     said = capsys.readouterr().err
     assert "llm-jepa: stopped, because the time of stop_after is over" in said and "checkpoint-3. Continue" in said
-    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+    assert main(words) == 0
     assert outcome(tmp_path / "run") == outcome(folder / "lm")
+    assert main(words) == 0
+    assert "is already finished" in capsys.readouterr().out
 
 
 def test_times():

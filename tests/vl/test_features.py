@@ -147,7 +147,7 @@ def test_a_torn_shard_of_an_unfinished_build_is_made_again(tmp_path, monkeypatch
     expected = cache[range(10)]
     torn = cache.folder / "features-00001.safetensors"
     torn.write_bytes(torn.read_bytes()[:-9])
-    with pytest.raises(UserError, match="features of clip 5 in .*00001.safetensors are damaged. Remove that file"):
+    with pytest.raises(UserError, match="features of clip 5 in .*00001.safetensors are damaged. That file is rem"):
         FeatureCache(cache.folder)[[5]]
     (cache.folder / "manifest.json").unlink()
     (cache.folder / "features-00002.tmp").write_bytes(b"half of it")
@@ -218,9 +218,10 @@ def test_damaged_features_never_train(how, is_complete, tmp_path, monkeypatch):
     assert given == ([4] if is_seen else [])
     if not is_seen:
         assert torch.equal(again[range(4)], expected[:4])
-        with pytest.raises(UserError, match="features of clip [4-7] in .*00001.safetensors are damaged. Remove that"):
+        with pytest.raises(
+            UserError, match="features of clip [4-7] in .*00001.safetensors are damaged. That file is removed"
+        ):
             again[range(4, 8)]
-        path.unlink()
         with pytest.warns(UserWarning, match="1 of 3 files in .* are damaged; computing"):
             again, given = cache_of(tmp_path, model=model, processor=processor)
         assert given == [4]

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from llm_jepa.core.files import append, content_sha256, file_sha256, text_key, write_json_lines, write_whole
+from llm_jepa.core.files import (
+    append,
+    content_sha256,
+    file_sha256,
+    text_key,
+    write_json,
+    write_json_lines,
+    write_whole,
+)
 
 
 def sha256(data: bytes) -> str:
@@ -138,3 +146,9 @@ def test_appending_follows_no_link_and_makes_no_file(tmp_path):
         with pytest.raises(OSError):
             append(tmp_path / name, "y")
     assert (tmp_path / "target").read_text() == "x" and not (tmp_path / "missing").exists()
+
+
+def test_json_is_written_to_be_read_and_compared_by_lines(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, {"b": {"d": 1, "c": "é"}, "a": [2]})
+    assert path.read_bytes() == b'{\n "a": [\n  2\n ],\n "b": {\n  "c": "\\u00e9",\n  "d": 1\n }\n}\n'

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import os
 import re
 import sys
@@ -75,6 +76,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 
 
+_LONGEST_LIST = 200  # characters of the words that a key takes; `optim` has 45 of them
 SECRETS = {"hub_token", "push_to_hub_token"}  # of no file
 
 
@@ -245,13 +247,22 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     """`value` as `hint` wants it (an int becomes a float), or UserError."""
     _check_plain(key, value)
     accepted, result = _accept(value, hint)
-    if not accepted:
-        raise UserError(f"{key}: expected {_describe(hint)}, got {value!r} ({type(value).__name__}).")
-    return result
+    if accepted:
+        return result
+    if isinstance(value, float) and not math.isfinite(value) and float in _options(hint):
+        raise UserError(f"{key}: expected a finite number, got {value}.")
+    given = f"got {value!r} ({type(value).__name__})"
+    words = _words(hint)
+    text = str(value)
+    near = [word for word in words if text and word.startswith(text)] or difflib.get_close_matches(text, words, n=1)
+    if not near:
+        raise UserError(f"{key}: expected {_describe(hint, most=_LONGEST_LIST)}, {given}.")
+    few = _LONGEST_LIST // 2  # characters: the word that is meant says more than a long list
+    raise UserError(f"{key}: expected {_describe(hint, most=few)}, {given}; did you mean {near[0]!r}?")
 
 
 def _check_plain(key: str, value: Any) -> None:
-    """Raises UserError for a number of more than 64 bits and for half of a character, however deep in a value."""
+    """Raises UserError for a number of more than 64 bits, NaN in a list or mapping and half of a character."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{key}: {value} has more than 64 bits; write a smaller number.")
     if isinstance(value, str) and has_half_character(value):
@@ -260,6 +271,8 @@ def _check_plain(key: str, value: Any) -> None:
         value = [*value, *value.values()]
     if isinstance(value, list):
         for item in value:
+            if isinstance(item, float) and math.isnan(item):
+                raise UserError(f"{key}: it holds nan; write a finite number.")
             _check_plain(key, item)
 
 
@@ -374,8 +387,30 @@ def _is_plain(value: Any) -> bool:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; the type itself if it is not one."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    """The types of a union; the type itself if it is not one. A text beside an enum is one of its words."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(option for option in options if option is not str) if any(map(_is_enum, options)) else options
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def _listed(options: Iterable[Any]) -> list[Any]:
+    """The members of an enum that an option is a list of. Then a text of a recipe is such words, with spaces."""
+    kinds = [kind for option in options if typing.get_origin(option) is list for kind in typing.get_args(option)]
+    return [member.value for kind in kinds if _is_enum(kind) for member in kind]
+
+
+def _words(hint: Any) -> list[str]:
+    """The words that a key of a few choices takes."""
+    options, words = _options(hint), []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            words += [word for word in typing.get_args(option) if isinstance(word, str)]
+        elif _is_enum(option):
+            words += [str(member.value) for member in option]
+    return words + _listed(options)
 
 
 def _wants_text(hint: Any, text: str) -> bool:
@@ -390,12 +425,15 @@ def _wants_text(hint: Any, text: str) -> bool:
 def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
     """(does it fit, the value to use). A bool is not an int; an int becomes a float; nothing else is converted."""
     options = _options(hint)
+    if isinstance(value, str) and (listed := _listed(options)):
+        return all(word in listed for word in value.split()), value
     if len(options) > 1:
         for option in sorted(options, key=lambda option: option is float):  # float last, so that an int stays one
             accepted, result = _accept(value, option)
             if accepted:
                 return True, result
         return False, None
+    (hint,) = options
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True, value
@@ -403,7 +441,7 @@ def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
         return value is None, None
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments), value
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if _is_enum(hint):
         return value in [member.value for member in hint], value
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < sys.float_info.max:
@@ -419,14 +457,23 @@ def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
     return isinstance(hint, type) and isinstance(value, hint), value
 
 
-def _describe(hint: Any) -> str:
-    """A type in words: "int or null", "one of a, b"."""
+def _describe(hint: Any, *, most: float = math.inf) -> str:
+    """A type in words: "int or null", "one of a, b". A list of choices has at most `most` characters."""
+
+    def choices(words: Iterable[Any], place: str = "") -> str:
+        line = ", ".join(map(str, words))
+        if len(line) <= most:
+            return f"one of {line}"
+        start = line[: int(most) // 2].rpartition(", ")[0]
+        return f"one of {line.count(', ') + 1} words ({start}, ...{place})"
 
     def name(option: Any) -> str:
         if typing.get_origin(option) is Literal:
-            return "one of " + ", ".join(map(str, typing.get_args(option)))
-        if isinstance(option, type) and issubclass(option, enum.Enum):
-            return "one of " + ", ".join(str(member.value) for member in option)
+            return choices(typing.get_args(option))
+        if _is_enum(option):
+            return choices((member.value for member in option), f" see {option.__module__}.{option.__qualname__}")
+        if listed := _listed([option]):
+            return f"list of {', '.join(map(str, listed))}"
         if option is type(None):
             return "null"
         if option is bool:

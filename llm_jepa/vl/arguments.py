@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from ..core.checks import (
     check_dispatch,
@@ -188,7 +188,7 @@ class VLJEPATrainingArguments(TrainingArguments):
     )
     # Other defaults than the parent's.
     learning_rate: float = field(default=5e-5, metadata={"help": "The paper's pretraining: 5e-5, constant."})
-    lr_scheduler_type: str = field(
+    lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "The paper's pretraining: constant; its SFT: cosine."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads clips."})

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from llm_jepa.core.recipe import (
     MAX_FILES,
     NOT_OFFERED,
     RENAMED,
+    _words,
     coerce,
     recipe_fields,
 )
@@ -299,6 +301,8 @@ ACCEPTED: list[tuple[Any, Any, Any]] = [
     (False, Literal[False] | None, False),
     ("red", Colour, "red"),
     ("red", Colour | str, "red"),
+    ("red red", str | list[Colour], "red red"),
+    ({"a": math.inf}, dict[str, Any], {"a": math.inf}),
     ([1, 2], list[float], [1.0, 2.0]),
     ([], list[str], []),
     (["a"], None | str | list[str], ["a"]),
@@ -322,6 +326,14 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ("c", Literal["a", "b"], "expected one of a, b, got 'c' (str)"),
     (0, Literal[False], "expected one of False, got 0 (int)"),
     ("blue", Colour, "expected one of red, got 'blue' (str)"),
+    ("reed", Colour | str, "expected one of red, got 'reed' (str); did you mean 'red'?"),
+    (5, Colour | str, "expected one of red, got 5 (int)"),
+    ("red blue", str | list[Colour], "expected str or list of red, got 'red blue' (str)"),
+    (math.nan, float, "expected a finite number, got nan"),
+    (-math.inf, float | None, "expected a finite number, got -inf"),
+    (math.inf, int | float, "expected a finite number, got inf"),
+    (math.nan, int, "expected int, got nan (float)"),
+    ({"a": [math.nan]}, dict[str, Any], "it holds nan; write a finite number"),
     (["a", 3], list[str], "expected list, got ['a', 3] (list)"),
     ("ab", list[str], "expected list, got 'ab' (str)"),
     ([], dict[str, Any], "expected dict, got [] (list)"),
@@ -339,7 +351,7 @@ def test_values_of_the_type_are_taken_and_an_int_becomes_a_float(value, hint, ex
 
 @pytest.mark.parametrize("value, hint, message", REFUSED)
 def test_values_of_another_type_are_refused_and_never_converted(value, hint, message):
-    assert refused(coerce, "key", value, hint) == f"key: {message}."
+    assert refused(coerce, "key", value, hint) == f"key: {message}{'' if message.endswith('?') else '.'}"
 
 
 @pytest.mark.parametrize(
@@ -383,6 +395,41 @@ def test_every_default_is_a_value_a_recipe_may_give(name):
         assert coerce(name, field.default_factory(), hint) == field.default_factory()
     else:
         assert name == "train_data", "the one required field"
+
+
+FAMILY_FIELDS = {family: recipe_fields(groups_of(family)) for family in ("lm", "vl")}
+CHOICES = [(family, key) for family, fields in FAMILY_FIELDS.items() for key in fields if _words(fields[key][1])]
+
+
+def test_the_keys_with_choices_are_found():
+    """Every key for which transformers makes an enum of a text among them."""
+    enums = {
+        "lr_scheduler_type",
+        "optim",
+        "logging_strategy",
+        "eval_strategy",
+        "save_strategy",
+        "hub_strategy",
+        "debug",
+    }
+    for family in ("lm", "vl"):
+        assert enums < {key for name, key in CHOICES if name == family}
+
+
+@pytest.mark.parametrize("family, key", CHOICES)
+def test_a_word_that_is_not_one_of_the_choices_names_the_key(family, key):
+    hint = FAMILY_FIELDS[family][key][1]
+    message = refused(coerce, key, "zzz", hint)
+    assert message.startswith(f"{key}: expected ") and "got 'zzz' (str)" in message and len(message) <= 300
+    word = _words(hint)[0]
+    message = refused(coerce, key, f"{word}z", hint)
+    assert message.startswith(f"{key}: ") and "did you mean '" in message and len(message) <= 300
+    assert coerce(key, word, hint) == word
+
+
+def test_a_learning_rate_schedule_that_does_not_exist(file):
+    message = refused(parse, file(minimal()), ["--lr_scheduler_type", "cosin"])
+    assert message.startswith("lr_scheduler_type: expected one of") and message.endswith("did you mean 'cosine'?")
 
 
 @pytest.mark.parametrize(
@@ -513,9 +560,9 @@ LLAMA = "{model_type: llama, hidden_size: 32}"
         ({"model_init_kwargs": "{use_safetensors: false}"}, "model_init_kwargs"),
         # transformers' and TRL's own checks
         ({"load_best_model_at_end": "true"}, "load_best_model_at_end"),
-        ({"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
-        ({"lr_scheduler_type": "flat"}, "flat is not a valid SchedulerType"),
-        ({"optim": "adagram"}, "adagram is not a valid OptimizerNames"),
+        ({"eval_strategy": "sometimes"}, "eval_strategy: expected one of no, steps, epoch, got 'sometimes'"),
+        ({"lr_scheduler_type": "flat"}, "lr_scheduler_type: expected one of linear, cosine"),
+        ({"optim": "adagram"}, "got 'adagram' (str); did you mean 'adagrad'?"),
         ({"warmup_steps": "-1"}, "warmup_steps"),
         ({"logging_steps": "0"}, "logging_steps"),
         ({"logging_steps": "2.5"}, "logging_steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,10 +12,13 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
+from .diagnostics import SPACE_FIGURES
 from .errors import UserError, one_line
 from .options import MAX_SEED
 
 logger = logging.get_logger(__name__)
+
+SPEED = ("runtime", "samples_per_second", "steps_per_second")  # figures of every evaluation, and not of the model
 
 
 def check_at_least(args: Any, lowest: Mapping[str, float]) -> None:
@@ -121,6 +125,43 @@ def check_batches(args: TrainingArguments, rows: int, validation_rows: int, *, c
             f"The last step of an epoch has a single row ({rows} rows, {step} at a time), {alone}: its JEPA loss is 0. "
             "Set dataloader_drop_last: true, or another batch size."
         )
+
+
+def check_best_metric(args: TrainingArguments, figures: Iterable[str]) -> None:
+    """Raises UserError if no evaluation gives metric_for_best_model.
+
+    figures: the names that the trainer's `figures` gives. The geometry is added if enough pairs are measured.
+    """
+    if args.metric_for_best_model is None:
+        return
+    has_space = getattr(args, "diagnostics_pairs", 0) >= 2
+    names = [f"eval_{name}" for name in (*figures, *(SPACE_FIGURES if has_space else ()))]
+    name = _with_prefix(args.metric_for_best_model)
+    if name in names or name in (f"eval_{speed}" for speed in SPEED):
+        return
+    if name.removeprefix("eval_") in SPACE_FIGURES:
+        raise UserError(f"metric_for_best_model: {name} is not measured; set diagnostics_pairs: 2 or more, e.g. 512.")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(names)}."
+    raise UserError(f"metric_for_best_model: no evaluation of this run gives {args.metric_for_best_model[:80]!r}{hint}")
+
+
+def check_best_is_measured(args: TrainingArguments, space: Mapping[str, float], prefix: str) -> None:
+    """Raises UserError if metric_for_best_model is a figure of the geometry that these validation rows do not have.
+
+    space: the figures of the geometry before the first step. prefix: of the evaluations that measure it.
+    """
+    name = _with_prefix(args.metric_for_best_model or "").removeprefix(f"{prefix}_")
+    if name in SPACE_FIGURES and name not in space:
+        raise UserError(
+            f"metric_for_best_model: the validation rows give no {name}, because they have too few pairs, or too few "
+            "new ones; add validation rows, or choose eval_loss."
+        )
+
+
+def _with_prefix(name: str) -> str:
+    """The name that transformers looks up."""
+    return name if name.startswith("eval_") else f"eval_{name}"
 
 
 def check_packages(args: TrainingArguments) -> None:

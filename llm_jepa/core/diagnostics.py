@@ -121,6 +121,13 @@ def linear_r2(
     return r2.float().to(predicted.device)
 
 
+# The names that `space_diagnostics` gives.
+SPACE_FIGURES = (
+    "cosine_matched", "cosine_mismatched", "raw_cosine_matched", "raw_cosine_mismatched", "recall_at_1",
+    "effective_rank_predicted", "effective_rank_target", "linear_r2",
+)  # fmt: skip
+
+
 def space_diagnostics(
     predicted: Tensor, target: Tensor, target_key: Keys | None = None, context_key: Keys | None = None
 ) -> dict[str, float]:

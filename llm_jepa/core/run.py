@@ -30,6 +30,7 @@ from .checkpoint import (
     rotate,
     say,
 )
+from .checks import SPEED
 from .errors import UserError
 from .files import write_json
 from .identity import (
@@ -50,8 +51,6 @@ from .recipe import Recipe
 from .signals import StopRequest
 from .stopping import OWED
 from .trainer import JEPATrainer
-
-NOT_SHOWN = ("runtime", "samples_per_second", "steps_per_second")  # speed is not a result of training
 
 
 class Beginning(NamedTuple):
@@ -233,7 +232,7 @@ def _train_and_save(
         except KeyError as error:
             if "metric_for_best_model" not in str(error):
                 raise
-            raise UserError(f"Training stopped: {error}") from error
+            raise UserError(f"Training stopped: {error.args[0]}") from error  # str() of a KeyError has quotes
     _save(trainer, before_saving)
     if trainer.is_world_process_zero():
         _print_evaluation(trainer)
@@ -319,7 +318,7 @@ def _print_evaluation(trainer: JEPATrainer) -> None:
     print(f"\n{title:40s}{'step 0':>12s}{'saved' if is_saved else 'then':>12s}")
     for key in sorted(last):
         name = key.removeprefix("eval_")
-        if key.startswith("eval_") and name not in NOT_SHOWN:
+        if key.startswith("eval_") and name not in SPEED:
             before = f"{start[name]:.3g}" if name in start else ""
             print(f"  {name:38s}{before:>12s}{last[key]:>12.3g}")
     if not is_saved:

@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from . import checkpoint
 from .card import Evaluation, last_evaluation
-from .checks import check_one_device, check_refused
+from .checks import check_best_is_measured, check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .distributed import shard_on_cpu
 from .errors import NonFiniteLossError, UserError
@@ -238,6 +238,11 @@ class JEPATrainer(SafeTrainer):
         """One evaluation batch -> [examples, S] sums per example, which `figures` turns into means."""
         raise NotImplementedError
 
+    @staticmethod
+    def figure_names(args: Any) -> tuple[str, ...]:
+        """The names of `figures`."""
+        raise NotImplementedError
+
     def figures(self, totals: list[float]) -> dict[str, float]:
         """The S sums over all evaluation examples -> figures for the log, without prefix."""
         raise NotImplementedError
@@ -419,7 +424,11 @@ class _Hooks(TrainerCallback):
         trainer.begin_training(state)
         trainer.restore_extra_state()
         if state.global_step == 0:
-            if trainer.eval_dataset is not None and (space := trainer.measure_space()):
+            if trainer.eval_dataset is None:
+                return
+            space = trainer.measure_space()
+            check_best_is_measured(args, space, trainer.bank_prefix)
+            if space:
                 trainer.start_diagnostics = space
                 trainer.log({f"eval_{key}": value for key, value in space.items()})
             return

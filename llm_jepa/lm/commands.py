@@ -59,11 +59,14 @@ def _begin(recipe: Recipe) -> _Start:
     from transformers import set_seed
 
     from ..core import run
+    from ..core.checks import check_best_metric
     from .arguments import check_pairs
     from .loading import load_data
     from .sources import data_sha256
+    from .trainer import LLMJEPATrainer
 
     check_pairs(recipe.training)
+    check_best_metric(recipe.training, LLMJEPATrainer.figure_names(recipe.training))
     set_seed(recipe.training.seed)
     rows, validation = load_data(recipe.data, seed=run.data_seed(recipe))
     beginning = run.identify(
@@ -131,14 +134,17 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
     launched: several processes will train, so the batch of one of them is not yet known to be too small.
     """
     from ..core import printing
+    from ..core.checks import check_best_metric
     from ..core.run import data_seed
     from .arguments import check_pairs
     from .data import prepare_rows
     from .dry_run import describe_prompt, describe_row, token_cost
     from .loading import load_data, load_tokenizer
     from .predictor_tokens import predictor_token_names
+    from .trainer import LLMJEPATrainer
 
     training = recipe.training
+    check_best_metric(training, LLMJEPATrainer.figure_names(training))
     if not launched:
         check_pairs(training)
     rows, validation = load_data(recipe.data, seed=data_seed(recipe))

@@ -341,6 +341,10 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         out = self.losses(model, inputs, plan, part)
         return sums_of_examples(out, inputs, part)
 
+    @staticmethod
+    def figure_names(args: LLMJEPAConfig) -> tuple[str, ...]:
+        return ("loss", "lm_loss", "jepa_loss") if args.uses_jepa else ("loss", "lm_loss")
+
     def figures(self, totals: list[float]) -> dict[str, float]:
         lm_sum, labels, pair_sum, pairs = totals
         figures = {"lm_loss": lm_sum / max(labels, 1)}

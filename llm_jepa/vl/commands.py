@@ -52,10 +52,13 @@ def _begin(recipe: Recipe) -> _Start:
     from transformers import set_seed
 
     from ..core import run
+    from ..core.checks import check_best_metric
     from .data import clips_sha256
     from .loading import load_clips
+    from .trainer import VLJEPATrainer
 
     training = recipe.training
+    check_best_metric(training, VLJEPATrainer.figure_names(training))
     set_seed(training.seed)
     clips, validation = load_clips(recipe.data, seed=run.data_seed(recipe))
     _check_batches(training, clips, validation)
@@ -103,12 +106,15 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
 
     launched: several processes will train, so the batch of one of them is not yet known to be too small.
     """
+    from ..core.checks import check_best_metric
     from ..core.run import data_seed
     from .data import ClipCollator, ClipDataset
     from .loading import load_clips, load_vl_model
     from .objective import choose_trained_parts
+    from .trainer import VLJEPATrainer
 
     training = recipe.training
+    check_best_metric(training, VLJEPATrainer.figure_names(training))
     clips, validation = load_clips(recipe.data, seed=data_seed(recipe))
     if not launched:
         _check_batches(training, clips, validation)

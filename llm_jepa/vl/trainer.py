@@ -207,6 +207,10 @@ class VLJEPATrainer(JEPATrainer):
         sums[1] += torch.bincount(inputs["clip_of_pair"], minlength=clips)
         return sums.T
 
+    @staticmethod
+    def figure_names(args: VLJEPATrainingArguments) -> tuple[str, ...]:
+        return ("loss",)
+
     def figures(self, totals: list[float]) -> dict[str, float]:
         """`loss` is a mean over pairs. (InfoNCE depends on the size of the evaluation batches.)"""
         total, pairs = totals

@@ -16,6 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from llm_jepa.cli import main
+from llm_jepa.core.checks import SPEED, check_best_metric
+from llm_jepa.core.diagnostics import SPACE_FIGURES
+from llm_jepa.families import parse_recipe
+from llm_jepa.lm.commands import build_trainer
+from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.conftest import FLOAT32, LLAMA, expect_refusal
 
 RECIPE = {
@@ -734,12 +739,54 @@ def test_existing_output_is_not_overwritten(trained, tmp_path, rows, capsys):
     assert out.read_text() == "kept"
 
 
-def test_a_best_metric_nobody_computes(recipe, capsys):
+def test_a_best_metric_nobody_computes(recipe, tmp_path, capsys):
     path = recipe(
         validation_rows=12, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True,
         metric_for_best_model="bleu",
     )  # fmt: skip
-    expect_refusal(capsys, ["train", path], "metric_for_best_model", "bleu")
+    expect_refusal(capsys, ["train", path], "metric_for_best_model", "'bleu'; choose one of eval_loss, eval_lm_loss,")
+    expect_refusal(capsys, ["train", path, "--dry-run"], "metric_for_best_model", "bleu")
+    misspelt = ["--metric_for_best_model", "eval_recal_at_1"]
+    expect_refusal(capsys, ["train", path, *misspelt], "did you mean 'eval_recall_at_1'?")
+    measured = ["--metric_for_best_model", "recall_at_1", "--diagnostics_pairs", "1"]
+    expect_refusal(capsys, ["train", path, *measured], "eval_recall_at_1 is not measured; set diagnostics_pairs")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_metric_that_the_validation_rows_do_not_give(recipe, capsys, monkeypatch):
+    """Before the first step: three pairs leave no two to fit."""
+    monkeypatch.setattr(LLMJEPATrainer, "compute_loss", lambda *args, **kwargs: pytest.fail("a step was taken"))
+    path = recipe(
+        validation_rows=3, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True,
+        metric_for_best_model="eval_linear_r2",
+    )  # fmt: skip
+    expect_refusal(capsys, ["train", path], "the validation rows give no linear_r2")
+
+
+def test_the_text_of_transformers_about_a_best_metric_has_no_quotes_around_it(recipe, capsys, monkeypatch):
+    """A subclass may leave a figure out; then transformers says so after an evaluation."""
+    figures = LLMJEPATrainer.figures
+
+    def without_loss_of_lm(self, totals):
+        return {key: value for key, value in figures(self, totals).items() if key != "lm_loss"}
+
+    monkeypatch.setattr(LLMJEPATrainer, "figures", without_loss_of_lm)
+    path = recipe(
+        validation_rows=12, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=False,
+        metric_for_best_model="lm_loss",
+    )  # fmt: skip
+    expect_refusal(capsys, ["train", path], "Training stopped: The `metric_for_best_model` training argument is set to")
+
+
+@pytest.mark.parametrize("options", [{}, {"jepa_weight": 0.0}, {"diagnostics_pairs": 0}])
+def test_the_figures_that_may_choose_the_weights_are_those_of_an_evaluation(recipe, options, monkeypatch):
+    trainer, _ = build_trainer(parse_recipe(recipe(validation_rows=12, **options)))
+    given = {name.removeprefix("eval_") for name in trainer.evaluate() if name.startswith("eval_")}
+    space = SPACE_FIGURES if trainer.args.diagnostics_pairs else ()
+    assert given - {"model_preparation_time"} == {*trainer.figure_names(trainer.args), *space, *SPEED}
+    for name in (*given - {"model_preparation_time"}, "eval_loss"):
+        trainer.args.metric_for_best_model = name
+        check_best_metric(trainer.args, trainer.figure_names(trainer.args))
 
 
 def test_a_model_that_is_no_causal_lm_or_does_not_fit_is_refused(trained, tmp_path, capsys):

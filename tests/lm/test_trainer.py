@@ -335,6 +335,17 @@ def test_diagnostics_of_several_validation_sets_belong_to_the_first(dataset, tok
     assert "eval_far_recall_at_1" not in logged
 
 
+@pytest.mark.parametrize("metric", ["eval_far_lm_loss", "eval_near_recall_at_1"])
+def test_one_of_several_validation_sets_may_choose_the_weights(metric, dataset, tokenizer, tmp_path):
+    args = config(
+        tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=1,
+        load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=False, diagnostics_pairs=16,
+    )  # fmt: skip
+    trainer = make(dataset, tokenizer, args, {"near": dataset.select(range(20)), "far": dataset.select(range(20, 40))})
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+
+
 def test_diagnostics_are_logged_at_step_zero_and_in_every_evaluation(dataset, tokenizer, tmp_path):
     args = config(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2, diagnostics_pairs=16)
     trainer = make(dataset, tokenizer, args, dataset)

@@ -22,7 +22,11 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from llm_jepa.cli import main
+from llm_jepa.core.checks import SPEED, check_best_metric
+from llm_jepa.core.diagnostics import SPACE_FIGURES
+from llm_jepa.families import parse_recipe
 from llm_jepa.vl.arguments import VLJEPATrainingArguments, VLModelArguments
+from llm_jepa.vl.commands import build_trainer
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.modeling import VLJEPAModel
@@ -278,6 +282,25 @@ def test_the_best_weights_are_those_of_the_best_step(recipe, tmp_path, capsys):
         f"saved weights (step {step})" in capsys.readouterr().out
         and f"(step {step})" in (out / "README.md").read_text()
     )
+
+
+def test_a_best_metric_that_no_evaluation_gives(recipe, tmp_path, capsys):
+    path = recipe(validation_rows=6, eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_lm_loss")
+    expect_refusal(capsys, ["train", path], "no evaluation of this run gives 'eval_lm_loss'; did you mean 'eval_loss'?")
+    expect_refusal(capsys, ["train", path, "--dry-run"], "did you mean 'eval_loss'?")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"diagnostics_pairs": 0}])
+def test_the_figures_that_may_choose_the_weights_are_those_of_an_evaluation(recipe, options):
+    trainer, _ = build_trainer(parse_recipe(recipe(validation_rows=8, **options)))
+    given = {name.removeprefix("eval_") for name in trainer.evaluate() if name.startswith("eval_")}
+    space = SPACE_FIGURES if trainer.args.diagnostics_pairs else ()
+    data_decides = {"linear_r2", "model_preparation_time"}
+    assert given - data_decides == {*trainer.figure_names(trainer.args), *space, *SPEED} - data_decides
+    for name in given - data_decides:
+        trainer.args.metric_for_best_model = name
+        check_best_metric(trainer.args, trainer.figure_names(trainer.args))
 
 
 def test_a_run_goes_on_only_with_its_own_data(recipe, data, tmp_path, capsys):

@@ -105,15 +105,24 @@ def _fault_of_owner(folder: Path, run: Mapping[str, Any]) -> str | None:
     owner = run_of(folder)
     if RUN_ID not in run or owner == run[RUN_ID]:
         return None
-    if owner is None and read_json(folder / STATE_FILE, is_finite=False)["global_step"] <= run.get(UNMARKED, 0):
+    if owner is None and _read_state(folder)["global_step"] <= run.get(UNMARKED, 0):
         return None
     return "it is of another run"
+
+
+def _read_state(folder: str | Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint or beside a final model. Raises UserError, and OSError if it is missing.
+
+    Its log may hold NaN and Infinity: in fp16 the norm of a gradient that overflows, and the run goes on.
+    """
+    state: dict[str, Any] = read_json(Path(folder) / STATE_FILE, is_finite=False)
+    return state
 
 
 def _fault_of_state(folder: Path) -> str | None:
     """Whether trainer_state.json counts the steps that the folder's name says."""
     try:
-        state = read_json(folder / STATE_FILE, is_finite=False)
+        state = _read_state(folder)
     except (OSError, ValueError):
         return f"{STATE_FILE} is missing or unreadable"
     step, last = state.get("global_step"), state.get("max_steps")
@@ -250,7 +259,7 @@ def find_resume(
 
 
 def _check_is_ahead(newest: str, run: Mapping[str, Any]) -> None:
-    step, last = read_json(Path(newest) / STATE_FILE)["global_step"], run.get("max_steps", -1)
+    step, last = _read_state(newest)["global_step"], run.get("max_steps", -1)
     if 0 < last <= step:
         raise UserError(f"max_steps: {last} is over: {newest} has taken {step} steps; set more.")
 
@@ -266,7 +275,7 @@ def _check_may_be_longer(
     text = next(found[name].text for name in found.keys() & LENGTHS)
     if Path(newest).name != checkpoints(folder)[0].name:
         raise UserError(f"A longer run ({text}) goes on at the last checkpoint: write --resume_from_checkpoint true.")
-    if reason := needs_its_length(read_json(Path(newest) / STATE_FILE)):
+    if reason := needs_its_length(_read_state(newest)):
         raise UserError(
             f"Cannot resume {folder}: the run has changed ({text}), and {reason} depends on its length, so a longer "
             f"run is another run. Put it back, or {_further(folder, further)}."
@@ -284,7 +293,7 @@ def ended_at(folder: str | Path) -> int:
     steps = []
     for path in paths:
         try:
-            state = read_json(path / STATE_FILE)
+            state = _read_state(path)
             steps.append(state["global_step"] if state["global_step"] >= state["max_steps"] else 0)
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -293,7 +302,7 @@ def ended_at(folder: str | Path) -> int:
 
 def is_last(folder: str | Path, run: Mapping[str, Any]) -> bool:
     """Whether no step is left after a checkpoint. Of a run that was made longer, its old end is not the last one."""
-    state = read_json(Path(folder) / STATE_FILE)
+    state = _read_state(folder)
     step: int = state["global_step"]
     return step >= state["max_steps"] and step > run.get(ENDED_AT, 0)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.utils import logging
 
 from .diagnostics import SPACE_FIGURES
@@ -18,6 +20,10 @@ from .options import MAX_SEED
 
 logger = logging.get_logger(__name__)
 
+# optim_args: the first are false if they are anything but a word for true, the second true whatever they are.
+SWITCHES = ("nesterov", "centered", "use_kahan_summation", "bf16_stochastic_round")
+UNREAD = ("could not convert", "invalid literal", "invalid truth value")  # of float, int and transformers
+ALWAYS_TRUE = ("decouple_lr", "kahan_sum")
 SPEED = ("runtime", "samples_per_second", "steps_per_second")  # figures of every evaluation, and not of the model
 
 
@@ -165,7 +171,8 @@ def _with_prefix(name: str) -> str:
 
 
 def check_packages(args: TrainingArguments) -> None:
-    """Raises UserError if `optim` or `report_to` needs a package that is not installed."""
+    """Raises UserError if `optim` or `report_to` needs a package that is not installed, and for wrong `optim_args`."""
+    check_optim_args(args)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError, NotImplementedError) as error:
@@ -177,6 +184,93 @@ def check_packages(args: TrainingArguments) -> None:
                 callback()
         except (ImportError, ValueError, RuntimeError) as error:
             raise UserError(f"report_to: {integration}: {one_line(error)}") from error
+
+
+class _Read(dict[str, str]):
+    """optim_args that remember which of them an optimizer of transformers reads."""
+
+    def __init__(self, *items: Any) -> None:
+        super().__init__(*items)
+        self.names: list[str] = []  # in order; the last one is at fault if a value cannot be read
+
+    def _note(self, name: str) -> str:
+        self.names.append(name)
+        return name
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(self._note(str(name)))
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(self._note(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(self._note(name), default)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        return super().get(self._note(name), default)
+
+
+def check_optim_args(args: TrainingArguments) -> None:
+    """Raises UserError for optim_args that transformers cannot read, or that it leaves out silently."""
+    if not args.optim_args:
+        return
+    given = _Read(_split_optim_args(args.optim_args))
+    read = _names_read(args, given)
+    if read is None:
+        return
+    optim = getattr(args.optim, "value", args.optim)
+    # Trainer sets the decay of each group of weights by the key of the recipe.
+    used = [name for name in dict.fromkeys(read) if name != "weight_decay"]
+    for name, value in given.items():
+        if name not in used:
+            takes = f"takes {', '.join(used)}" if used else "takes none of them"
+            raise UserError(
+                f"optim_args: {name} would be ignored: optim: {optim} {takes}. Remove it; adam_beta1, adam_beta2, "
+                "adam_epsilon and weight_decay are keys of the recipe."
+            )
+        if name in SWITCHES and value.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise UserError(f"optim_args: {name}={value} must be true or false.")
+        if name in ALWAYS_TRUE and value.lower() != "true":
+            raise UserError(f"optim_args: transformers takes {name}={value} for true; remove it.")
+
+
+def _split_optim_args(text: str) -> dict[str, str]:
+    """As transformers splits them. Raises UserError for what is not NAME=VALUE, and for a name that is there twice."""
+    options: dict[str, str] = {}
+    for part in text.replace(" ", "").split(","):
+        name, equals, value = part.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or not equals or not re.fullmatch(r"[\w.+-]+", value):
+            raise UserError(f"optim_args: {part[:40]!r} is not NAME=VALUE; for example momentum=0.9,nesterov=true.")
+        if name in options:
+            raise UserError(f"optim_args: {name} is there twice.")
+        if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+            raise UserError(f"optim_args: {name}={value} is not a finite number.")
+        options[name] = value
+    return options
+
+
+def _names_read(args: TrainingArguments, given: _Read) -> list[str] | None:
+    """The names that an optimizer reads, or None if its package is missing. Raises UserError for a wrong value."""
+    context = OptimizerContext(
+        args=args, model=None, optimizer_kwargs={"lr": args.learning_rate},
+        adam_kwargs={"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}, optim_args=given,
+    )  # fmt: skip
+    try:
+        kind, options = _OPTIMIZER_HANDLERS[args.optim](context)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and given.names:
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)  # looks at the values
+    except ImportError:
+        return None
+    except (ValueError, AttributeError, TypeError) as error:
+        if "model" in str(error) or "module" in str(error):  # which is not there yet; all names have been read
+            return given.names
+        if not given.names:  # the package is missing
+            return None
+        is_unread = isinstance(error, AttributeError) or any(word in str(error) for word in UNREAD)
+        name = given.names[-1]
+        where = f"{name}={dict(given.items()).get(name)}: " if is_unread else ""
+        raise UserError(f"optim_args: {where}{one_line(error, 200)}.") from error
+    return given.names
 
 
 def check_library_options(args: TrainingArguments) -> None:

@@ -348,6 +348,7 @@ BAD_ROWS = {
         ),
         ({"train_sampling_strategy": "by_length"}, "one of random, sequential, group_by_length"),
         ({"lora_r": 8}, "use_peft: true"),
+        ({"optim_args": "betas=zz"}, "optim_args: betas would be ignored"),
         ({"report_to": "wandb"}, "wandb"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be 1 or more"),

@@ -30,7 +30,8 @@ NUMBERS = range(3)
 FIGURES = {
     "ours_over_sft", "ours_over_three_rows", "ours_over_two_rows", "ours_packed_over_packed_sft",
     "ours_message_over_three_rows", "ours_forward_only_over_sft", "ours_cached_over_sft", "ours_dropout75_over_sft",
-    "token_ratio", "token_ratio_packed", "ours_memory_over_sft",
+    "token_ratio", "token_ratio_packed", "ours_memory_over_sft", "sft_over_matrix_products",
+    "sft_packed_over_matrix_products", "ours_over_matrix_products", "ours_packed_over_matrix_products",
 }  # fmt: skip
 
 
@@ -267,9 +268,36 @@ def test_toy_run_writes_every_figure(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in out.read_text(), "a result file names a path of this machine"
 
 
+def test_a_model_folder_is_measured_in_its_own_tokens_and_in_bfloat16(tmp_path, monkeypatch, capsys):
+    """With autocast, the products of the weights are bfloat16, as in `train`. The file names no path."""
+    monkeypatch.setattr(data, "GENERATED_ROWS", 60)
+    monkeypatch.setattr(data, "TOKENIZER_SIZE", 640)
+    rows = data.load_data("nl_rx", None, seed=0)
+    folder, out = tmp_path / "some-model", tmp_path / "result.json"
+    data.random_llama({**TOY, "vocab_size": len(rows.tokenizer)}, rows.tokenizer, seed=0).save_pretrained(folder)
+    rows.tokenizer.save_pretrained(folder)
+    seen = set()
+    measure = measuring.over_matrix_products
+
+    def watch(arm, numbers, model):
+        handle = model.lm_head.register_forward_hook(lambda module, given, logits: seen.add(logits.dtype))
+        try:
+            return measure(arm, numbers, model)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(measuring, "over_matrix_products", watch)
+    argv = ["--quick", "--batch-size", "2", "--repetitions", "2", "--model", str(folder), "--out", str(out)]
+    assert command.main([*argv, "--dtype", "bfloat16"]) == 0 and seen == {torch.bfloat16}
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert cell["model"] == "some-model" and cell["tokenizer_size"] == len(rows.tokenizer)
+    assert str(tmp_path) not in out.read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--quick", "--repetitions", "2", "--model", "nowhere"], "nowhere"),
         (["--nl-rx", "nowhere"], "no folder at nowhere"),
         (["--repetitions", "0"], "--repetitions: '0' must be a whole number, 1 or more"),
         (["--repetitions", "2", "--memory-batches", "3"], "more than the 2 batches; lower it"),

@@ -219,4 +219,5 @@ def make_arms(
     }
     if options.quick:
         del arms["three_rows_512"]
+    packed.accelerator.prepare_model(model, evaluation_mode=True)  # autocast, as `train` begins: `forward` is all arms'
     return arms

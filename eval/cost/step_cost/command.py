@@ -39,7 +39,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nl-rx", type=Path, metavar="DIR", help="folder of synth_train.jsonl (default: generated)")
     parser.add_argument("--spider", type=Path, metavar="DIR", help="folder of spider_train.jsonl (default: generated)")
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, help="default: both; with --quick nl_rx")
-    parser.add_argument("--model", nargs="+", choices=list(SHAPES), help="default: both; with --quick body")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{' or '.join(SHAPES)} of random weights, a folder, or a Hub id (default: both; with --quick body)",
+    )
     parser.add_argument("--repetitions", type=whole(1), help="batches per arm (default: 15; with --quick 5)")
     parser.add_argument(
         "--memory-batches",

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
-from llm_jepa.lm import data_sha256, parse_row, read_rows, train_tokenizer
+from llm_jepa.lm import data_sha256, model_from, parse_row, read_rows, tokenizer_from, train_tokenizer
 from llm_jepa.synthetic import nl_rx
 
 # Like Llama-3's: a header of four tokens for each turn, one bos, and a system turn only if the row has one.
@@ -40,7 +47,7 @@ class Data:
     source: str  # a file name, or the generator of the rows
     sha256: str | None
     rows: list[dict[str, Any]]  # prompt and completion turns, so that TRL trains the completion alone, as we do
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
 
 
 def load_data(name: str, folder: Path | None, *, seed: int) -> Data:
@@ -87,7 +94,7 @@ def _tokenizer(rows: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def random_llama(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, *, seed: int) -> PreTrainedModel:
+def random_llama(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """A Llama with random float32 weights. Its vocabulary has spare rows, so predictor tokens do not enlarge it."""
     set_seed(seed)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -97,3 +104,12 @@ def random_llama(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, *
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     return model
+
+
+def load_model(name: str, data: Data, *, seed: int) -> tuple[PreTrainedModel, Data]:
+    """One of SHAPES, or a model of a folder or the Hub with the data in its own tokens. Raises UserError."""
+    if name in SHAPES:
+        return random_llama(SHAPES[name], data.tokenizer, seed=seed), data
+    tokenizer = tokenizer_from(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as the trainer does
+    return model_from(name, dtype=torch.float32), replace(data, tokenizer=tokenizer)

@@ -29,6 +29,7 @@ BOUNDS = {
     "ours_cached_over_sft": Bound("ours_cached", "sft", 1.08),
     "ours_dropout75_over_sft": Bound("ours_dropout75", "sft", 1.14),
 }
+PRODUCTS_LIMIT = 1.8  # of the time of a step over that of its own matrix products
 MEMORY_BOUND = Bound("ours", "sft", 1.1, times_tokens=True)
 
 
@@ -56,8 +57,14 @@ def summary(cell: dict[str, Any], clock: str) -> dict[str, float]:
     """The figures that have a bound, and the token ratios that some of the bounds use."""
     arms = cell["arms"]
     figures = {name: paired(arms, b.numerator, b.denominator, clock).median for name, b in BOUNDS.items()}
+    products = {
+        f"{name}_over_matrix_products": statistics.median(arm["over_matrix_products"])
+        for name, arm in arms.items()
+        if "over_matrix_products" in arm
+    }
     return {
         **figures,
+        **products,
         "token_ratio": token_ratio(arms, "ours", "sft"),
         "token_ratio_packed": token_ratio(arms, "ours_packed", "sft_packed"),
         "ours_memory_over_sft": sum(arms["ours"]["peak_memory"]) / sum(arms["sft"]["peak_memory"]),
@@ -66,6 +73,8 @@ def summary(cell: dict[str, Any], clock: str) -> dict[str, float]:
 
 def limit_of(name: str, figures: Mapping[str, float]) -> float | None:
     """The highest value that the figure may have; None for the token ratios."""
+    if name.endswith("over_matrix_products"):
+        return PRODUCTS_LIMIT
     bound = {**BOUNDS, "ours_memory_over_sft": MEMORY_BOUND}.get(name)
     if bound is None:
         return None

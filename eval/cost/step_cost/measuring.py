@@ -29,6 +29,9 @@ from .figures import MEMORY_BOUND
 PADDED_REPETITIONS = 3  # of three_rows_512, which costs more than all other arms together
 UNBOUNDED = ("sft_trl", "three_rows_512", "ours_k0")  # arms without a bound; --quick runs them once
 OFTEN = ("sft", "ours", "ours_forward_only", "ours_cached", "ours_dropped")  # --quick runs the others 3 times
+SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+PRODUCT_ARMS = ("sft", "sft_packed", "ours", "ours_packed")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm")  # of the weights; attention has its own kernel
 Figures = dict[str, dict[str, list[Any]]]  # arm -> name -> the value of each repetition
 
 
@@ -70,6 +73,17 @@ def peak_memory(arm: Arm, numbers: Sequence[int], model: PreTrainedModel) -> int
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
+def over_matrix_products(arm: Arm, numbers: Sequence[int], model: PreTrainedModel) -> float:
+    """The CPU time of a step over that of its matrix products with weights, both of the same step."""
+    model.zero_grad(set_to_none=True)
+    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        started = time.process_time()
+        arm.step(numbers)
+        step_s = time.process_time() - started
+    products_us = sum(event.self_cpu_time_total for event in profile.key_averages() if event.key in MATRIX_PRODUCTS)
+    return 1e6 * step_s / products_us
+
+
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Close stderr inside the block: the C++ part of the profiler writes two lines there, at any log level."""
@@ -95,7 +109,7 @@ def measure_cell(data: Data, shape: str, options: argparse.Namespace) -> dict[st
     draw = random.Random(options.seed)
     rows = draw.sample(data.rows, needed)
     batches = [range(start, start + options.batch_size) for start in range(0, needed, options.batch_size)]
-    model = data_sets.random_llama(data_sets.SHAPES[shape], data.tokenizer, seed=options.seed)
+    model, data = data_sets.load_model(shape, data, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="step_cost_") as folder:
         arms = make_arms(model, data, rows, Path(folder), options)
     figures = {name: _tokens_of(arm, batches) for name, arm in arms.items()}
@@ -107,6 +121,11 @@ def measure_cell(data: Data, shape: str, options: argparse.Namespace) -> dict[st
             figures[name]["peak_memory"].append(peak_memory(arms[name], batch, model))
             progress.update()
         gc.collect()
+        if options.device == "cpu":
+            for name in PRODUCT_ARMS:
+                figures[name]["over_matrix_products"] = [
+                    over_matrix_products(arms[name], batch, model) for batch in batches[: options.memory_batches]
+                ]
         for name, batch in to_time:
             clock = timed(arms[name], batch, model)
             figures[name]["cpu_s"].append(clock.cpu_s)
@@ -117,8 +136,8 @@ def measure_cell(data: Data, shape: str, options: argparse.Namespace) -> dict[st
         "source": data.source,
         "rows_sha256": data.sha256,
         "tokenizer_size": len(data.tokenizer),
-        "model": shape,
-        "shape": data_sets.SHAPES[shape],
+        "model": Path(shape).name,  # no path of this machine
+        "shape": {key: getattr(model.config, key) for key in SHAPE_KEYS},
         "parameters": model.num_parameters(),
         "arms": add_dropout(figures),
     }
@@ -170,7 +189,7 @@ def add_dropout(arms: Figures) -> Figures:
     for percent in (50, 75):
         share = percent / 100
         mixed: dict[str, list[Any]] = {}
-        for key in with_views:
+        for key in dropped:
             if key != "peak_memory":
                 pairs = zip(with_views[key], dropped[key], strict=True)
                 mixed[key] = [(1 - share) * one + share * other for one, other in pairs]

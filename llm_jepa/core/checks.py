@@ -262,7 +262,7 @@ def _names_read(args: TrainingArguments, given: _Read) -> list[str] | None:
     except ImportError:
         return None
     except (ValueError, AttributeError, TypeError) as error:
-        if "model" in str(error) or "module" in str(error):  # which is not there yet; all names have been read
+        if isinstance(error, ValueError) and "mod" in str(error):  # a model is not there yet; all names have been read
             return given.names
         if not given.names:  # the package is missing
             return None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,8 +119,21 @@ def no_larger_than(weights: Weights, source: str) -> Iterator[None]:
     transformers builds a model on the meta device, without memory, and allocates what is missing from the weights
     afterwards. So this stops a config with 100,000 layers or a table of 10^12 numbers before anything is allocated.
     """
+
+    def refuse(num_tensors: int, num_elements: int) -> NoReturn:
+        raise UserError(
+            f"The config of {source} describes a larger model than its weights: more than {num_tensors:,} tensors "
+            f"of {num_elements:,} numbers, and the files hold {weights.num_tensors:,} of {weights.num_elements:,}."
+        )
+
     most_tensors = 4 * weights.num_tensors + SPARE_TENSORS
-    most_elements = 4 * weights.num_elements + SPARE_ELEMENTS
+    with building_at_most(most_tensors, 4 * weights.num_elements + SPARE_ELEMENTS, refuse):
+        yield
+
+
+@contextlib.contextmanager
+def building_at_most(most_tensors: int, most_elements: float, refuse: Callable[[int, int], NoReturn]) -> Iterator[None]:
+    """Calls `refuse` with the tensors and numbers so far when a model that is built in this block has more."""
     num_tensors = num_elements = 0
 
     def count(module: Any, name: str, tensor: Any) -> None:
@@ -129,10 +142,7 @@ def no_larger_than(weights: Weights, source: str) -> Iterator[None]:
             return
         num_tensors, num_elements = num_tensors + 1, num_elements + tensor.numel()
         if num_tensors > most_tensors or num_elements > most_elements:
-            raise UserError(
-                f"The config of {source} describes a larger model than its weights: more than {num_tensors:,} tensors "
-                f"of {num_elements:,} numbers, and the files hold {weights.num_tensors:,} of {weights.num_elements:,}."
-            )
+            refuse(num_tensors, num_elements)
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:

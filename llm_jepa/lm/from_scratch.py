@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-from ..core.errors import UserError, first_line, one_line
+from ..core.random_weights import config_of, random_weights
 from ..core.tokenizer import train_bpe
 from .rows import parse_row
 
@@ -31,35 +29,13 @@ def random_model(
 ) -> PreTrainedModel:
     """A causal LM with random weights drawn from `seed`; vocabulary and special ids come from the tokenizer.
 
-    Raises UserError for a model_type or key that transformers does not know.
+    Raises UserError for a model_type, key or value that transformers does not know, and for impossible sizes.
     """
-    options = dict(model_config)
-    try:
-        model_type = options.pop("model_type")
-        known = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise UserError(f"model_config: transformers knows no model_type {model_type!r}; e.g. llama, qwen3.") from None
-    unknown = sorted(key for key in options if not hasattr(known, key))
-    if unknown:
-        raise UserError(f"model_config: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
-    try:
-        config = AutoConfig.for_model(
-            model_type,
-            **options,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    except StrictDataclassError as error:
-        raise UserError(f"model_config: {one_line(error, 300)}") from None
-    set_seed(seed)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = config_of(model_config, what="model_config", vocab_size=len(tokenizer), **special)
     kwargs["attn_implementation"] = kwargs.get("attn_implementation") or default_attention(config)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"model_config: cannot build a causal LM of model_type {model_type!r}: {first_line(error, 300)}"
-        ) from None
+    set_seed(seed)
+    model = random_weights(AutoModelForCausalLM, config, what="model_config", **kwargs)
     # Set after building. Before, it would become the embedding's padding_idx, and because pad = eos = end of turn, that
     # token's input row would stay zero without gradient. (Llama-3-Instruct has no pad_token_id either.)
     model.config.pad_token_id = tokenizer.pad_token_id

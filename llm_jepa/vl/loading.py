@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, set_seed
+from transformers import PreTrainedConfig, set_seed
 
-from ..core.errors import UserError, one_line
+from ..core.errors import UserError
+from ..core.random_weights import config_of
 from ..core.tokenizer import train_bpe
 from .arguments import VLDataArguments, VLModelArguments
 from .data import Clip, read_clips
@@ -114,19 +114,6 @@ def _part(name: str, part: str | dict[str, Any] | None, more: dict[str, Any]) ->
     """
     if not isinstance(part, dict):
         return str(part)
-    options = dict(part)
-    model_type = options.pop("model_type")
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise UserError(
-            f"{name}: transformers does not know model_type {model_type!r}; use one such as vjepa2, llama or bert."
-        ) from None
-    if unknown := sorted(key for key in options if not hasattr(known, key)):
-        raise UserError(f"{name}: {model_type} has no {', '.join(unknown)}; see its transformers config class.")
-    if clash := sorted(key for key in more if options.get(key, more[key]) != more[key]):
-        raise UserError(f"{name}: {clash[0]}={options[clash[0]]} must be {more[clash[0]]} here; leave it out.")
-    try:
-        return AutoConfig.for_model(model_type, **{**options, **more})
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"{name}: {one_line(error, 300)}") from None
+    if clash := sorted(key for key in more if part.get(key, more[key]) != more[key]):
+        raise UserError(f"{name}: {clash[0]}={part[clash[0]]} must be {more[clash[0]]} here; leave it out.")
+    return config_of(part, what=name, **more)

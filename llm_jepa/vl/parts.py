@@ -15,8 +15,9 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from ..core.diagnostics import evaluating
 from ..core.errors import UserError
 from ..core.json_files import read_json
+from ..core.random_weights import random_weights
 from ..core.safetensors_files import find_file
-from ..core.untrusted import load_config, load_model, loading
+from ..core.untrusted import load_config, load_model
 
 logger = logging.getLogger(__name__)
 Part: TypeAlias = str | PreTrainedConfig | PreTrainedModel  # a Hub id or folder, a config (random weights), or a model
@@ -34,8 +35,7 @@ def load_part(name: str, part: Part, revision: str | None, dtype: torch.dtype) -
             AutoModel, part, config, what=f"the {name}", revision=revision, unused=UNUSED, dtype=dtype
         )  # fmt: skip
     else:
-        with loading(f"the {name}", part.model_type):
-            model = AutoModel.from_config(part, dtype=dtype)
+        model = random_weights(AutoModel, part, what=name, dtype=dtype)
     # CLIP-like models hold a vision and a text tower; only one of them is this part.
     tower = getattr(model, {"x_encoder": "vision_model", "y_encoder": "text_model"}.get(name, ""), None)
     return tower if isinstance(tower, PreTrainedModel) else model

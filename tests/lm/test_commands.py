@@ -339,9 +339,11 @@ BAD_ROWS = {
         ({"output_dir": None}, "no output_dir"),
         ({"train_data": "nowhere.jsonl"}, "No data file at nowhere.jsonl"),
         ({"model_config": None}, "exactly one of model_name_or_path"),
-        ({"model_config": {"model_type": "lama"}}, "no model_type 'lama'"),
+        ({"model_config": {"model_type": "lama"}}, "not know model_type 'lama'"),
         ({"model_config": {**LLAMA, "hidden_sise": 3}}, "llama has no hidden_sise"),
         ({"model_config": {"model_type": "t5"}}, "model_type 't5'"),
+        ({"model_config": {**LLAMA, "num_hidden_layers": 100_000}}, "num_hidden_layers is 100,000"),
+        ({"model_config": {**LLAMA, "intermediate_size": 10**12}}, "lower intermediate_size"),
         (
             {"attn_implementation": "sdpa", "model_config": {"model_type": "bloom", "n_layer": 1, "hidden_size": 32}},
             "'bloom'",

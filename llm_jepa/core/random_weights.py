@@ -47,7 +47,7 @@ def config_of(options: Mapping[str, Any], *, what: str, **more: Any) -> PreTrain
 
 
 def random_weights(
-    model_class: Any, config: PreTrainedConfig, *, what: str, dtype: torch.dtype, **options: Any
+    model_class: Any, config: PreTrainedConfig, *, what: str, dtype: torch.dtype | None = None, **options: Any
 ) -> PreTrainedModel:
     """A model with random weights. Raises UserError if it cannot be built, or if this machine cannot hold it.
 
@@ -55,9 +55,11 @@ def random_weights(
         model_class: with `from_config`, such as AutoModel.
         what: the key of the recipe, for messages.
     """
-    _check_memory(model_class, config, what=what, dtype=dtype, **options)
+    _check_memory(model_class, config, what=what, dtype=dtype or torch.get_default_dtype(), **options)
+    if dtype is not None:
+        options["dtype"] = dtype
     try:
-        model: PreTrainedModel = model_class.from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = model_class.from_config(config, **options)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -119,10 +120,12 @@ class Judged(NamedTuple):
     metrics: by wording, then by metric of `graders.regex`. With several wordings also "both": the shares of requests
         that have the same answer, and the right answer, in all wordings.
     correct: by wording, one "0" or "1" for each request (1: a regex for the same language).
+    bits: the same for every metric.
     """
 
     metrics: dict[str, dict[str, float]]
     correct: dict[str, str]
+    bits: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
 def judge(
@@ -130,16 +133,18 @@ def judge(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[list[dict[str, Any]]]],
     golds: Sequence[str],
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Judged:
     """Answer the prompts of every wording greedily and judge the answers by the language of the regex."""
-    metrics, correct, keys = {}, {}, []
+    metrics, bits, keys = {}, {}, []
     for wording, requests in prompts.items():
-        answers = generate(model, tokenizer, requests, max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
+        answers = generate(model, tokenizer, requests, max_new_tokens=max_new_tokens, batch_size=256)
         grades = [graders.regex(gold, answer.text, answer.stopped) for gold, answer in zip(golds, answers, strict=True)]
         names = [name for name in grades[0].scores if name != "nondegenerate"]
         metrics[wording] = {name: _mean_score(grades, name) for name in names}
-        correct[wording] = "".join("01"[int(grade.scores["equivalent"])] for grade in grades)
+        bits[wording] = {name: "".join("01"[int(grade.scores[name])] for grade in grades) for name in names}
         keys.append([grade.answer_key for grade in grades])
+    correct = {wording: of_metric["equivalent"] for wording, of_metric in bits.items()}
     if len(prompts) > 1:
         consistent = sum(len(set(of_request)) == 1 for of_request in zip(*keys, strict=True))
         all_correct = sum(set(bits) == {"1"} for bits in zip(*correct.values(), strict=True))
@@ -147,7 +152,7 @@ def judge(
             "consistent": consistent / len(golds),
             "consistent_and_correct": all_correct / len(golds),
         }
-    return Judged(metrics, correct)
+    return Judged(metrics, correct, bits)
 
 
 def _mean_score(grades: Sequence[graders.Grade], name: str) -> float:

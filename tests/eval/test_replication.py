@@ -11,11 +11,13 @@ import yaml
 from eval.experiments import replication, small_runs
 from eval.experiments.replication import analysis, runs
 from eval.experiments.replication.__main__ import main
-from eval.experiments.replication.runs import ARMS, Cell, run_cell
+from eval.experiments.replication.runs import ARMS, Cell, Setup, run_cell, setup_of
 from eval.figures.inference import detectable_difference
 from eval.tasks import nl_rx as nl_rx_data
 from llm_jepa import UserError
 from llm_jepa.synthetic import nl_rx
+
+SMALL = Setup(validation=12)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_validation_is_held_out_by_regex(data):
-    train, validation = runs._data(data, 12)
+    train, validation = runs._data(data, SMALL)
     regexes = [{row["messages"][-1]["content"] for row in part} for part in (train, validation)]
     assert len(validation) >= 12 and len(train) + len(validation) == 80
     assert not regexes[0] & regexes[1]
@@ -40,13 +42,13 @@ def test_validation_is_held_out_by_regex(data):
 def test_a_cell_trains_its_arm_and_is_not_repeated(arm, data, tmp_path):
     weight = 0.0 if arm.startswith("sft") else 0.1
     cell = Cell("completion", arm, 0, 1e-3, weight, "test", 12, "", tmp_path / f"completion-{arm}-seed0.json")
-    run_cell(cell, data, 12)
+    run_cell(cell, data, SMALL)
     result = json.loads(cell.out.read_text())
     assert result["lines"] == len(result["correct"]["turk"]) > 3
     assert result["cost"]["steps"] == (12 if arm != "sft_flops" else pytest.approx(16, abs=2))
     assert any("jepa_loss" in entry for entry in result["cost"]["log"]) == (weight > 0)
     before = cell.out.stat().st_mtime_ns
-    run_cell(cell, data, 12)
+    run_cell(cell, data, SMALL)
     assert cell.out.stat().st_mtime_ns == before
 
 
@@ -55,11 +57,35 @@ def test_mismatched_changes_the_targets_alone(data, tmp_path):
     logs = {}
     for arm, weight in (("sft", 0.0), ("mismatched", 1e-9), ("info_nce", 1e-9)):
         cell = Cell("completion", arm, 0, 1e-3, weight, "validation", 10, "", tmp_path / f"{arm}.json")
-        run_cell(cell, data, 12)
+        run_cell(cell, data, SMALL)
         logs[arm] = json.loads(cell.out.read_text())["cost"]["log"]
     for one, other in zip(logs["sft"], logs["mismatched"], strict=True):
         assert one["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-3)
     assert [e["jepa_loss"] for e in logs["mismatched"]] != [e["jepa_loss"] for e in logs["info_nce"]]
+
+
+def test_a_plan_has_its_own_rows_settings_and_arms(data, tmp_path):
+    """Equal tokens: steps of plain SFT for the message views of `message`. Its result says what it was trained with."""
+    arms = {"sft": {}, "message": {"objective": "cosine", "context_view": "message"}}
+    arms |= {"wrong": {**arms["message"], "wrong_targets": True}, "equal": {"equal_tokens_of": "message"}}
+    plan = {"validation": 12, "rows": 40, "lines": 3, "wordings": ["synth"], "arms": arms, "training": {"bf16": True}}
+    setup = setup_of(plan)
+    assert len(runs._data(data, setup)[0]) == 40 and runs._data(data, setup)[1] == runs._data(data, SMALL)[1]
+    results = {}
+    for arm in arms:
+        weight = 1.0 if arm in ("message", "wrong") else 0.0
+        cell = Cell("paper", arm, 0, 1e-3, weight, "test", 6, "", tmp_path / f"{arm}.json")
+        run_cell(cell, data, setup)
+        results[arm] = json.loads(cell.out.read_text())
+        with pytest.raises(UserError, match="holds another run .*setup"):
+            run_cell(cell, data, SMALL)
+    assert results["equal"]["cost"]["steps"] > 6 == results["sft"]["cost"]["steps"]
+    assert results["equal"]["cost"]["tokens"] == pytest.approx(results["message"]["cost"]["tokens"], rel=0.1)
+    assert results["message"]["setup"]["options"] == arms["message"] and results["sft"]["setup"]["rows"] == 40
+    assert results["sft"]["bits"]["synth"].keys() >= {"exact", "startswith", "contains", "equivalent", "stop_rate"}
+    assert [len(result["correct"]["synth"]) for result in results.values()] == [3] * 4
+    logs = [[entry["jepa_loss"] for entry in results[arm]["cost"]["log"]] for arm in ("message", "wrong")]
+    assert logs[0] != logs[1]
 
 
 def in_this_process(run, cells, jobs, *shared):
@@ -103,7 +129,7 @@ def test_selection_takes_the_best_and_comparison_uses_it(data, tmp_path, monkeyp
 def test_a_cell_is_judged_on_its_part_with_its_labels(data, tmp_path, monkeypatch):
     asked, labels = [], []
 
-    def judge(model, tokenizer, prompts, golds):
+    def judge(model, tokenizer, prompts, golds, max_new_tokens):
         asked.append((prompts, golds))
         return small_runs.Judged({"synth": dict.fromkeys(("startswith", "exact", "equivalent", "stop_rate"), 0)}, {})
 
@@ -116,9 +142,9 @@ def test_a_cell_is_judged_on_its_part_with_its_labels(data, tmp_path, monkeypatc
     monkeypatch.setattr(runs, "LLMJEPATrainer", Trainer)
     for protocol, arm, part in (("completion", "vicreg", "validation"), ("paper", "stp_code", "test")):
         cell = Cell(protocol, arm, 0, 1e-3, 0.1, part, 10, "", tmp_path / f"{protocol}.json")
-        run_cell(cell, data, 12)
+        run_cell(cell, data, SMALL)
     (prompts, golds), (both, answers) = asked
-    validation = runs._data(data, 12)[1]
+    validation = runs._data(data, SMALL)[1]
     assert golds == [row["messages"][-1]["content"] for row in validation] and set(prompts) == {"synth"}
     items = nl_rx_data.load(data)[0]
     assert answers == [item.answer for item in items]
@@ -194,3 +220,13 @@ def test_command_line_says_what_is_missing(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     wanted = ["--data FOLDER", "--out FOLDER", "--plan FILE", "NL-RX folder", "keys must be steps", "cannot be read"]
     assert len(said) == len(wanted) and all(word in line for word, line in zip(wanted, said, strict=True)), said
+
+
+def test_other_data_than_the_plans_are_refused_before_anything_starts(data, tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(replication.PLAN.read_text() + f"\nrows: 40\ndata_sha256: {{synth_train.jsonl: {'0' * 64}}}\n")
+    words = ["compare", "--data", str(data), "--plan", str(plan), "--out", str(tmp_path / "out"), "--start", "x"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "synth_train.jsonl is not the file of the plan (SHA-256 " in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

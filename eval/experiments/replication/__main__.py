@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAMLError
 
 from llm_jepa import UserError
-from llm_jepa.core.files import write_json
+from llm_jepa.core.files import file_sha256, write_json
 from llm_jepa.core.strict_yaml import load_yaml
 
 from ...command import ArgumentParser, one_line_errors, require, whole
@@ -19,7 +20,11 @@ from ...tasks import nl_rx
 from . import PLAN, RESULTS
 from . import __doc__ as about
 from .analysis import analyse, seeds_of, table
-from .runs import TRAIN, compare, select
+from .runs import TRAIN, Setup, compare, select
+
+OPTIONAL = {item.name: None for item in fields(Setup)} | dict.fromkeys(
+    ("selection_protocol", "selection_metric", "data_sha256")
+)
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
@@ -28,9 +33,23 @@ def _read_plan(path: Path) -> dict[str, Any]:
     except (OSError, YAMLError) as error:
         raise UserError(f"{path} cannot be read as a plan: {error}") from None
     wanted = load_yaml(PLAN.read_text()).keys()
-    if not isinstance(plan, dict) or plan.keys() != wanted:
-        raise UserError(f"{path} is not a plan: its keys must be {', '.join(wanted)}.")
+    if not isinstance(plan, dict) or not wanted <= plan.keys() <= wanted | OPTIONAL.keys():
+        raise UserError(
+            f"{path} is not a plan: its keys must be {', '.join(wanted)}; these may follow: {', '.join(OPTIONAL)}."
+        )
     return plan
+
+
+def _check_data(plan: dict[str, Any], folder: Path) -> None:
+    """Raises UserError for other files than those of the plan, before anything starts."""
+    files = nl_rx.load(folder)[2]
+    for path in files:
+        known = plan.get("data_sha256", {}).get(path.name)
+        if known is not None and known != file_sha256(path):
+            raise UserError(
+                f"{path} is not the file of the plan (SHA-256 {file_sha256(path)}, not {known}); give that one, or "
+                "write a plan for this one."
+            )
 
 
 @one_line_errors("eval.experiments.replication")
@@ -67,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.data is None:
         raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")
-    nl_rx.load(options.data)  # fails before anything starts if a file is missing
+    _check_data(plan, options.data)
     step = select if options.step == "select" else compare
     step(options.data, plan, options.start, out, options.jobs)
     return 0

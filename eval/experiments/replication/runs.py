@@ -10,8 +10,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from llm_jepa.core.json_files import read_json
 from llm_jepa.core.strict_yaml import dump_yaml
 from llm_jepa.lm import add_view_columns, model_from, random_model, read_rows, tokenizer_from, train_tokenizer
 
-from ...provenance import environment
+from ...provenance import environment, weights_sha256
 from ...tasks import nl_rx
 from .. import small_runs
 from ..small_runs import derangement, side_by_side, with_targets_of
@@ -33,18 +33,45 @@ from . import RESULTS
 
 TRAIN = "synth_train.jsonl"
 
-# The options that an arm adds to plain SFT. Its weight comes from the plan.
+# The options that an arm adds to plain SFT, unless the plan has its own `arms`. Its weight comes from the plan. Two of
+# them are ours: `equal_tokens_of` an arm gives it as many more steps as that arm's views would pay for, and
+# `wrong_targets` gives each row the target of another one.
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {},
-    "sft_flops": {},
+    "sft_flops": {"equal_tokens_of": "info_nce"},
     "cosine": {"objective": "cosine"},
     "info_nce": {"objective": "info_nce"},
     "vicreg": {"objective": "mse", "regularizer": "vicreg"},
     "sigreg": {"objective": "mse", "regularizer": "sigreg"},
     "stp_paper": {"objective": "stp", "stp_formula": "paper", "num_predictor_tokens": 0},
     "stp_code": {"objective": "stp", "stp_formula": "code", "num_predictor_tokens": 0},
-    "mismatched": {"objective": "info_nce"},
+    "mismatched": {"objective": "info_nce", "wrong_targets": True},
 }
+WEIGHT_OF = {"mismatched": "info_nce"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a plan share. The defaults are those of the plan of random weights.
+
+    rows: so many training rows, drawn once (default: all). lines: of the test, the first in a random order (default:
+    all). training: training arguments that take the place of those of `small_runs.RUN`. model: options of loading.
+    """
+
+    train: str = TRAIN
+    rows: int | None = None
+    validation: int = 512
+    lines: int | None = None
+    wordings: list[str] = field(default_factory=lambda: ["synth", "turk"], hash=False)
+    max_new_tokens: int = small_runs.MAX_NEW_TOKENS
+    training: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    model: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    arms: Mapping[str, dict[str, Any]] = field(default_factory=lambda: ARMS, hash=False)
+
+
+def setup_of(plan: dict[str, Any]) -> Setup:
+    """The shared settings of a plan; those that it leaves out are the defaults."""
+    return Setup(**{item.name: plan[item.name] for item in fields(Setup) if item.name in plan})
 
 
 @dataclass(frozen=True)
@@ -63,26 +90,26 @@ class Cell:
 
 
 @functools.cache
-def _data(folder: Path, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _data(folder: Path, setup: Setup) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training rows, validation rows), the same for every run. All lines of one regex are in the same part.
 
-    held_out: the least number of validation rows.
+    There are `setup.validation` validation rows, or a few more.
     """
-    rows = [dict(row) for row in read_rows(str(folder / TRAIN))]
+    rows = [dict(row) for row in read_rows(str(folder / setup.train))]
     counts = Counter(_answer(row) for row in rows)
     regexes = sorted(counts)
     random.Random("validation").shuffle(regexes)
     validation: set[str] = set()
     num_validation = 0
     for regex in regexes:
-        if num_validation >= held_out:
+        if num_validation >= setup.validation:
             break
         validation.add(regex)
         num_validation += counts[regex]
-    return (
-        [row for row in rows if _answer(row) not in validation],
-        [row for row in rows if _answer(row) in validation],
-    )
+    train = [row for row in rows if _answer(row) not in validation]
+    if setup.rows is not None:
+        train = random.Random("training rows").sample(train, setup.rows)
+    return train, [row for row in rows if _answer(row) in validation]
 
 
 def _answer(row: dict[str, Any]) -> str:
@@ -91,73 +118,102 @@ def _answer(row: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _tokenizer(folder: Path, held_out: int, start: str) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, setup: Setup, start: str) -> PreTrainedTokenizerBase:
     if start:
         tokenizer = tokenizer_from(start)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # like the published script and the trainer
         return tokenizer
-    return train_tokenizer(_data(folder, held_out)[0], small_runs.SHARED["tokenizer_vocab_size"])
+    return train_tokenizer(_data(folder, setup)[0], small_runs.SHARED["tokenizer_vocab_size"])
 
 
 @functools.cache
-def _views(folder: Path, held_out: int, start: str, protocol: str) -> Dataset:
+def _views(folder: Path, setup: Setup, start: str, protocol: str, context_view: str) -> Dataset:
     """Views of the training rows, the same for every run of one protocol."""
     add_views = functools.partial(
-        add_view_columns, tokenizer=_tokenizer(folder, held_out, start), label_protocol=protocol
+        add_view_columns,
+        tokenizer=_tokenizer(folder, setup, start),
+        label_protocol=protocol,
+        context_view=context_view,
     )
-    return Dataset.from_list([add_views(row, i) for i, row in enumerate(_data(folder, held_out)[0])])
+    return Dataset.from_list([add_views(row, i) for i, row in enumerate(_data(folder, setup)[0])])
 
 
-def _model(start: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def _model(start: str, setup: Setup, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     if start:
         set_seed(seed)
-        return model_from(start, dtype=torch.float32)
+        return model_from(start, dtype=torch.float32, **setup.model)
     return random_model(small_runs.SHARED["model_config"], tokenizer, seed=seed)
 
 
-def run_cell(cell: Cell, data: Path, held_out: int) -> str:
+def run_cell(cell: Cell, data: Path, setup: Setup) -> str:
     """Train and judge one cell, unless its result file exists. Returns a line for the log."""
-    settings = {name: value for name, value in asdict(cell).items() if name != "out"}
+    settings = _settings(cell, setup)
     if cell.out.exists():
         small_runs.refuse_other_settings(cell.out, settings)
     else:
         with tempfile.TemporaryDirectory() as scratch:  # no run saves anything
-            write_json(cell.out, {**settings, **_train_and_judge(cell, data, held_out, Path(scratch))})
+            write_json(cell.out, {**settings, **_train_and_judge(cell, data, setup, Path(scratch))})
     result = read_json(cell.out, is_finite=False)
-    synth = result["metrics"]["synth"]
     names = ("startswith", "exact", "equivalent", "stop_rate")
-    figures = "  ".join(f"{name} {100 * synth[name]:5.1f}" for name in names)
+    metrics = result["metrics"][_wording(setup)]
+    figures = "  ".join(f"{name} {100 * metrics[name]:5.1f}" for name in names)
     return f"{cell.out.stem:45s} {figures}  {result['cost']['tokens']:,} tokens, {result['seconds']:.0f} s"
 
 
-def _train_and_judge(cell: Cell, data: Path, held_out: int, output_dir: Path) -> dict[str, Any]:
+def _settings(cell: Cell, setup: Setup) -> dict[str, Any]:
+    """What a result file says of its run. It names no folder of this machine."""
+    settings = {name: value for name, value in asdict(cell).items() if name != "out"}
+    if Path(cell.start).is_dir() and cell.start:
+        settings |= {"start": Path(cell.start).name, "start_sha256": weights_sha256(Path(cell.start))}
+    usual = vars(Setup())
+    changed = {name: value for name, value in vars(setup).items() if name != "arms" and value != usual[name]}
+    if setup.arms is not ARMS:
+        changed["options"] = dict(setup.arms[cell.arm])
+    return {**settings, "setup": changed} if changed else settings
+
+
+def _wording(setup: Setup) -> str:
+    """The wording of the training rows: synth or turk."""
+    return setup.train.partition("_")[0]
+
+
+def _train_and_judge(cell: Cell, data: Path, setup: Setup, output_dir: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.perf_counter()
-    rows = _views(data, held_out, cell.start, cell.protocol)
-    tokenizer = copy.deepcopy(_tokenizer(data, held_out, cell.start))  # predictor tokens are added to the copy
+    options = dict(setup.arms[cell.arm])
+    equal_to, is_wrong = options.pop("equal_tokens_of", None), options.pop("wrong_targets", False)
+    rows = _views(data, setup, cell.start, cell.protocol, options.get("context_view", "prefix"))
+    tokenizer = copy.deepcopy(_tokenizer(data, setup, cell.start))  # predictor tokens are added to the copy
     steps = cell.steps
-    if cell.arm == "sft_flops":
-        steps = _steps_of_equal_tokens(steps, rows, tokenizer, output_dir)
-    if cell.arm == "mismatched":
+    if equal_to is not None:
+        with_views = {name: value for name, value in setup.arms[equal_to].items() if name != "wrong_targets"}
+        view_rows = _views(data, setup, cell.start, cell.protocol, with_views.get("context_view", "prefix"))
+        dear = small_runs.arguments(output_dir, 1, **{**setup.training, "jepa_weight": 0.1, **with_views})
+        plain = small_runs.arguments(output_dir, 1, **{**setup.training, "jepa_weight": 0.0})
+        tokens = small_runs.tokens_of(rows, plain, tokenizer)
+        steps = round(steps * small_runs.tokens_of(view_rows, dear, tokenizer) / tokens)
+    if is_wrong:
         partner = derangement(range(len(rows)), random.Random(f"mismatched {cell.seed}"))
         rows = with_targets_of(rows, [partner[i] for i in range(len(rows))])
     options = {
+        **setup.training,
         "learning_rate": cell.learning_rate,
         "seed": cell.seed,
         "jepa_weight": cell.weight,
         "label_protocol": cell.protocol,
-        **ARMS[cell.arm],
+        **options,
     }
     args = small_runs.arguments(output_dir, steps, **options)
-    model = _model(cell.start, tokenizer, cell.seed)
+    model = _model(cell.start, setup, tokenizer, cell.seed)
     trainer = LLMJEPATrainer(model, args, rows, processing_class=tokenizer)
     cost = small_runs.train(trainer)
-    prompts, golds = _questions(data, held_out, cell.part)
-    judged = small_runs.judge(model, tokenizer, prompts, golds)
+    prompts, golds = _questions(data, setup, cell.part)
+    judged = small_runs.judge(model, tokenizer, prompts, golds, setup.max_new_tokens)
     return {
         "lines": len(golds),
         "metrics": judged.metrics,
         "correct": judged.correct,
+        **({"bits": dict(judged.bits)} if setup.arms is not ARMS else {}),
         "cost": cost,
         "data_sha256": {path.name: file_sha256(path) for path in nl_rx.load(data)[2]},
         "environment": environment(),
@@ -165,38 +221,41 @@ def _train_and_judge(cell: Cell, data: Path, held_out: int, output_dir: Path) ->
     }
 
 
-def _steps_of_equal_tokens(steps: int, rows: Dataset, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> int:
-    """The number of plain SFT steps that cost as many tokens as `steps` steps with views."""
-    with_views = small_runs.arguments(output_dir, 1, jepa_weight=0.1)
-    plain = small_runs.arguments(output_dir, 1, jepa_weight=0.0)
-    tokens_with_views, tokens = (small_runs.tokens_of(rows, args, tokenizer) for args in (with_views, plain))
-    return round(steps * tokens_with_views / tokens)
-
-
 @functools.cache
-def _questions(data: Path, held_out: int, part: str) -> tuple[dict[str, list[list[dict[str, Any]]]], list[str]]:
-    """(prompts by wording, golds) of "validation" (synth alone) or "test"."""
+def _questions(data: Path, setup: Setup, part: str) -> tuple[dict[str, list[list[dict[str, Any]]]], list[str]]:
+    """(prompts by wording, golds) of "validation" (the wording of training alone) or "test"."""
     if part == "validation":
-        rows = _data(data, held_out)[1]
-        return {"synth": [row["messages"][:-1] for row in rows]}, [_answer(row) for row in rows]
+        rows = _data(data, setup)[1]
+        return {_wording(setup): [row["messages"][:-1] for row in rows]}, [_answer(row) for row in rows]
     items, _, _ = nl_rx.load(data)
+    if setup.lines is not None:
+        items = random.Random("test lines").sample(items, setup.lines)
     prompts = {"synth": [list(item.original) for item in items], "turk": [list(item.paraphrase) for item in items]}
-    return prompts, [item.answer for item in items]
+    return {wording: prompts[wording] for wording in setup.wordings}, [item.answer for item in items]
 
 
 def select(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -> None:
     """Select the learning rate by plain SFT, then the weight of every objective. Print the plan's block `settled`."""
 
+    setup = setup_of(plan)
+    protocol, metric = plan.get("selection_protocol", "completion"), plan.get("selection_metric", "startswith")
+
     def best(arm: str, options: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """The (learning rate, weight) with the highest mean startswith on validation."""
+        """The (learning rate, weight) with the highest mean of the metric on validation."""
         cells = {
-            option: [_selection_cell(arm, option, seed, plan["steps"], start, out) for seed in plan["selection_seeds"]]
+            option: [
+                _selection_cell(protocol, arm, option, seed, plan["steps"], start, out)
+                for seed in plan["selection_seeds"]
+            ]
             for option in options
         }
         flat = list(itertools.chain.from_iterable(cells.values()))
-        for line in side_by_side(run_cell, flat, jobs, data, plan["validation"]):
+        for line in side_by_side(run_cell, flat, jobs, data, setup):
             print(line, flush=True)
-        means = {option: statistics.mean(map(_validation_startswith, group)) for option, group in cells.items()}
+        means = {
+            option: statistics.mean(_on_validation(cell, _wording(setup), metric) for cell in group)
+            for option, group in cells.items()
+        }
         return max(means, key=lambda option: means[option])
 
     rate, _ = best("sft", [(rate, 0.0) for rate in plan["learning_rates"]])
@@ -206,14 +265,16 @@ def select(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -
     print("settled:\n" + dump_yaml({"learning_rate": rate, "weights": weights}))
 
 
-def _selection_cell(arm: str, option: tuple[float, float], seed: int, steps: int, start: str, out: Path) -> Cell:
+def _selection_cell(
+    protocol: str, arm: str, option: tuple[float, float], seed: int, steps: int, start: str, out: Path
+) -> Cell:
     rate, weight = option
     path = out / "selection" / f"{arm}-{rate:g}-{weight:g}-seed{seed}.json"
-    return Cell("completion", arm, seed, rate, weight, "validation", steps, start, path)
+    return Cell(protocol, arm, seed, rate, weight, "validation", steps, start, path)
 
 
-def _validation_startswith(cell: Cell) -> float:
-    share: float = read_json(cell.out, is_finite=False)["metrics"]["synth"]["startswith"]
+def _on_validation(cell: Cell, wording: str, metric: str) -> float:
+    share: float = read_json(cell.out, is_finite=False)["metrics"][wording][metric]
     return share
 
 
@@ -222,7 +283,9 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
     settled = plan["settled"]
     if settled is None:
         raise UserError("The plan has no `settled` settings yet; run select, write them there and commit the plan.")
-    weights = {arm: settled["weights"].get(arm, 0.0) for arm in ARMS} | {"mismatched": settled["weights"]["info_nce"]}
+    setup = setup_of(plan)
+    same_as = WEIGHT_OF if setup.arms is ARMS else {}
+    weights = {arm: settled["weights"].get(same_as.get(arm, arm), 0.0) for arm in setup.arms}
     protocols = plan["protocols"]
     seeds = sorted({seed for protocol in protocols.values() for seed in protocol["seeds"]})
     cells = []
@@ -233,7 +296,7 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
             path = result_file(name, arm, seed, out)
             rate, weight = settled["learning_rate"], weights[arm]
             cells.append(Cell(name, arm, seed, rate, weight, "test", plan["steps"], start, path))
-    for line in side_by_side(run_cell, cells, jobs, data, plan["validation"]):
+    for line in side_by_side(run_cell, cells, jobs, data, setup):
         print(line, flush=True)
 
 

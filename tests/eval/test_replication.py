@@ -224,7 +224,7 @@ def test_command_line_says_what_is_missing(tmp_path, capsys):
 
 def test_other_data_than_the_plans_are_refused_before_anything_starts(data, tmp_path, capsys):
     plan = tmp_path / "plan.yaml"
-    plan.write_text(replication.PLAN.read_text() + f"\nrows: 40\ndata_sha256: {{synth_train.jsonl: {'0' * 64}}}\n")
+    plan.write_text(replication.PLAN.read_text() + f"\nrows: 40\ndata_sha256: {{synth_train.jsonl: {'ab' * 32}}}\n")
     words = ["compare", "--data", str(data), "--plan", str(plan), "--out", str(tmp_path / "out"), "--start", "x"]
     assert main(words) == 2
     said = capsys.readouterr().err

@@ -242,6 +242,8 @@ def select(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -
 
     def best(arm: str, options: Sequence[tuple[float, float]]) -> tuple[float, float]:
         """The (learning rate, weight) with the highest mean of the metric on validation."""
+        if len(options) == 1:
+            return options[0]
         cells = {
             option: [
                 _selection_cell(protocol, arm, option, seed, plan["steps"], start, out)

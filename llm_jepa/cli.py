@@ -213,8 +213,9 @@ def _train_here_or_launch(
             f"{os.environ['WORLD_SIZE']} processes were started and cannot see each other: without a GPU each, add "
             "--use_cpu true."
         )
-    from .core.run import leave_process_group, set_timeout
+    from .core.run import hide_bars, leave_process_group, set_timeout
 
+    hide_bars(recipe.training)
     set_timeout(recipe.training)
     family.train(recipe)
 

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from .checkpoint import (
     RUN_FILE,
@@ -263,6 +265,13 @@ def set_timeout(training: TrainingArguments) -> None:
     """Let gloo wait for `ddp_timeout`. transformers passes it on for GPUs only, and gloo's own is half an hour."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.distributed_c10d._set_pg_timeout(training.ddp_timeout_delta)
+
+
+def hide_bars(training: TrainingArguments) -> None:
+    """Hide the progress bars of Datasets and transformers as well, if the recipe wants none (`disable_tqdm`)."""
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 def leave_process_group() -> None:

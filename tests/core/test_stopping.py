@@ -262,10 +262,16 @@ def test_a_time_limit_is_a_request(folder, tmp_path, monkeypatch, capsys):
 
     send_at(monkeypatch, LLMJEPATrainer, "compute_loss", pass_an_hour)
     words = ["train", str(folder / "lm.yaml"), "--output_dir", str(tmp_path / "run")]
-    words += ["--resume_from_checkpoint", "auto"]  # the command of a scheduler, which is always the same
+    words += [
+        "--resume_from_checkpoint",
+        "auto",
+        "--disable_tqdm",
+        "true",
+    ]  # the command of a scheduler, which is always the same
     assert main([*words, "--stop_after", "1h30m"]) == 75
     said = capsys.readouterr().err
     assert "llm-jepa: stopped, because the time of stop_after is over" in said and "checkpoint-3. Continue" in said
+    assert "%|" not in said, "a bar of a library, which disable_tqdm hides, too"
     assert main(words) == 0
     assert outcome(tmp_path / "run") == outcome(folder / "lm")
     assert main(words) == 0

@@ -28,6 +28,7 @@ from llm_jepa.core.checkpoint import (
     fault_of_model,
     find_resume,
     hold,
+    is_finished_of_before,
     is_last,
     newest_complete,
     rotate,
@@ -221,10 +222,51 @@ def test_a_run_may_be_saved_and_end_after_its_first_step(tmp_path):
     assert fault(checkpoint, run={"id": "abc"}) == "it is of another run", "of a run that marks what it saves"
 
 
+@pytest.mark.parametrize(
+    ("missing", "text"),
+    [
+        ("model.safetensors", "weights"),
+        ("optimizer.pt", "optimizer state (save_only_model: true saves none)"),
+        ("scheduler.pt", "scheduler state (scheduler.pt)"),
+        ("scaler.pt", "state of the gradient scaler (scaler.pt)"),
+        ("rng_state.pth", "state of the random generators (rng_state.pth)"),
+    ],
+)
+def test_a_checkpoint_says_what_its_manifest_lacks(missing, text, tmp_path):
+    names = (*TRAINED, "scaler.pt")
+    whole = save(tmp_path / "checkpoint-2", 2, names=names)
+    newest = save(tmp_path / "checkpoint-4", 4, names=tuple(name for name in names if name != missing))
+    for num_processes in (1, None):
+        wanted = {"num_processes": num_processes, "has_scaler": True}
+        assert fault(newest, **wanted) == f"it has no {text}"
+        assert newest_complete(tmp_path, **wanted) == whole
+    # A run that scales no gradients needs no scaler; one that saves models only needs the weights.
+    assert newest_complete(tmp_path) == (newest if missing == "scaler.pt" else whole)
+    assert newest_complete(tmp_path, has_state=False) == (whole if missing == "model.safetensors" else newest)
+
+
 @pytest.mark.parametrize("missing", MODEL)
 def test_a_final_model_says_what_its_manifest_lacks(missing, tmp_path):
     save(tmp_path, 8, names=tuple(name for name in MODEL if name != missing))
     assert fault_of_model(tmp_path) == f"its {MANIFEST} has no {'weights' if 'model' in missing else missing}"
+
+
+def test_damaged_checkpoints_are_counted_and_the_newest_fault_is_named(tmp_path, capsys):
+    run = {"id": "abc"}
+    write_json(tmp_path / RUN_FILE, run)
+    whole = save(tmp_path / "checkpoint-2", 2, run="abc")
+    damaged = save(tmp_path / "checkpoint-4", 4, run="abc") / "optimizer.pt"
+    damaged.write_text("damaged")
+    save(tmp_path / "checkpoint-6", 6, run="another")
+    assert find_resume(tmp_path, run, resume="true") == str(whole)
+    assert capsys.readouterr().out == (
+        "Skipped 2 damaged checkpoint(s): checkpoint-6, checkpoint-4 (it is of another run).\n"
+    )
+    shutil.rmtree(whole)
+    assert refusal(tmp_path, run) == (
+        f"No checkpoint in {tmp_path} is complete (it is of another run); start a new run in another output_dir."
+    )
+    assert find_resume(tmp_path, run, resume="true", allowed=("checkpoint",)) == str(tmp_path / "checkpoint-6")
 
 
 def test_where_a_run_ended(tmp_path):
@@ -234,6 +276,8 @@ def test_where_a_run_ended(tmp_path):
     assert ended_at(tmp_path) == 4
     save(tmp_path / "checkpoint-6", 6, 8)
     assert ended_at(tmp_path) == 0, "it was made longer, and killed"
+    assert not is_last(tmp_path / "checkpoint-6", {"ended_at": 4})
+    assert is_last(tmp_path / "checkpoint-4", {}) and not is_last(tmp_path / "checkpoint-4", {"ended_at": 4})
     save(tmp_path, 4, 4, names=MODEL)
     assert ended_at(tmp_path) == 4
     (tmp_path / "checkpoint-6" / STATE_FILE).write_text("{")
@@ -286,6 +330,22 @@ def test_an_output_folder_that_cannot_be_one_is_named(tmp_path):
     )
 
 
+def test_auto_resumes_the_run_of_the_folder_and_only_that(tmp_path):
+    """A folder without a record is free or not, as for a new run. Of a torn record nobody knows the run."""
+    assert find_resume(tmp_path, {}, resume="auto") is None
+    checkpoint = save(tmp_path / "checkpoint-4", 4)
+    assert "holds no run of ours" in refusal(tmp_path, {}, "auto")
+    write_json(tmp_path / RUN_FILE, {"seed": 0})
+    for resume in ("auto", "Auto"):
+        assert find_resume(tmp_path, {"seed": 0}, resume=resume) == str(checkpoint)
+        assert "(seed: 0 -> 1)" in refusal(tmp_path, {"seed": 1}, resume)
+    record = tmp_path / RUN_FILE
+    record.write_text("[]")
+    said = refusal(tmp_path, {"seed": 0}, "auto")
+    assert said.startswith(f"{record} cannot be read (") and "it is a list instead of an object" in said
+    assert said.endswith("), so nobody knows which run this is; put it back, or choose another output_dir.")
+
+
 def test_a_run_that_has_saved_nothing_starts_again_as_any_run(tmp_path, capsys, monkeypatch):
     """But not from a checkpoint that was named. Of several processes one says so."""
     write_json(tmp_path / RUN_FILE, {"seed": 0})
@@ -317,6 +377,10 @@ def test_every_process_of_the_run_needs_its_generators(tmp_path, capsys):
     options = {"num_processes": 3, "allowed": ("num_processes",)}
     for resume in ("true", str(of_one)):
         assert find_resume(tmp_path, {"num_processes": 3}, resume=resume, **options) == str(of_one)
+    shutil.rmtree(of_two)
+    assert refusal(tmp_path, run, num_processes=2) == (
+        f"No checkpoint in {tmp_path} is complete ({lacks}); start a new run in another output_dir."
+    )
 
 
 def test_a_refusal_names_three_changes_and_how_to_allow_them(tmp_path):
@@ -390,6 +454,15 @@ def test_a_damaged_final_model_is_saved_again_with_a_line(tmp_path, capsys):
         f"The run in {tmp_path} is finished, but model.safetensors is damaged, and there is no checkpoint to save the "
         "model again from; start a new run in another output_dir."
     )
+
+
+@pytest.mark.parametrize("missing", [None, *MODEL, STATE_FILE, RUN_FILE])
+def test_a_run_of_an_earlier_version_is_finished_if_all_its_files_are_there(missing, tmp_path):
+    write_json(tmp_path / RUN_FILE, {})
+    (save(tmp_path, 8, names=MODEL) / MANIFEST).unlink()
+    if missing:
+        (tmp_path / missing).unlink()
+    assert is_finished_of_before(tmp_path) == (missing is None)
 
 
 def test_a_checkpoint_that_cannot_be_removed_stops_no_training(tmp_path):

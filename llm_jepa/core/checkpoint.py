@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import UserError, one_line
+from .errors import UserError
 from .files import WEIGHTS
 from .identity import (
     ENDED_AT,
@@ -443,10 +443,10 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"output_dir {folder} has no {RUN_FILE}, so there is no run to resume; leave out --resume_from_checkpoint "
             "to start one, or write `--resume_from_checkpoint auto`, which does both."
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(
-            f"{folder / RUN_FILE} cannot be read ({one_line(error)}), so nobody knows which run this is; put it back, "
-            "or choose another output_dir."
+            f"{folder / RUN_FILE} cannot be read ({error.strerror}), so nobody knows which run this is; make it "
+            "readable, or choose another output_dir."
         ) from None
 
 

@@ -409,7 +409,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
             with self.template_to_save():
                 save_adapter(model, self.processing_class, folder, state_dict=state_dict, is_main_process=is_main)
             return
-        if state_dict is not None:  # gathered from shards, a tied head is a tensor of its own
+        if state_dict is not None:  # gathered from shards, where a tied head became a second tensor
             state_dict = {key: value for key, value in state_dict.items() if key not in model.all_tied_weights_keys}
         in_training, self.base_model.config.use_cache = self.base_model.config.use_cache, self._use_cache
         try:

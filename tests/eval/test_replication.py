@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,17 @@ def test_other_data_than_the_plans_are_refused_before_anything_starts(data, tmp_
     said = capsys.readouterr().err
     assert "synth_train.jsonl is not the file of the plan (SHA-256 " in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+    plan.write_text(replication.PLAN.read_text() + "\nwordings: [synth]\n")
+    assert main(["analyse", "--plan", str(plan), "--out", str(tmp_path)]) == 2
+    assert "the plan does not ask turk" in capsys.readouterr().err
+
+
+def test_the_committed_runs_are_those_of_the_plan_in_another_process():
+    """`compare` gives every run a process of its own. There, the plan is a copy."""
+    plan = yaml.safe_load(replication.PLAN.read_text())
+    setup = pickle.loads(pickle.dumps(setup_of(plan)))
+    for arm, weight in (("sft", 0.0), ("mismatched", plan["settled"]["weights"]["info_nce"])):
+        path = runs.result_file("completion", arm, 0)
+        rate = plan["settled"]["learning_rate"]
+        cell = Cell("completion", arm, 0, rate, weight, "test", plan["steps"], "", path)
+        assert arm in run_cell(cell, Path("nowhere"), setup), "it would be trained again, or refused"

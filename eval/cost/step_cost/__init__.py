@@ -25,5 +25,7 @@ positions only (the published code scores every position). So they differ in lay
 tests/eval/test_step_cost.py compares their losses and gradients. Their context is the prefix. Message views would cost
 them the same, because the LM row is the longest. Activation checkpointing, TRL's default, is off everywhere.
 
+On a CPU, NAME_over_matrix_products is the time of a step over that of the matrix products with weights in it.
+
 Memory is the peak above the resting model (parameters and gradients). The allocator counts it, so it is exact on a CPU.
 """

@@ -219,5 +219,6 @@ def make_arms(
     }
     if options.quick:
         del arms["three_rows_512"]
-    packed.accelerator.prepare_model(model, evaluation_mode=True)  # autocast, as `train` begins: `forward` is all arms'
+    # `train` puts autocast around `forward` in the same way. The arms share the model, so once is enough.
+    packed.accelerator.prepare_model(model, evaluation_mode=True)
     return arms

@@ -29,7 +29,7 @@ BOUNDS = {
     "ours_cached_over_sft": Bound("ours_cached", "sft", 1.08),
     "ours_dropout75_over_sft": Bound("ours_dropout75", "sft", 1.14),
 }
-PRODUCTS_LIMIT = 1.8  # of the time of a step over that of its own matrix products
+PRODUCTS_LIMIT = 1.8  # a step may take so many times as long as the matrix products in it
 MEMORY_BOUND = Bound("ours", "sft", 1.1, times_tokens=True)
 
 

@@ -19,8 +19,8 @@ from ...command import ArgumentParser, one_line_errors, require, whole
 from ...tasks import nl_rx
 from . import PLAN, RESULTS
 from . import __doc__ as about
-from .analysis import analyse, seeds_of, table
-from .runs import TRAIN, Setup, compare, select
+from .analysis import WORDINGS, analyse, seeds_of, table
+from .runs import TRAIN, Setup, compare, select, setup_of
 
 OPTIONAL = {item.name: None for item in fields(Setup)} | dict.fromkeys(
     ("selection_protocol", "selection_metric", "data_sha256")
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan, out = _read_plan(options.plan or PLAN), options.out or RESULTS
     if options.step == "analyse":
         require("scipy")
+        if unasked := set(WORDINGS) - set(setup_of(plan).wordings):
+            raise UserError(f"analyse compares {' and '.join(WORDINGS)}; the plan does not ask {', '.join(unasked)}.")
         figures = analyse(plan, out)
         write_json(out / "summary.json", figures)
         print(f"{table(figures)}\n\nOver {seeds_of(figures, plan)}.")

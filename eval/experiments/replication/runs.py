@@ -163,11 +163,11 @@ def run_cell(cell: Cell, data: Path, setup: Setup) -> str:
 def _settings(cell: Cell, setup: Setup) -> dict[str, Any]:
     """What a result file says of its run. It names no folder of this machine."""
     settings = {name: value for name, value in asdict(cell).items() if name != "out"}
-    if Path(cell.start).is_dir() and cell.start:
+    if cell.start and Path(cell.start).is_dir():
         settings |= {"start": Path(cell.start).name, "start_sha256": weights_sha256(Path(cell.start))}
     usual = vars(Setup())
     changed = {name: value for name, value in vars(setup).items() if name != "arms" and value != usual[name]}
-    if setup.arms is not ARMS:
+    if setup.arms != ARMS:  # equal, not the same: another process has a copy
         changed["options"] = dict(setup.arms[cell.arm])
     return {**settings, "setup": changed} if changed else settings
 
@@ -213,7 +213,7 @@ def _train_and_judge(cell: Cell, data: Path, setup: Setup, output_dir: Path) -> 
         "lines": len(golds),
         "metrics": judged.metrics,
         "correct": judged.correct,
-        **({"bits": dict(judged.bits)} if setup.arms is not ARMS else {}),
+        **({"bits": dict(judged.bits)} if setup.arms != ARMS else {}),
         "cost": cost,
         "data_sha256": {path.name: file_sha256(path) for path in nl_rx.load(data)[2]},
         "environment": environment(),
@@ -286,7 +286,7 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
     if settled is None:
         raise UserError("The plan has no `settled` settings yet; run select, write them there and commit the plan.")
     setup = setup_of(plan)
-    same_as = WEIGHT_OF if setup.arms is ARMS else {}
+    same_as = WEIGHT_OF if setup.arms == ARMS else {}
     weights = {arm: settled["weights"].get(same_as.get(arm, arm), 0.0) for arm in setup.arms}
     protocols = plan["protocols"]
     seeds = sorted({seed for protocol in protocols.values() for seed in protocol["seeds"]})

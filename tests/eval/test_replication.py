@@ -127,6 +127,29 @@ def test_selection_takes_the_best_and_comparison_uses_it(data, tmp_path, monkeyp
     assert {cell.part for cell in cells} == {"test"} and {cell.learning_rate for cell in cells} == {0.2}
 
 
+def test_a_protocol_can_have_its_own_rows(data, tmp_path, monkeypatch):
+    """Three training sets under the same labels, and each run is told its own."""
+    asked = []
+    monkeypatch.setattr(runs, "side_by_side", in_this_process)
+    monkeypatch.setattr(runs, "run_cell", lambda cell, data, setup: asked.append((cell, setup)) or "")
+    sets = {
+        "synth": {"labels": "completion"},
+        "turk": {"labels": "completion", "train": "turk_train.jsonl", "rows": 30},
+        "paper": {"steps": 4},
+    }
+    protocols = {name: {**own, "arms": ["sft"], "seeds": [0]} for name, own in sets.items()}
+    settled = {"learning_rate": 0.2, "weights": {}}
+    plan = {"steps": 9, "rows": 50, "validation": 12, "settled": settled, "protocols": protocols}
+    runs.compare(data, plan, "", tmp_path, 1)
+    told = [(cell.out.stem, cell.protocol, cell.steps, setup.train, setup.rows) for cell, setup in asked]
+    assert told == [
+        ("synth-sft-seed0", "completion", 9, "synth_train.jsonl", 50),
+        ("turk-sft-seed0", "completion", 9, "turk_train.jsonl", 30),
+        ("paper-sft-seed0", "paper", 4, "synth_train.jsonl", 50),
+    ]
+    assert {setup.validation for _, setup in asked} == {12}
+
+
 def test_a_cell_is_judged_on_its_part_with_its_labels(data, tmp_path, monkeypatch):
     asked, labels = [], []
 

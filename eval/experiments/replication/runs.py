@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,11 @@ def _on_validation(cell: Cell, wording: str, metric: str) -> float:
 
 
 def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -> None:
-    """Run all arms of both protocols, seed by seed: if you stop early, the finished seeds are whole."""
+    """Run all arms of every protocol, seed by seed: if you stop early, the finished seeds are whole.
+
+    An entry of `protocols` is named after its label protocol, or has `labels`; its `train`, `rows` and `steps` take the
+    place of those of the plan.
+    """
     settled = plan["settled"]
     if settled is None:
         raise UserError("The plan has no `settled` settings yet; run select, write them there and commit the plan.")
@@ -291,15 +295,21 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
     protocols = plan["protocols"]
     seeds = sorted({seed for protocol in protocols.values() for seed in protocol["seeds"]})
     cells = []
-    for seed, name in itertools.product(seeds, protocols):
-        if seed not in protocols[name]["seeds"]:
+    for seed, (name, protocol) in itertools.product(seeds, protocols.items()):
+        if seed not in protocol["seeds"]:
             continue
-        for arm in protocols[name]["arms"]:
+        own = replace(setup, **{key: protocol[key] for key in ("train", "rows") if key in protocol})
+        labels, steps = protocol.get("labels", name), protocol.get("steps", plan["steps"])
+        for arm in protocol["arms"]:
             path = result_file(name, arm, seed, out)
             rate, weight = settled["learning_rate"], weights[arm]
-            cells.append(Cell(name, arm, seed, rate, weight, "test", plan["steps"], start, path))
-    for line in side_by_side(run_cell, cells, jobs, data, setup):
+            cells.append((Cell(labels, arm, seed, rate, weight, "test", steps, start, path), own))
+    for line in side_by_side(_run_of_set, cells, jobs, data):
         print(line, flush=True)
+
+
+def _run_of_set(cell_and_setup: tuple[Cell, Setup], data: Path) -> str:
+    return run_cell(cell_and_setup[0], data, cell_and_setup[1])
 
 
 def result_file(protocol: str, arm: str, seed: int, out: Path = RESULTS) -> Path:

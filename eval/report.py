@@ -14,7 +14,7 @@ from llm_jepa import UserError
 from llm_jepa.core.files import write_whole
 
 from .command import ArgumentParser, one_line_errors, require
-from .pages import cost, experiments, nl_rx, reliability, vl
+from .pages import cost, experiments, nl_rx, pretrained, reliability, vl
 from .pages.cards import cards
 from .pages.families import families_table
 from .pages.memory import memory_tables
@@ -30,6 +30,10 @@ def rendered_blocks() -> dict[Path, dict[str, str]]:
         README: {"families": families_table()},
         PAGES / "nl_rx.md": {"tiny_nl_rx": nl_rx.table(nl_rx.load())},
         PAGES / "paraphrases.md": {"paraphrases": experiments.paraphrase_tables()},
+        PAGES / "pretrained.md": {
+            "pretrained_published": pretrained.published(),
+            "pretrained_completion": pretrained.completion(),
+        },
         PAGES / "replication.md": {"replication": experiments.replication_tables()},
         PAGES / "step_cost.md": {"step_cost": cost.step_table()},
         PAGES / "vl.md": {"vl": vl.vl_tables()},

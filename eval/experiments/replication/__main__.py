@@ -17,13 +17,13 @@ from llm_jepa.core.strict_yaml import load_yaml
 
 from ...command import ArgumentParser, one_line_errors, require, whole
 from ...tasks import nl_rx
-from . import PLAN, RESULTS
+from . import PLAN, RESULTS, analysis, planned_analysis, planned_tables
 from . import __doc__ as about
-from .analysis import WORDINGS, analyse, seeds_of, table
 from .runs import TRAIN, Setup, compare, select, setup_of
 
+PARTS = ("protocol", "arm", "seed")  # one of each is a run
 OPTIONAL = {item.name: None for item in fields(Setup)} | dict.fromkeys(
-    ("selection_protocol", "selection_metric", "data_sha256")
+    ("selection_protocol", "selection_metric", "data_sha256", "primary", "margin", "contrasts")
 )
 
 
@@ -52,6 +52,40 @@ def _check_data(plan: dict[str, Any], folder: Path) -> None:
             )
 
 
+def _only(plan: dict[str, Any], chosen: dict[str, str | None]) -> dict[str, Any]:
+    """The plan with the chosen protocol, arm and seed alone; None leaves all of them. Raises UserError for no run."""
+    protocols = {}
+    for name, protocol in plan["protocols"].items():
+        arms = [arm for arm in protocol["arms"] if chosen["arm"] in (None, arm)]
+        seeds = [seed for seed in protocol["seeds"] if chosen["seed"] in (None, str(seed))]
+        if chosen["protocol"] in (None, name) and arms and seeds:
+            protocols[name] = {**protocol, "arms": arms, "seeds": seeds}
+    if not protocols:
+        asked = " ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
+        raise UserError(f"The plan has no run of {asked}; its protocols, arms and seeds are {plan['protocols']}.")
+    return {**plan, "protocols": protocols}
+
+
+def _analyse(plan: dict[str, Any], out: Path) -> str:
+    """Write the analysis that the plan asks for to out/summary.json, and return its tables."""
+    if planned_analysis.names_its_primary(plan):
+        require("scipy", "matplotlib")
+        figures = planned_analysis.analyse(plan, out)
+        write_json(out / "summary.json", figures)
+        planned_tables.draw(figures, plan, out)
+        tables = planned_tables.tables(figures, plan)
+        return "\n\n".join([*tables.values(), f"Over {planned_tables.seeds_of(figures)}."])
+    require("scipy")
+    wordings = analysis.WORDINGS
+    if unasked := set(wordings) - set(setup_of(plan).wordings):
+        raise UserError(
+            f"Without `primary`, analyse compares {' and '.join(wordings)}; the plan does not ask {', '.join(unasked)}."
+        )
+    figures = analysis.analyse(plan, out)
+    write_json(out / "summary.json", figures)
+    return f"{analysis.table(figures)}\n\nOver {analysis.seeds_of(figures, plan)}."
+
+
 @one_line_errors("eval.experiments.replication")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
@@ -71,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=whole(1, 1024), default=2, help="number of parallel runs, one core each; 1 on one GPU"
     )
+    for name in PARTS:
+        parser.add_argument(f"--{name}", help=f"compare: only the runs of this {name} of the plan")
     options = parser.parse_args(argv)
     if options.start and (options.out is None or options.plan is None):
         raise UserError(
@@ -79,18 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     plan, out = _read_plan(options.plan or PLAN), options.out or RESULTS
     if options.step == "analyse":
-        require("scipy")
-        if unasked := set(WORDINGS) - set(setup_of(plan).wordings):
-            raise UserError(f"analyse compares {' and '.join(WORDINGS)}; the plan does not ask {', '.join(unasked)}.")
-        figures = analyse(plan, out)
-        write_json(out / "summary.json", figures)
-        print(f"{table(figures)}\n\nOver {seeds_of(figures, plan)}.")
+        print(_analyse(plan, out))
         return 0
     if options.data is None:
         raise UserError(f"{options.step} needs --data FOLDER with {TRAIN} and the test files.")
     _check_data(plan, options.data)
-    step = select if options.step == "select" else compare
-    step(options.data, plan, options.start, out, options.jobs)
+    if options.step == "select":
+        select(options.data, plan, options.start, out, options.jobs)
+        return 0
+    plan = _only(plan, {name: getattr(options, name) for name in PARTS})
+    compare(options.data, plan, options.start, out, options.jobs)
     return 0
 
 

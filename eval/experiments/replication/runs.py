@@ -147,7 +147,7 @@ def _model(start: str, setup: Setup, tokenizer: PreTrainedTokenizerBase, seed: i
 
 def run_cell(cell: Cell, data: Path, setup: Setup) -> str:
     """Train and judge one cell, unless its result file exists. Returns a line for the log."""
-    settings = _settings(cell, setup)
+    settings = settings_of(cell, setup)
     if cell.out.exists():
         small_runs.refuse_other_settings(cell.out, settings)
     else:
@@ -155,12 +155,12 @@ def run_cell(cell: Cell, data: Path, setup: Setup) -> str:
             write_json(cell.out, {**settings, **_train_and_judge(cell, data, setup, Path(scratch))})
     result = read_json(cell.out, is_finite=False)
     names = ("startswith", "exact", "equivalent", "stop_rate")
-    metrics = result["metrics"][_wording(setup)]
+    metrics = result["metrics"][trained_wording(setup)]
     figures = "  ".join(f"{name} {100 * metrics[name]:5.1f}" for name in names)
     return f"{cell.out.stem:45s} {figures}  {result['cost']['tokens']:,} tokens, {result['seconds']:.0f} s"
 
 
-def _settings(cell: Cell, setup: Setup) -> dict[str, Any]:
+def settings_of(cell: Cell, setup: Setup) -> dict[str, Any]:
     """What a result file says of its run. It names no folder of this machine."""
     settings = {name: value for name, value in asdict(cell).items() if name != "out"}
     if cell.start and Path(cell.start).is_dir():
@@ -172,7 +172,7 @@ def _settings(cell: Cell, setup: Setup) -> dict[str, Any]:
     return {**settings, "setup": changed} if changed else settings
 
 
-def _wording(setup: Setup) -> str:
+def trained_wording(setup: Setup) -> str:
     """The wording of the training rows: synth or turk."""
     return setup.train.partition("_")[0]
 
@@ -226,7 +226,7 @@ def _questions(data: Path, setup: Setup, part: str) -> tuple[dict[str, list[list
     """(prompts by wording, golds) of "validation" (the wording of training alone) or "test"."""
     if part == "validation":
         rows = _data(data, setup)[1]
-        return {_wording(setup): [row["messages"][:-1] for row in rows]}, [_answer(row) for row in rows]
+        return {trained_wording(setup): [row["messages"][:-1] for row in rows]}, [_answer(row) for row in rows]
     items, _, _ = nl_rx.load(data)
     if setup.lines is not None:
         items = random.Random("test lines").sample(items, setup.lines)
@@ -255,7 +255,7 @@ def select(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -
         for line in side_by_side(run_cell, flat, jobs, data, setup):
             print(line, flush=True)
         means = {
-            option: statistics.mean(_on_validation(cell, _wording(setup), metric) for cell in group)
+            option: statistics.mean(_on_validation(cell, trained_wording(setup), metric) for cell in group)
             for option, group in cells.items()
         }
         return max(means, key=lambda option: means[option])
@@ -281,10 +281,16 @@ def _on_validation(cell: Cell, wording: str, metric: str) -> float:
 
 
 def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) -> None:
-    """Run all arms of every protocol, seed by seed: if you stop early, the finished seeds are whole.
+    """Run what the plan asks for, seed by seed: if you stop early, the finished seeds are whole."""
+    for line in side_by_side(_run_of_set, planned_runs(plan, start, out), jobs, data):
+        print(line, flush=True)
+
+
+def planned_runs(plan: dict[str, Any], start: str, out: Path) -> list[tuple[Cell, Setup]]:
+    """All arms of every protocol, seed by seed.
 
     An entry of `protocols` is named after its label protocol, or has `labels`; its `train`, `rows` and `steps` take the
-    place of those of the plan.
+    place of those of the plan. Raises UserError for a plan without settings.
     """
     settled = plan["settled"]
     if settled is None:
@@ -304,8 +310,7 @@ def compare(data: Path, plan: dict[str, Any], start: str, out: Path, jobs: int) 
             path = result_file(name, arm, seed, out)
             rate, weight = settled["learning_rate"], weights[arm]
             cells.append((Cell(labels, arm, seed, rate, weight, "test", steps, start, path), own))
-    for line in side_by_side(_run_of_set, cells, jobs, data):
-        print(line, flush=True)
+    return cells
 
 
 def _run_of_set(cell_and_setup: tuple[Cell, Setup], data: Path) -> str:

@@ -1,0 +1,55 @@
+"""The page of the planned experiments on a pretrained model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from llm_jepa.core.strict_yaml import load_yaml
+
+from ..experiments.replication import planned_analysis, planned_tables
+from . import RESULTS, render, short_commits
+
+PLANS = Path(__file__).parents[1] / "plans"
+FOLDER = RESULTS / "pretrained"
+
+
+@functools.cache  # the hierarchical bootstrap takes seconds
+def published() -> str:
+    """Markdown: what the published settings change, and whether it is stopping."""
+    return question(PLANS / "pretrained-published.yaml", FOLDER / "published")
+
+
+@functools.cache
+def completion() -> str:
+    """Markdown: what the term changes under labels on the answer alone."""
+    return question(PLANS / "pretrained-completion.yaml", FOLDER / "completion")
+
+
+def question(plan_file: Path, folder: Path) -> str:
+    """Markdown: the analysis of a plan, or a line that its runs are under way if there are not two whole seeds yet.
+
+    Raises UserError for result files that are not the plan's.
+    """
+    plan = load_yaml(plan_file.read_text())
+    if min(map(len, planned_analysis.whole_seeds(plan, folder).values())) < 2:
+        return f"**The runs are under way.** There are no figures yet; the plan is `eval/plans/{plan_file.name}`."
+    figures = planned_analysis.analyse(plan, folder)
+    by_protocol = planned_analysis.load(plan, folder)
+    runs = [run for by_arm in by_protocol.values() for of_arm in by_arm.values() for run in of_arm]
+    names = [name for name in (planned_tables.STOPS, planned_tables.DIFFERENCES) if (folder / name).is_file()]
+    return render(
+        "pretrained",
+        tables=planned_tables.tables(figures, plan),
+        seeds=planned_tables.seeds_of(figures),
+        lines=", ".join(sorted({str(of["lines"]) for of in figures.values()})),
+        plan=plan,
+        plan_name=plan_file.name,
+        folder=folder.name,
+        asks_stopping=set(plan["primary"]) >= planned_analysis.STOPPING,
+        titles=planned_tables.TITLES,
+        pictures=[f"../../eval/results/pretrained/{folder.name}/{name}" for name in names],
+        commits=short_commits(runs),
+        environment=runs[0]["environment"],
+        weights=runs[0].get("start_sha256", ""),
+    )

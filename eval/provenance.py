@@ -15,11 +15,11 @@ CODE = ("llm_jepa", "eval", "recipes")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
-def environment() -> dict[str, Any]:
-    """Versions and commit, as every result file records them."""
+def environment(*packages: str) -> dict[str, Any]:
+    """Versions and commit, as every result file records them; of `packages` too."""
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in (*PACKAGES, *packages)},
         "commit": _git("rev-parse", "HEAD"),
         # A result file that is being written does not change the code, wherever it is written.
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE, ":!eval/results")),

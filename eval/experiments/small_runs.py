@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -99,6 +100,33 @@ def refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The last message of a conversational row."""
+    text: str = row["messages"][-1]["content"]
+    return text
+
+
+def without_validation(
+    rows: Sequence[dict[str, Any]], number: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training rows, validation rows), the same at every call. All rows of one answer are in the same part.
+
+    There are `number` validation rows, or a few more.
+    """
+    counts = Counter(answer_of(row) for row in rows)
+    answers = sorted(counts)
+    random.Random("validation").shuffle(answers)
+    validation: set[str] = set()
+    num_validation = 0
+    for answer in answers:
+        if num_validation >= number:
+            break
+        validation.add(answer)
+        num_validation += counts[answer]
+    train = [row for row in rows if answer_of(row) not in validation]
+    return train, [row for row in rows if answer_of(row) in validation]
+
+
 def with_targets_of(rows: Dataset, source: Sequence[int]) -> Dataset:
     """The same rows, but row i gets the target of row source[i]. The LM rows, and so the LM loss, stay unchanged."""
     others = rows.select(source)
@@ -134,16 +162,20 @@ def judge(
     prompts: Mapping[str, Sequence[list[dict[str, Any]]]],
     golds: Sequence[str],
     max_new_tokens: int = MAX_NEW_TOKENS,
+    grade: Callable[[str, str, bool], graders.Grade] = graders.regex,
 ) -> Judged:
-    """Answer the prompts of every wording greedily and judge the answers by the language of the regex."""
+    """Answer the prompts of every wording greedily and judge the answers.
+
+    grade: of (gold, answer, did it stop); by default that of regexes. Its score `equivalent` says what is right.
+    """
     metrics, bits, keys = {}, {}, []
     for wording, requests in prompts.items():
         answers = generate(model, tokenizer, requests, max_new_tokens=max_new_tokens, batch_size=256)
-        grades = [graders.regex(gold, answer.text, answer.stopped) for gold, answer in zip(golds, answers, strict=True)]
+        grades = [grade(gold, answer.text, answer.stopped) for gold, answer in zip(golds, answers, strict=True)]
         names = [name for name in grades[0].scores if name != "nondegenerate"]
         metrics[wording] = {name: _mean_score(grades, name) for name in names}
-        bits[wording] = {name: "".join("01"[int(grade.scores[name])] for grade in grades) for name in names}
-        keys.append([grade.answer_key for grade in grades])
+        bits[wording] = {name: "".join("01"[int(of_one.scores[name])] for of_one in grades) for name in names}
+        keys.append([of_one.answer_key for of_one in grades])
     correct = {wording: of_metric["equivalent"] for wording, of_metric in bits.items()}
     if len(prompts) > 1:
         consistent = sum(len(set(of_request)) == 1 for of_request in zip(*keys, strict=True))

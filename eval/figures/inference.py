@@ -173,6 +173,21 @@ def equivalence(differences_by_seed: ArrayLike, margin: float, *, level: float =
     return Equivalence(interval, -margin < interval.low and interval.high < margin)
 
 
+def p_not_worse(differences_by_seed: ArrayLike, margin: float) -> float:
+    """One-sided p of "the mean difference is -margin or less", from the paired t test: small means not worse by more.
+
+    Fix the margin before you look at the data. Raises UserError for a negative margin or fewer than two seeds.
+    """
+    if not margin >= 0:
+        raise UserError(f"margin={margin}: give how much worse is still accepted, 0 or more.")
+    x = _by_seed(differences_by_seed)
+    if _all_equal(x):
+        return float(x[0] <= -margin)
+    from scipy import stats
+
+    return float(stats.ttest_1samp(x, -margin, alternative="greater").pvalue)
+
+
 def show_p(p: float) -> str:
     """A p value for a table: three decimals, or "< 0.001"."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"

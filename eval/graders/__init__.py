@@ -39,6 +39,7 @@ __all__ = [
     "same_language",
     "same_number",
     "sql_execution",
+    "sql_sets",
     "squad_normalized",
     "starts_with",
     "written",
@@ -117,6 +118,19 @@ def sql_execution(grade: SqlGrade, stopped: bool) -> Grade:
         "stop_rate": float(stopped),
     }
     return Grade(scores, grade.answer_key)
+
+
+def sql_sets(gold: str, text: str, stopped: bool) -> Grade:
+    """equivalent: the same clauses as the gold query (see `sql_clauses.clauses`). For questions without databases.
+
+    It needs sqlglot (extra `retrieval`).
+    """
+    from .sql_clauses import clauses
+
+    key = clauses(text)
+    right = key is not None and key == clauses(gold)
+    scores = {**written(gold, text, stopped), "equivalent": float(right), "invalid": float(key is None)}
+    return Grade(scores, f"text:{text}" if key is None else f"clauses:{key}")
 
 
 # For user files ("grader"): (gold, text) -> (is it right, answer key)

@@ -18,6 +18,7 @@ from eval.figures.inference import (
     hierarchical,
     holm,
     mcnemar,
+    p_not_worse,
     resampled_means,
     t_interval,
     t_test,
@@ -263,3 +264,16 @@ def test_detectable_difference_has_the_power_it_says(num_seeds, known):
     assert (t > t_quantile(0.975, num_seeds - 1)).mean() == pytest.approx(0.8, abs=0.01)
     t += (of_eight - known) / (x.std(axis=1, ddof=1) / sd / math.sqrt(num_seeds))  # the same draws, moved
     assert (t > t_quantile(1 - 0.025 / 8, num_seeds - 1)).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_p_not_worse_is_the_one_sided_t_test_by_hand():
+    """Differences 0, 1, 2: mean 1, standard error 1/sqrt(3); t = (1 + 2) sqrt(3) over 2 degrees of freedom.
+
+    The tail of t with 2 degrees of freedom is (1 - t / sqrt(t^2 + 2)) / 2.
+    """
+    t = 3 * math.sqrt(3)
+    assert p_not_worse([0, 1, 2], margin=2) == pytest.approx((1 - t / math.sqrt(t * t + 2)) / 2)
+    assert p_not_worse([0, 1, 2], margin=2) == pytest.approx(1 - p_not_worse([-4, -5, -6], margin=2))
+    assert (p_not_worse([1, 1], margin=0), p_not_worse([-2, -2], margin=2)) == (0, 1)
+    with pytest.raises(UserError, match="0 or more"):
+        p_not_worse([0, 1], margin=-1)

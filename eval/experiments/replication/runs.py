@@ -9,7 +9,6 @@ import random
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from llm_jepa.lm import add_view_columns, model_from, random_model, read_rows, t
 from ...provenance import environment, weights_sha256
 from ...tasks import nl_rx
 from .. import small_runs
-from ..small_runs import derangement, side_by_side, with_targets_of
+from ..small_runs import answer_of, derangement, side_by_side, with_targets_of, without_validation
 from . import RESULTS
 
 TRAIN = "synth_train.jsonl"
@@ -96,25 +95,10 @@ def _data(folder: Path, setup: Setup) -> tuple[list[dict[str, Any]], list[dict[s
     There are `setup.validation` validation rows, or a few more.
     """
     rows = [dict(row) for row in read_rows(str(folder / setup.train))]
-    counts = Counter(_answer(row) for row in rows)
-    regexes = sorted(counts)
-    random.Random("validation").shuffle(regexes)
-    validation: set[str] = set()
-    num_validation = 0
-    for regex in regexes:
-        if num_validation >= setup.validation:
-            break
-        validation.add(regex)
-        num_validation += counts[regex]
-    train = [row for row in rows if _answer(row) not in validation]
+    train, validation = without_validation(rows, setup.validation)
     if setup.rows is not None:
         train = random.Random("training rows").sample(train, setup.rows)
-    return train, [row for row in rows if _answer(row) in validation]
-
-
-def _answer(row: dict[str, Any]) -> str:
-    text: str = row["messages"][-1]["content"]
-    return text
+    return train, validation
 
 
 @functools.cache
@@ -226,7 +210,7 @@ def _questions(data: Path, setup: Setup, part: str) -> tuple[dict[str, list[list
     """(prompts by wording, golds) of "validation" (the wording of training alone) or "test"."""
     if part == "validation":
         rows = _data(data, setup)[1]
-        return {trained_wording(setup): [row["messages"][:-1] for row in rows]}, [_answer(row) for row in rows]
+        return {trained_wording(setup): [row["messages"][:-1] for row in rows]}, [answer_of(row) for row in rows]
     items, _, _ = nl_rx.load(data)
     if setup.lines is not None:
         items = random.Random("test lines").sample(items, setup.lines)

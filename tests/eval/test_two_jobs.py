@@ -142,6 +142,19 @@ def test_the_language_model_gets_the_weights_that_search(data, start, tmp_path):
     assert model.lm_head.weight is model.base_model.embed_tokens.weight
 
 
+def test_the_answers_are_those_of_the_model_that_searches(data, start, tmp_path, monkeypatch):
+    """The specialist's weights are asked, not those it started from."""
+    asked = []
+
+    def judge(model, *_):
+        asked.append(model.get_input_embeddings().weight.detach().clone())
+        return small_runs.Judged({"synth": {"equivalent": 0}}, {}, {})
+
+    monkeypatch.setattr(small_runs, "judge", judge)
+    run_cell(Cell("nl_rx", "specialist", 0, "test", start, tmp_path / "cell.json"), data, PLAN)
+    assert not torch.equal(asked[0], runs.model_from(start).get_input_embeddings().weight)
+
+
 def test_half_of_the_requests_come_in_each_wording_and_nothing_leaks(data):
     job = load("nl_rx", data, rows=24, validation=8, lines=6)
     wordings = {name: set() for name in ("synth", "turk")}
@@ -170,7 +183,9 @@ def test_searches_by_hand():
     assert ranks["other to answer"].tolist() == [1, 1, 1]
     assert dict(searches(requests, answers, ["a", "b", "b"]))["one to answer"].tolist() == [1, 1, 1]
     alone = dict(searches({"one": requests["one"]}, answers, ["a", "b", "b"]))
-    assert alone["one to one"].tolist() == [1, 1], "a request does not find itself, and the first has no partner"
+    assert alone["one to one"].tolist() == [1, 1], "the first has no partner"
+    apart = dict(searches({"one": requests["one"]}, answers, ["b", "a", "b"]))
+    assert apart["one to one"].tolist() == [2, 2], "a request does not find itself"
 
 
 def test_selection_takes_the_best_recall_on_validation(data, start, tmp_path, monkeypatch, capsys):

@@ -33,6 +33,7 @@ def rendered_blocks() -> dict[Path, dict[str, str]]:
         PAGES / "pretrained.md": {
             "pretrained_published": pretrained.published(),
             "pretrained_completion": pretrained.completion(),
+            "pretrained_two_jobs": pretrained.both_jobs(),
         },
         PAGES / "replication.md": {"replication": experiments.replication_tables()},
         PAGES / "step_cost.md": {"step_cost": cost.step_table()},

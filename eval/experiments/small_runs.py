@@ -191,6 +191,26 @@ def _mean_score(grades: Sequence[graders.Grade], name: str) -> float:
     return sum(grade.scores[name] for grade in grades) / len(grades)
 
 
+def chosen_runs(groups: Mapping[str, dict[str, Any]], chosen: Mapping[str, str | None]) -> dict[str, dict[str, Any]]:
+    """The groups of a plan ({name: {arms, seeds, ...}}) with the chosen group, arm and seed alone.
+
+    chosen: the name of the group, the arm, the seed, in this order; None leaves all of them. Raises UserError for no
+    run.
+    """
+    group, arm, seed = chosen.values()
+    left = {}
+    for name, one in groups.items():
+        arms = [each for each in one["arms"] if arm in (None, each)]
+        seeds = [each for each in one["seeds"] if seed in (None, str(each))]
+        if group in (None, name) and arms and seeds:
+            left[name] = {**one, "arms": arms, "seeds": seeds}
+    if not left:
+        asked = " ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
+        known = "; ".join(f"{name}: {', '.join(one['arms'])}, seeds {one['seeds']}" for name, one in groups.items())
+        raise UserError(f"The plan has no run of {asked}; its runs are {known}.")
+    return left
+
+
 def side_by_side(run: Callable[..., str], cells: Sequence[Any], jobs: int, *shared: Any) -> Iterator[str]:
     """Call run(cell, *shared) for every cell, each in its own process, `jobs` at a time. Yield the results in order."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from llm_jepa.core.json_files import read_json
 from llm_jepa.core.strict_yaml import load_yaml
 
+from ..experiments import two_jobs
 from ..experiments.replication import planned_analysis, planned_tables
+from ..experiments.two_jobs import analysis as two_jobs_analysis
 from . import RESULTS, render, short_commits
 
 PLANS = Path(__file__).parents[1] / "plans"
@@ -24,6 +27,37 @@ def published() -> str:
 def completion() -> str:
     """Markdown: what the term changes under labels on the answer alone."""
     return question(PLANS / "pretrained-completion.yaml", FOLDER / "completion")
+
+
+@functools.cache
+def both_jobs() -> str:
+    """Markdown: answers and retrieval from one checkpoint, against two specialists."""
+    return of_two_jobs(two_jobs.PLAN, two_jobs.RESULTS)
+
+
+def of_two_jobs(plan_file: Path, folder: Path) -> str:
+    """Markdown: the analysis of the plan of two jobs, or a line that its runs are under way.
+
+    Raises UserError for result files that do not belong together.
+    """
+    plan = load_yaml(plan_file.read_text())
+    figures = two_jobs_analysis.analyse(plan, folder) if two_jobs_analysis.has_whole_seeds(plan, folder) else {}
+    if "nl_rx" not in figures:
+        return f"**The runs are under way.** There are no figures yet; the plan is `eval/plans/{plan_file.name}`."
+    runs = [read_json(path, is_finite=False) for path in sorted((folder / "compare").glob("*.json"))]
+    return render(
+        "two_jobs",
+        arms={name: two_jobs_analysis.arms_table(name, of_job) for name, of_job in figures.items()},
+        tests=two_jobs_analysis.tests_table(figures),
+        figures=figures,
+        margins=plan["margins"],
+        passing=[arm for arm, test in figures["nl_rx"]["tests"]["arms"].items() if test["passes"]],
+        plan_name=plan_file.name,
+        picture="../../eval/results/pretrained/two_jobs/frontier.png" if (folder / "frontier.png").is_file() else None,
+        commits=short_commits(runs),
+        environment=runs[0]["environment"],
+        weights=runs[0]["start_sha256"],
+    )
 
 
 def question(plan_file: Path, folder: Path) -> str:

@@ -35,6 +35,8 @@ def plan_of(name: str, **settled) -> dict:
 
 PUBLISHED = plan_of("published", cosine=1.0, mismatched=1.0, stp_code=0.02)
 COMPLETION = plan_of("completion", info_nce=0.1)
+for _set in ("synth", "turk"):  # the arm that joins if info_nce gains
+    COMPLETION["protocols"][_set]["arms"] = ["sft", "info_nce", "sft_equal_tokens"]
 SFT = {"starts": 0.55, "stops": 0.1, "ends": 0.9}
 # The truth: cosine stops more, and knows as much; mismatched stops as often, and knows less; stp_code is plain SFT.
 TRUTH = {

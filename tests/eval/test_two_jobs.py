@@ -17,8 +17,9 @@ from eval.experiments.two_jobs import analysis, runs, specialist
 from eval.experiments.two_jobs.__main__ import main
 from eval.experiments.two_jobs.data import load
 from eval.experiments.two_jobs.runs import Cell, run_cell, searches
+from eval.pages.pretrained import of_two_jobs
 from llm_jepa import UserError
-from llm_jepa.core.strict_yaml import load_yaml
+from llm_jepa.core.strict_yaml import dump_yaml, load_yaml
 from llm_jepa.lm import random_model, read_rows, train_tokenizer
 from llm_jepa.synthetic import nl_rx
 
@@ -311,4 +312,24 @@ def test_the_committed_plan_is_one_that_the_command_takes(tmp_path, capsys):
     assert main(["compare", "--data", str(tmp_path), "--start", str(tmp_path)]) == 2
     assert "is not the file of the plan" in capsys.readouterr().err
     assert main(["compare", "--data", str(tmp_path)]) == 2
+    for path in tmp_path.rglob("*"):
+        assert path.name in ("nl_rx", "synth_train.jsonl"), "nothing is started"
     assert main(["select", "--data", str(tmp_path), "--start", "nowhere"]) == 2
+
+
+def test_the_page_says_what_the_runs_say(known):
+    plan, out = known
+    plan_file = out / "plan.yaml"
+    plan_file.write_text(dump_yaml(plan))
+    for path in (out / "compare").glob("*.json"):
+        run = json.loads(path.read_text())
+        packages = {"commit": "0123456789", "torch": "2", "transformers": "5", "sentence_transformers": "6"}
+        path.write_text(json.dumps({**run, "environment": packages}))
+    page = of_two_jobs(plan_file, out)
+    assert "It holds for jepa_good." in page and "5 of 5 seeds and 300 test lines (nl_rx)." in page
+    assert "frontier.png" not in page, "there is no picture yet"
+    (out / "frontier.png").touch()
+    assert "frontier.png" in of_two_jobs(plan_file, out)
+    for path in (out / "compare").glob("*-seed[1234].json"):
+        path.unlink()
+    assert of_two_jobs(plan_file, out).startswith("**The runs are under way.**")

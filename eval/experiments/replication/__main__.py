@@ -17,6 +17,7 @@ from llm_jepa.core.strict_yaml import load_yaml
 
 from ...command import ArgumentParser, one_line_errors, require, whole
 from ...tasks import nl_rx
+from ..small_runs import chosen_runs
 from . import PLAN, RESULTS, analysis, planned_analysis, planned_tables
 from . import __doc__ as about
 from .runs import TRAIN, Setup, compare, select, setup_of
@@ -50,20 +51,6 @@ def _check_data(plan: dict[str, Any], folder: Path) -> None:
                 f"{path} is not the file of the plan (SHA-256 {file_sha256(path)}, not {known}); give that one, or "
                 "write a plan for this one."
             )
-
-
-def _only(plan: dict[str, Any], chosen: dict[str, str | None]) -> dict[str, Any]:
-    """The plan with the chosen protocol, arm and seed alone; None leaves all of them. Raises UserError for no run."""
-    protocols = {}
-    for name, protocol in plan["protocols"].items():
-        arms = [arm for arm in protocol["arms"] if chosen["arm"] in (None, arm)]
-        seeds = [seed for seed in protocol["seeds"] if chosen["seed"] in (None, str(seed))]
-        if chosen["protocol"] in (None, name) and arms and seeds:
-            protocols[name] = {**protocol, "arms": arms, "seeds": seeds}
-    if not protocols:
-        asked = " ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
-        raise UserError(f"The plan has no run of {asked}; its protocols, arms and seeds are {plan['protocols']}.")
-    return {**plan, "protocols": protocols}
 
 
 def _analyse(plan: dict[str, Any], out: Path) -> str:
@@ -123,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.step == "select":
         select(options.data, plan, options.start, out, options.jobs)
         return 0
-    plan = _only(plan, {name: getattr(options, name) for name in PARTS})
-    compare(options.data, plan, options.start, out, options.jobs)
+    protocols = chosen_runs(plan["protocols"], {name: getattr(options, name) for name in PARTS})
+    compare(options.data, {**plan, "protocols": protocols}, options.start, out, options.jobs)
     return 0
 
 

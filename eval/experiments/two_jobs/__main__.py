@@ -13,9 +13,13 @@ from llm_jepa.core.files import file_sha256, write_json
 from llm_jepa.core.strict_yaml import load_yaml
 
 from ...command import ArgumentParser, one_line_errors, require, whole
+from ..small_runs import chosen_runs
 from . import PLAN, RESULTS
 from . import __doc__ as about
 from .analysis import analyse, draw, table
+from .runs import compare, select
+
+PARTS = ("job", "arm", "seed")  # one of each is a run
 
 
 def _check_data(plan: dict[str, Any], folder: Path) -> None:
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", help="folder of the model to start from (select, compare)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--jobs", type=whole(1, 1024), default=2, help="number of parallel runs, one core each")
+    for name in PARTS:
+        parser.add_argument(f"--{name}", help=f"compare: only the runs of this {name} of the plan")
     options = parser.parse_args(argv)
     plan = load_yaml(PLAN.read_text())
     if options.step == "analyse":
@@ -55,10 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{options.start} is not a folder; make one with `python -m eval.pretrained prepare`.")
     require("sentence_transformers", "sqlglot")
     _check_data(plan, options.data)
-    from .runs import compare, select
-
-    step = select if options.step == "select" else compare
-    step(options.data, plan, options.start, options.out, options.jobs)
+    if options.step == "select":
+        select(options.data, plan, options.start, options.out, options.jobs)
+        return 0
+    chosen = chosen_runs(plan["jobs"], {name: getattr(options, name) for name in PARTS})
+    compare(options.data, {**plan, "jobs": chosen}, options.start, options.out, options.jobs)
     return 0
 
 

@@ -47,10 +47,19 @@ def analyse(plan: dict[str, Any], out: Path) -> Figures:
     return figures
 
 
+def has_whole_seeds(plan: dict[str, Any], out: Path) -> bool:
+    """Whether there is a data set of which two seeds have a result file for every arm."""
+    return any(len(_seeds_and_paths(name, of_job, out)[0]) >= 2 for name, of_job in plan["jobs"].items())
+
+
+def _seeds_and_paths(name: str, of_job: Mapping[str, Any], out: Path) -> tuple[list[int], dict[tuple[str, int], Path]]:
+    paths = {(arm, seed): result_file(name, arm, seed, out) for arm in of_job["arms"] for seed in of_job["seeds"]}
+    return [seed for seed in of_job["seeds"] if all(paths[arm, seed].is_file() for arm in of_job["arms"])], paths
+
+
 def _whole_seeds(name: str, of_job: Mapping[str, Any], out: Path) -> tuple[dict[str, list[Result]], list[int]]:
     """(arm -> results by seed, the seeds that every arm has)."""
-    paths = {(arm, seed): result_file(name, arm, seed, out) for arm in of_job["arms"] for seed in of_job["seeds"]}
-    seeds = [seed for seed in of_job["seeds"] if all(paths[arm, seed].is_file() for arm in of_job["arms"])]
+    seeds, paths = _seeds_and_paths(name, of_job, out)
     runs = {arm: [read_json(paths[arm, seed], is_finite=False) for seed in seeds] for arm in of_job["arms"]}
     kinds = set()
     for run in itertools.chain.from_iterable(runs.values()):
@@ -126,10 +135,11 @@ def frontier(arms: Mapping[str, Figures]) -> list[str]:
 
 def table(figures: Figures) -> str:
     """Markdown: the arms of every data set, then the tests."""
-    return "\n\n".join([*(_arms_table(name, of_job) for name, of_job in figures.items()), _tests_table(figures)])
+    return "\n\n".join([*(arms_table(name, of_job) for name, of_job in figures.items()), tests_table(figures)])
 
 
-def _arms_table(name: str, of_job: Figures) -> str:
+def arms_table(name: str, of_job: Figures) -> str:
+    """Markdown: both jobs of every arm of a data set, mean and sd over seeds, and what it costs."""
     rows = []
     fewest = min(of["tokens"] for of in of_job["arms"].values())
     for arm, of in of_job["arms"].items():
@@ -140,7 +150,8 @@ def _arms_table(name: str, of_job: Figures) -> str:
     return markdown_table(header, rows)
 
 
-def _tests_table(figures: Figures) -> str:
+def tests_table(figures: Figures) -> str:
+    """Markdown: every weight against the two specialists."""
     rows = []
     for of_job in figures.values():
         for arm, test in of_job.get("tests", {"arms": {}})["arms"].items():

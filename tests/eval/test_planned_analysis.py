@@ -20,7 +20,7 @@ from eval.experiments.replication.planned_analysis import (
     verdict,
     within_margin,
 )
-from eval.figures.inference import Interval, detectable_difference
+from eval.figures.inference import Interval, detectable_difference, show_p
 from eval.pages import pretrained
 from llm_jepa import UserError
 from llm_jepa.core.strict_yaml import dump_yaml, load_yaml
@@ -183,6 +183,16 @@ def test_the_parts_sum_to_the_change_even_if_some_exact_answers_did_not_stop():
     assert seen > 1, "there was no exact answer without a stop"
 
 
+def test_an_exact_answer_that_did_not_stop_is_not_one_of_those_that_stopped():
+    """2 of 4 that stopped are exact; a third exact one did not stop. In the second seed nothing stopped."""
+    answers = {
+        "exact": np.stack([bits("110010"), bits("100000")]),
+        "stop_rate": np.stack([bits("111100"), bits("000000")]),
+    }
+    shares = planned_analysis.exact_of_stopped(answers)
+    assert shares[0] == 50 and math.isnan(shares[1])
+
+
 def test_seeds_in_which_nothing_stopped_are_counted_and_left_out(tmp_path):
     """sft of seeds 0 to 3 never stops: one seed is left, too few for an interval. stp_code loses seed 0 alone."""
     made_up_runs.write(PUBLISHED, tmp_path, TRUTH)
@@ -203,6 +213,47 @@ def test_seeds_in_which_nothing_stopped_are_counted_and_left_out(tmp_path):
     json.dumps(figures, allow_nan=False)
     tables = planned_tables.tables(figures, PUBLISHED)
     assert ", 1 seeds)" in tables["arms"] and "undefined, 1 seeds" in tables["gain"] and "nan" not in str(tables)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(table: str) -> dict[str, dict[str, str]]:
+    """The first cells of a row, up to the difference -> header -> cell."""
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    names = header.index("difference") + 1
+    return {" ".join(cells[2:names]): dict(zip(header, cells, strict=True)) for cells in lines}
+
+
+def test_every_cell_of_a_difference_is_its_figure(published, figures):
+    """One arm and the contrast, whose corrected p, words and parts all differ."""
+    tables = planned_tables.tables({"paper": figures}, PUBLISHED)
+    synth = figures["wordings"]["synth"]
+    primary, beside, gain = (rows_of(tables[name]) for name in ("primary", "beside", "gain"))
+    assert len(primary) == 2 * 4 and len(beside) == 4 and len(gain) == 3
+    for family, name in (("minus_sft", "stp_code - sft"), ("contrasts", "cosine - mismatched")):
+        of, row = synth[family][name], primary[f"exact {name}"]
+        exact = of["exact"]
+        assert row["points"] == "{:+.1f} ({:+.1f} to {:+.1f})".format(*exact["t_interval"].values())
+        assert row["seeds and lines"] == "{low:+.1f} to {high:+.1f}".format(**exact["hierarchical"])
+        assert row["by seed"] == ", ".join(f"{gain:+.1f}" for gain in exact["by_seed"]).replace("-0.0", "+0.0")
+        assert (row["p"], row["p (Holm)"]) == (show_p(exact["p"]), show_p(exact["p_holm"]))
+        assert (row["detectable"], row["verdict"]) == (f"{exact['detectable']:.1f}", f"**{exact['verdict']}**")
+        assert beside[name]["contains within ± 3"] == of["contains"]["within_margin"]
+        assert beside[name]["contains"].endswith(f", {of['contains']['verdict']}")
+    stops, starts = (synth["gain"]["mismatched - sft"][key] for key in ("by_stopping", "by_start"))
+    columns = {
+        "by stopping": stops["condition"],
+        "by being right when it stops": stops["exact_given_it"],
+        "exact without a stop": stops["exact_without"],
+        "by ending after the right start": starts["exact_given_it"],
+        "by starting right": starts["condition"],
+    }
+    row = gain["mismatched - sft"]
+    for title, part in columns.items():
+        assert row[title] == "{:+.1f} ({:+.1f} to {:+.1f})".format(*part["t_interval"].values()), title
+    assert len({row[title] for title in columns}) == 5 and row["hypothesis"] == "**refuted**"
+    assert row["change of exact"] == primary["exact mismatched - sft"]["points"] + ", 5 seeds"
 
 
 # -- words -----------------------------------------------------------------------------------
@@ -229,6 +280,7 @@ def test_words_follow_from_the_numbers(interval, p, word):
         ([0.0, 0.1, -0.1, 0.2], "yes"),
         ([-1.0, -1.1, -0.9, -1.2], "yes"),
         ([2.9, 2.6, 3.1, 2.5], "undecided"),  # the mean is inside, the interval is not
+        ([2.45, 2.6, 2.8, 2.95], "undecided"),  # 2.7 +- 0.35 at 95 %, +- 0.26 at 90 %
         ([3.4, 3.5, 3.6, 3.5], "no"),
         ([-4.0, -4.1, -4.2, -3.9], "no"),
         ([0.0, 0.1, 6.0, -6.0], "undecided"),
@@ -295,6 +347,7 @@ def plan_file(tmp_path) -> Path:
         ({"start_sha256": "c4" * 32}, "2 starts or data sets"),
         ({"start": "another"}, "2 starts or data sets"),
         ({"data_sha256": {"synth_train.jsonl": "00"}}, "other data than the plan's"),
+        ({"metrics": {"synth": dict.fromkeys(planned_analysis.METRICS, 0.99)}}, "do not give its figure"),
         ({"lines": 299}, "do not give its figure"),
         ({"bits": {}}, "do not give its figure"),
     ],
@@ -318,6 +371,7 @@ def test_runs_of_other_settings_are_one_line(values, words, plan_file, published
         ({"margin": {"metric": "contains", "points": 0}}, "0 points must be a number above 0"),
         ({"margin": {"metric": "bleu", "points": 3}}, "with a metric that is one of exact"),
         ({"contrasts": [["cosine", "vicreg"]]}, "contrasts: ['cosine', 'vicreg'] must be two arms"),
+        ({"protocols": {"paper": {"arms": ["cosine"], "seeds": [0, 1]}}}, "must have the arm sft"),
         ({"primary": None}, "has `margin` or `contrasts`, but no `primary`"),
     ],
 )

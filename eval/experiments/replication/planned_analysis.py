@@ -59,6 +59,8 @@ def names_its_primary(plan: dict[str, Any]) -> bool:
         raise UserError(f"margin: {margin!r} must be {{metric: ..., points: ...}}, with a metric that is {known}.")
     if not isinstance(margin["points"], int | float) or not margin["points"] > 0:
         raise UserError(f"margin: {margin['points']!r} points must be a number above 0.")
+    if any(BASELINE not in protocol["arms"] for protocol in plan["protocols"].values()):
+        raise UserError(f"Every protocol of a plan with `primary` must have the arm {BASELINE}: it is the baseline.")
     for pair in contrasts or []:
         if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= arms:
             raise UserError(f"contrasts: {pair!r} must be two arms of {', '.join(sorted(arms))}.")

@@ -231,7 +231,7 @@ def test_every_cell_of_a_difference_is_its_figure(published, figures):
     synth = figures["wordings"]["synth"]
     primary, beside, gain = (rows_of(tables[name]) for name in ("primary", "beside", "gain"))
     assert len(primary) == 2 * 4 and len(beside) == 4 and len(gain) == 3
-    for family, name in (("minus_sft", "stp_code - sft"), ("contrasts", "cosine - mismatched")):
+    for family, name in (("minus_sft", "mismatched - sft"), ("contrasts", "cosine - mismatched")):
         of, row = synth[family][name], primary[f"exact {name}"]
         exact = of["exact"]
         assert row["points"] == "{:+.1f} ({:+.1f} to {:+.1f})".format(*exact["t_interval"].values())
@@ -241,6 +241,7 @@ def test_every_cell_of_a_difference_is_its_figure(published, figures):
         assert (row["detectable"], row["verdict"]) == (f"{exact['detectable']:.1f}", f"**{exact['verdict']}**")
         assert beside[name]["contains within ± 3"] == of["contains"]["within_margin"]
         assert beside[name]["contains"].endswith(f", {of['contains']['verdict']}")
+    assert primary["exact mismatched - sft"]["p"] != primary["exact mismatched - sft"]["p (Holm)"], "nothing is shown"
     stops, starts = (synth["gain"]["mismatched - sft"][key] for key in ("by_stopping", "by_start"))
     columns = {
         "by stopping": stops["condition"],

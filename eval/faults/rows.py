@@ -107,11 +107,12 @@ def _row_files() -> Iterator[tuple[str, str, Callable[[], bytes], str | None]]:
     )  # fmt: skip
     yield "100,000 targets", "r.jsonl", lambda: line(views={"targets": ["b"] * 100_000}), "100001 pairs, and the limit"
     yield "1 MB of views", "r.jsonl", lambda: line(views={"targets": ["b" * 1000] * 1000}), None
-    yield "views of blanks", "r.jsonl", lambda: line(views={"targets": [" "]}), "not a list of texts"
+    yield "views of blanks", "r.jsonl", lambda: line(views={"targets": [" "]}), "that are not texts"
     columns: list[Any] = [1, -1.5, [[]], {"a": {}}, "\u0000", [{"a": 1}], True]
     for key in ("views", "messages", "tools", "chat_template_kwargs", "target_key"):
         for value in columns:
-            if (key, value) in (("target_key", "\u0000"), ("chat_template_kwargs", {"a": {}}), ("tools", [{"a": 1}])):
+            texts = ("target_key", "\u0000"), ("views", "\u0000")
+            if (key, value) in (*texts, ("chat_template_kwargs", {"a": {}}), ("tools", [{"a": 1}])):
                 continue
             yield f"{key} is {value!r}", "r.jsonl", partial(line, **{key: value}), key
     turns = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}

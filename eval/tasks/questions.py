@@ -16,7 +16,7 @@ from typing import Any
 from llm_jepa import UserError
 from llm_jepa.core.files import file_sha256
 from llm_jepa.core.row_files import PACKED_SUFFIXES, row_suffix
-from llm_jepa.lm import FILE_SUFFIXES, Prompt, data_sha256, parse_row, read_rows, with_kwargs
+from llm_jepa.lm import FILE_SUFFIXES, Prompt, data_sha256, format_of, parse_row, read_rows, with_kwargs
 
 from ..graders import Grade
 
@@ -133,8 +133,8 @@ def read_questions(
 ) -> Data:
     """Groups of one wording.
 
-    Rows in a format of training (`messages`, or prompt and completion: the files of LLM-JEPA's authors) are used as
-    they are. From the raw columns of a Hub data set, the same prompts are built.
+    Rows in a format of training (`messages`, prompt and completion, Alpaca, ShareGPT) are used as they are. From the
+    raw columns of a Hub data set, the same prompts are built.
 
     Args:
         system: the system message of prompts that are built.
@@ -150,7 +150,7 @@ def read_questions(
     for index, row in enumerate(rows):
         where = f"{next(iter(hashes))}, row {index + 1}"
         try:
-            if row.get("messages") is not None or {"prompt", "completion"} <= set(row):
+            if _is_training_row(row):
                 example = parse_row(row, where)
                 prompt = with_kwargs(example.prompt, example.render_kwargs)
                 answer = last_text(example.completion)
@@ -168,6 +168,11 @@ def read_questions(
         else:
             groups.append(Group(str(index), (prompt,), ("0",), answer, details))
     return Data(tuple(groups), hashes, unusable=left_out(faults, len(rows)))
+
+
+def _is_training_row(row: dict[str, Any]) -> bool:
+    has_both = {"prompt", "completion"} <= set(row)
+    return has_both or row.get("messages") is not None or format_of(row) in ("Alpaca", "ShareGPT")
 
 
 def left_out(faults: Sequence[str], num_rows: int) -> int:

@@ -53,6 +53,14 @@ def plain_text(value: str) -> str:
     return value
 
 
+def pair_of_names(value: str) -> tuple[str, str]:
+    """`name=other` as a pair of texts."""
+    name, mark, other = value.partition("=")
+    if not (name and mark and other) or has_half_character(value):
+        raise argparse.ArgumentTypeError(f"{value[:40]!r} must be NAME=OTHER, as in prompt=question")
+    return name, other
+
+
 def has_half_character(value: str) -> bool:
     """Whether a text holds half of a surrogate pair, which is not a character; nothing can write it as UTF-8."""
     return _HALF_CHARACTER.search(value) is not None

@@ -67,12 +67,12 @@ NOT_OFFERED = {
 }
 # Keys that say how a run is watched and stored, not what it computes. They may change when a run is resumed.
 BOOKKEEPING = {
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout",
-    "disable_tqdm", "feature_cache", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
-    "hub_strategy", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps",
-    "logging_strategy", "max_row_bytes", "max_row_pairs", "max_rows", "output_dir", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
-    "stop_after", "train_data", "validation_data",
+    "columns", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc",
+    "ddp_timeout", "disable_tqdm", "feature_cache", "hub_always_push", "hub_model_id", "hub_private_repo",
+    "hub_revision", "hub_strategy", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
+    "logging_steps", "logging_strategy", "max_row_bytes", "max_row_pairs", "max_rows", "output_dir", "push_to_hub",
+    "report_to", "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit",
+    "skip_memory_metrics", "stop_after", "train_data", "validation_data",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .attention import model_inputs
     from .batching import JEPACollator
     from .data import bank_collator, training_collator
+    from .formats import format_of
     from .from_scratch import random_model, train_tokenizer
     from .inference import (
         Choice,
@@ -58,6 +59,7 @@ _HOMES = {
     "end_of_turn_ids": ".prompts",
     "form_from": ".loading",
     "form_of": ".prompts",
+    "format_of": ".formats",
     "generate": ".inference",
     "generate_batches": ".inference",
     "known_predictor_ids": ".predictor_tokens",
@@ -99,6 +101,7 @@ __all__ = [
     "end_of_turn_ids",
     "form_from",
     "form_of",
+    "format_of",
     "generate",
     "generate_batches",
     "known_predictor_ids",

@@ -25,6 +25,7 @@ from ..core.errors import UserError
 from ..core.patterns import matching
 from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
+from .formats import check_columns
 from .predictor_tokens import MAX_PREDICTOR_TOKENS
 from .rows import MAX_ROW_PAIRS
 
@@ -143,6 +144,12 @@ class DataArguments:
     validation_split: str = field(
         default="validation", metadata={"help": "Split of validation_data in a folder or on the Hub."}
     )
+    columns: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other names of columns, in training and validation data: {prompt: question, completion: answer}."
+        },
+    )
 
     max_rows: int = field(
         default=LIMITS.max_rows, metadata={"help": "Refuse data of more rows; a small file can unpack to any number."}
@@ -154,6 +161,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_validation(self)
+        check_columns(self.columns or {})
 
     @property
     def limits(self) -> RowLimits:

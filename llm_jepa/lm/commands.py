@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import UserError
-from ..core.options import plain_text, whole
+from ..core.options import pair_of_names, plain_text, whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -181,6 +181,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system", type=plain_text, help="system prompt for --prompt (default: that of all training rows)"
     )
+    _add_columns(parser)
     parser.add_argument("--output", help="write JSON lines here instead of printing")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=whole(1), default=128)
     parser.add_argument("--batch_size", "--batch-size", type=whole(1), default=32)
@@ -188,15 +189,16 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Continue each prompt greedily; print the texts or write JSON lines."""
+    if options.columns and options.input is None:
+        raise UserError("--columns goes with --input; --prompt has no columns.")
     if options.system and options.input:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
     _check_output(options, ".jsonl", "JSON lines")
     from ..core.files import write_whole
     from . import inference
     from .prompts import form_of, other_format
-    from .sources import read_rows
 
-    rows = read_rows(options.input) if options.input is not None else None
+    rows = _rows_of_options(options) if options.input is not None else None
     model, tokenizer = _load(options.model)
     form = form_of(model.config)
     prompts = _prompts_of_options(options, tokenizer, form) if rows is None else _prompts_of_rows(rows)
@@ -225,6 +227,13 @@ def generate(options: argparse.Namespace) -> None:
         print(f"{question!r} -> {generation.text!r}{cut}")
 
 
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns", nargs="+", type=pair_of_names, metavar="NAME=YOURS",
+        help="other names of the columns of --input: prompt=question completion=answer",
+    )  # fmt: skip
+
+
 def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `llm-jepa embed`."""
     parser.add_argument("model", help="model folder or Hub id")
@@ -232,6 +241,7 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", nargs="+", required=True,
         help="files or a folder of rows with 'prompt' and 'completion', or 'messages'; or only 'prompt' or 'text'",
     )  # fmt: skip
+    _add_columns(parser)
     parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, [N, D] each")
     parser.add_argument("--batch_size", "--batch-size", type=whole(1), default=32)
 
@@ -252,10 +262,9 @@ def embed(options: argparse.Namespace) -> None:
     from .prompts import form_of, other_format
     from .reading import embed_pairs
     from .rows import stand_in_answer
-    from .sources import read_rows
     from .views import add_view_columns
 
-    rows = read_rows(options.input)
+    rows = _rows_of_options(options)
     model, tokenizer = _load(options.model)
     how = getattr(model.config, "llm_jepa", None)
     if how is None:
@@ -270,7 +279,8 @@ def embed(options: argparse.Namespace) -> None:
     form = form_of(model.config)
     views, prompts, unanswered = [], [], 0
     for index, row in enumerate(rows):
-        has_answer, row = stand_in_answer(_with_prompt(row, tokenizer, form), tokenizer.eos_token)
+        row = _with_prompt(row, tokenizer, form)
+        has_answer, row = stand_in_answer(row, tokenizer.eos_token, f"row {index}")
         unanswered += not has_answer
         prompts.append(row.get("messages") or row.get("prompt") or "")
         views.append(add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"]))
@@ -305,6 +315,22 @@ def _check_output(options: argparse.Namespace, suffix: str, kind: str) -> None:
         raise UserError(f"--output {options.output} exists; name a new file.")
     if options.output and Path(options.output).suffix != suffix:
         raise UserError(f"--output {options.output}: this command writes {kind}; name a file that ends in {suffix}.")
+
+
+def _rows_of_options(options: argparse.Namespace) -> Dataset:
+    """The rows of --input, under the names of --columns. A note says which other formats were recognized."""
+    from .formats import check_columns, count_formats, notes_on_formats
+    from .sources import read_rows
+
+    columns = dict(options.columns or ())
+    check_columns(columns)
+    if len(columns) < len(options.columns or ()):
+        raise UserError("--columns gives one name twice; leave one out.")
+    rows = read_rows(options.input, columns=columns)
+    counts, _ = count_formats(rows)
+    for note in notes_on_formats(counts, "rows"):
+        print(f"Note: {note}", file=sys.stderr)
+    return rows
 
 
 def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -362,10 +388,12 @@ def _with_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: 
 
 def _prompts_of_rows(rows: Dataset) -> list[Prompt]:
     """The prompt of each row: its text, or its messages without a last assistant turn, with its template arguments."""
+    from .formats import standard_row
     from .rows import render_kwargs_of, with_kwargs
 
     prompts: list[Prompt] = []
     for index, row in enumerate(rows):
+        row = standard_row(row, f"row {index}")
         prompt = row.get("messages") or row.get("prompt")
         if not prompt:
             raise UserError(f"row {index} has neither 'prompt' nor 'messages'.")

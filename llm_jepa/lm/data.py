@@ -16,9 +16,10 @@ from ..core.checks import check_batches
 from ..core.errors import UserError
 from .arguments import LLMJEPAConfig, check_targets, pairs_compared
 from .batching import JEPACollator
+from .formats import USED_COLUMNS, count_formats, notes_on_formats, unused_columns
 from .limits import check_views
 from .prompts import PromptForm, fitted, starting_form, template_that_asks, turn_end
-from .rows import USED_COLUMNS, parse_row
+from .rows import parse_row
 from .views import NoCompletionLeft, Views, add_view_columns
 
 logger = logging.get_logger(__name__)
@@ -117,37 +118,25 @@ def make_bank(dataset: Any, collator: JEPACollator, args: LLMJEPAConfig) -> list
 
 
 def warn_of_rows(dataset: Dataset, name: str) -> None:
-    """Warn if a chat template renders only some of the rows, and about columns that nothing reads."""
-    plain, both = _count_formats(dataset)
-    chats = len(dataset) - plain
+    """Warn of rows in recognized formats, of rows in another form than the rest, and of columns that nothing reads."""
+    counts, both = count_formats(dataset)
+    for note in notes_on_formats(counts, f"{name} rows"):
+        logger.warning(note)
+    plain, chats = counts["text"], counts.total() - counts["text"]
     if plain and chats:
         logger.warning(
             f"{chats} of {len(dataset)} {name} rows are conversations, rendered with the chat template, and {plain} "
             "are plain texts, trained as they are. If that is not meant, write all of them in one form."
         )
-    ignored = [column for column in dataset.column_names if column not in USED_COLUMNS]
+    ignored = unused_columns(dataset, counts)
+    wordings = [column for column in ignored if column.startswith("paraphrase")]
     if both:
         ignored.append(f"prompt and completion of {both} rows that have messages")
     if ignored:
         logger.warning(
             f"The {name} rows have columns that are not used: {', '.join(ignored)}. Used are "
-            f"{', '.join(USED_COLUMNS)}; other wordings belong in views."
+            f"{', '.join(USED_COLUMNS)}; other wordings belong in views (columns: {{views: {[*wordings, 'NAME'][0]}}})."
         )
-
-
-def _count_formats(dataset: Dataset) -> tuple[int, int]:
-    """The number of rows that are plain texts, and of rows that have both messages and a prompt."""
-    columns = [column for column in ("messages", "prompt") if column in dataset.column_names]
-    if columns == ["messages"]:
-        return 0, 0
-    if columns == ["prompt"] and dataset.features["prompt"] == Value("string"):  # no need to look at each row
-        return len(dataset), 0
-    plain = both = 0
-    for row in dataset.select_columns(columns):
-        has_messages, prompt = row.get("messages") is not None, row.get("prompt")
-        plain += not has_messages and isinstance(prompt, str)
-        both += has_messages and prompt is not None
-    return plain, both
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,19 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
         config=args.dataset_config,
         revision=args.dataset_revision,
         limits=args.limits,
+        columns=args.columns,
     )
     name = _name(args.train_data)
     if len(train) == 0:
         raise UserError(f"{name} holds no rows.")
-    for index, row in enumerate(train):  # before the split, so that errors name the row of the file
-        parse_row(row, f"{name}, row {index}")
+    _check_rows(train, name)  # before the split, so that errors name the row of the file
     if args.validation_data is not None:
         validation = read_rows(
-            args.validation_data, split=args.validation_split, config=args.dataset_config, limits=args.limits
+            args.validation_data,
+            split=args.validation_split,
+            config=args.dataset_config,
+            limits=args.limits,
+            columns=args.columns,
         )
         if len(validation) == 0:
             raise UserError(f"{_name(args.validation_data)} holds no rows.")
@@ -79,6 +83,19 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
         )
     parts = train.train_test_split(test_size=args.validation_rows, seed=seed)
     return parts["train"], parts["test"]
+
+
+def _check_rows(rows: Dataset, name: str) -> None:
+    """Raises UserError for the first row that cannot be read; it says how many more there are."""
+    faults = []
+    for index, row in enumerate(rows):
+        try:
+            parse_row(row, f"{name}, row {index}")
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        more = f" ({len(faults)} of {len(rows)} rows cannot be read; this is the first.)" if len(faults) > 1 else ""
+        raise UserError(faults[0] + more)
 
 
 def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Dataset) -> PreTrainedTokenizerBase:

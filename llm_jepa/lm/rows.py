@@ -1,4 +1,7 @@
-"""Read one row of TRL's prompt-completion or conversational format. Errors name the row and the field."""
+"""Read one row of TRL's prompt-completion or conversational format, or of one that `formats` knows.
+
+Errors name the row and the field.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ..core.errors import UserError
 from ..core.json_files import parse_json
+from .formats import Message, format_of, standard_row
 
-Message = dict[str, Any]
 MAX_ROW_PAIRS = 1024  # InfoNCE compares every pair of a batch with every other: 4 GB for 32 such rows
 # Options of `apply_chat_template`. A row that could set them would bring its own template, which is a program.
 NOT_FOR_ROWS = {
@@ -15,7 +18,6 @@ NOT_FOR_ROWS = {
     "truncation", "max_length", "return_tensors", "sanitize_control_tokens", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 }  # fmt: skip
-USED_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "views", "target_key")
 
 
 class ParsedRow(NamedTuple):
@@ -35,7 +37,7 @@ class ParsedRow(NamedTuple):
 
 
 def parse_row(row: dict[str, Any], where: str, *, max_pairs: int | None = None) -> ParsedRow:
-    """Read a TRL row. `messages` becomes (everything before, last assistant turn).
+    """Read a row. `messages` becomes (everything before, last assistant turn).
 
     Earlier assistant turns are a part of the prompt and are not trained.
 
@@ -43,8 +45,11 @@ def parse_row(row: dict[str, Any], where: str, *, max_pairs: int | None = None) 
 
     Raises UserError that names `where` (e.g. "row 3") and the field.
     """
+    kind = format_of(row)
+    row = standard_row(row, where)
     prompt, completion = _sides(row, where)
-    for name, side in (("prompt", prompt), ("completion", completion)):
+    names = ("instruction", "output") if kind == "Alpaca" else ("prompt", "completion")
+    for name, side in zip(names, (prompt, completion), strict=True):
         if side is None or side == "" or side == []:
             raise UserError(f"{where} has no {name}; fill in '{name}' or remove the row.")
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -54,7 +59,7 @@ def parse_row(row: dict[str, Any], where: str, *, max_pairs: int | None = None) 
         _check_turns(prompt, completion, where)
     else:
         raise UserError(f"{where}: 'prompt' and 'completion' must both be strings or both be lists of messages.")
-    contexts, targets = _other_wordings(row.get("views"), where)
+    contexts, targets = _other_wordings(row.get("views"), prompt, where)
     _check_pairs(len(contexts) + 1, len(targets) + 1, max_pairs, where)
     return ParsedRow(prompt, completion, render_kwargs_of(row, where), contexts, targets, _target_key(row, where))
 
@@ -84,12 +89,13 @@ def render_kwargs_of(row: dict[str, Any], where: str) -> dict[str, Any]:
     return kwargs if tools is None else {"tools": tools} | kwargs
 
 
-def stand_in_answer(row: dict[str, Any], eos: str | None) -> tuple[bool, dict[str, Any]]:
+def stand_in_answer(row: dict[str, Any], eos: str | None, where: str = "the row") -> tuple[bool, dict[str, Any]]:
     """(whether the row has a completion, the row with a stand-in if not), to embed the prompt alone.
 
     The context view does not see the completion. In a plain text, the stand-in begins with the eos token, so that it
     shares no token with the prompt.
     """
+    row = standard_row(row, where)
     messages, completion = row.get("messages"), row.get("completion")
     stand_in = {"role": "assistant", "content": "x"}
     if messages:
@@ -108,8 +114,8 @@ def _sides(row: dict[str, Any], where: str) -> tuple[Any, Any]:
         if "prompt" in row and "completion" in row:
             return row["prompt"], row["completion"]
         raise UserError(
-            f"{where}: found the columns {sorted(row)}, need 'prompt' and 'completion', or 'messages' "
-            "(TRL's prompt-completion and conversational formats)."
+            f"{where}: found the columns {sorted(row)}, need 'prompt' and 'completion', or 'messages' (TRL's formats), "
+            "or those of Alpaca or ShareGPT. Columns with other names: columns: {prompt: question, completion: answer}."
         )
     if not _are_turns(messages) or not messages:
         raise UserError(f"{where}: 'messages' must be a list of {{'role', 'content'}} turns.")
@@ -127,12 +133,6 @@ def _check_turns(prompt: list[Message], completion: list[Message], where: str) -
             f"{where}: the completion must be one assistant turn, got roles "
             f"{[m.get('role') for m in completion]}; put earlier turns into the prompt."
         )
-    for message in (*prompt, *completion):
-        if isinstance(message.get("content"), list):
-            raise UserError(
-                f"{where}: the {message.get('role')} turn holds a list of content parts, and these models read text "
-                "alone; join its text parts into one string, or remove the row."
-            )
     for message in (prompt[-1], completion[0]):
         content = message.get("content")
         if not isinstance(content, str) or not content.strip():
@@ -141,27 +141,54 @@ def _check_turns(prompt: list[Message], completion: list[Message], where: str) -
             )
 
 
-def _other_wordings(views: Any, where: str) -> tuple[list[str], list[str]]:
-    """The optional column `views`, {"contexts": [text, ...], "targets": [text, ...]}; either may be missing."""
+def _other_wordings(views: Any, prompt: str | list[Message], where: str) -> tuple[list[str], list[str]]:
+    """The optional column `views`: {"contexts": [wording, ...], "targets": [wording, ...]}, or the contexts alone.
+
+    A wording is a text, a message, or a conversation that differs from the row's in this last turn alone.
+    """
     if views is None:
         return [], []
+    if isinstance(views, str):
+        if views.lstrip()[:2] in ('["', "[{", '{"'):
+            raise UserError(f"{where}: 'views' is a text that holds JSON; write the rows as JSON lines.")
+        views = [views]
+    if isinstance(views, list):
+        views = {"contexts": views}
     if not isinstance(views, dict) or not set(views) <= {"contexts", "targets"}:
         kind = f"the keys {sorted(views)}" if isinstance(views, dict) else type(views).__name__
         raise UserError(
-            f"{where}: 'views' must hold {{'contexts': [text, ...], 'targets': [text, ...]}}, either of them; "
-            f"found {kind}."
+            f"{where}: 'views' must be a list of other wordings of the prompt, or hold {{'contexts': [...], 'targets': "
+            f"[...]}}, either of them; found {kind}."
         )
-    for name, texts in views.items():
-        if isinstance(texts, list) and any(isinstance(text, dict) or text and _are_turns(text) for text in texts):
-            raise UserError(
-                f"{where}: 'views' has {name} that are messages; give the text alone. A context stands in for the "
-                "content of the prompt's last turn, a target for the content of the completion; the other turns stay."
-            )
-        if texts is not None and not _are_texts(texts):
-            raise UserError(
-                f"{where}: 'views' has {name} that are not a list of texts; give other wordings as strings."
-            )
-    return views.get("contexts") or [], views.get("targets") or []
+    goal = [{"role": "assistant"}]
+    texts: dict[str, list[str]] = {}
+    for name, wordings in views.items():
+        if wordings is not None and not isinstance(wordings, list):
+            raise UserError(f"{where}: 'views' has {name} that are not a list; give other wordings as [text, ...].")
+        chat = None if isinstance(prompt, str) else prompt if name == "contexts" else goal
+        texts[name] = [_wording(wording, chat, f"{where}: 'views' has {name}") for wording in wordings or ()]
+    return texts.get("contexts", []), texts.get("targets", [])
+
+
+def _wording(wording: Any, turns: list[Message] | None, place: str) -> str:
+    """The text of a wording. turns: the conversation whose last turn it stands in for; None in a row of texts."""
+    if isinstance(wording, str) and wording.strip():
+        return wording
+    messages = [wording] if isinstance(wording, dict) else wording
+    if not messages or not _are_turns(messages):
+        raise UserError(f"{place} that are not texts; give other wordings as strings or messages.")
+    if turns is None:
+        raise UserError(f"{place} that are messages, but the row holds texts; give them as texts, too.")
+    *earlier, last = standard_row({"messages": messages}, place)["messages"]
+    if last.get("role") != turns[-1].get("role") or earlier not in ([], turns[:-1]):
+        raise UserError(
+            f"{place} whose turns are not those of the row; a wording stands in for the last "
+            f"{turns[-1].get('role')} turn, and the other turns stay. Give that turn alone."
+        )
+    content = last.get("content")
+    if not isinstance(content, str) or not content.strip():
+        raise UserError(f"{place} without a text; fill it in, or leave it out.")
+    return content
 
 
 def _check_pairs(contexts: int, targets: int, max_pairs: int | None, where: str) -> None:
@@ -183,10 +210,6 @@ def _target_key(row: dict[str, Any], where: str) -> str | None:
             "a string, or leave it out."
         )
     return key
-
-
-def _are_texts(texts: Any) -> bool:
-    return isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _are_turns(side: Any) -> bool:

@@ -12,7 +12,7 @@ import glob
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.features.features import register_feature
+from transformers.utils import logging
 
 from ..core.errors import UserError, first_line
 from ..core.row_files import (
@@ -43,8 +44,9 @@ from ..core.row_files import (
     row_suffix,
     rows_of_file,
 )
-from .rows import USED_COLUMNS
+from .formats import USED_COLUMNS
 
+logger = logging.get_logger(__name__)
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}  # -> the builder of `datasets`
 FILE_SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)
 KNOWN_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "cache"}  # of a folder or a Hub id; none reads pickles
@@ -61,6 +63,7 @@ def read_rows(
     config: str | None = None,
     revision: str | None = None,
     limits: RowLimits = LIMITS,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
     """The rows of one or more files, of a folder, or of a Hub data set.
 
@@ -70,8 +73,9 @@ def read_rows(
         split: of a folder or of a Hub data set; files and a saved `Dataset` have none.
         config, revision: of a Hub data set.
         limits: how much the source may hold.
+        columns: name that `rows.parse_row` reads -> name in the source; a column that had the first name is left out.
 
-    Raises UserError for a source that cannot be read, or holds more than the limits.
+    Raises UserError for a source that cannot be read, holds more than the limits, or lacks one of the columns.
     """
     sources = [source] if isinstance(source, str) else list(source)
     if len(sources) == 1 and Path(sources[0]).is_dir():
@@ -80,8 +84,22 @@ def read_rows(
         rows = _rows_of_hub(sources[0], split, config, revision)
     else:
         rows = _rows_of_files([path for one in sources for path in _files(one)], limits)
-    limits.check_count(", ".join(sources), len(rows))
-    return rows
+    name = ", ".join(sources)
+    limits.check_count(name, len(rows))
+    return _renamed(rows, columns, name) if columns else rows
+
+
+def _renamed(rows: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
+    missing = [column for column in columns.values() if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"{name} has no column {', '.join(map(repr, missing))}, which `columns` names; it has "
+            f"{', '.join(rows.column_names[:20])}."
+        )
+    replaced = [column for column in columns if column in rows.column_names and column not in columns.values()]
+    if replaced:
+        logger.warning(f"`columns` takes the place of the column {', '.join(replaced)} of {name}, which is not read.")
+    return rows.remove_columns(replaced).rename_columns({theirs: ours for ours, theirs in columns.items()})
 
 
 def data_sha256(dataset: Dataset | None) -> str | None:

@@ -817,7 +817,7 @@ def test_bookkeeping_names_fields_and_none_that_our_loss_reads(file):
     assert recipe_fields(LM).keys() | recipe_fields(VL).keys() >= BOOKKEEPING
     assert recipe_fields(LM).keys() >= BOOKKEEPING - {"feature_cache"}
     own = {name for group in LM for name in group.__annotations__}
-    by_hash = {"train_data", "validation_data"}
+    by_hash = {"train_data", "validation_data", "columns"}  # of the rows, under our names
     limits = {"max_rows", "max_row_bytes", "max_row_pairs"}  # they refuse rows and change none
     assert own & BOOKKEEPING == {*by_hash, *limits, "stop_after"}
     assert not {"seed", "learning_rate", "per_device_train_batch_size", "max_steps", "optim"} & BOOKKEEPING

@@ -310,17 +310,13 @@ BAD_ROWS = {
         [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}],
         "has no text content",
     ),
-    "content parts in one turn": (
-        [{"messages": [{"role": "system", "content": [{"type": "text", "text": "s"}]}, *MESSAGES["messages"]]}],
-        "row 0: the system turn holds a list of content parts",
+    "a picture in one turn": (
+        [{"messages": [{"role": "system", "content": [{"type": "image", "image": "s"}]}, *MESSAGES["messages"]]}],
+        "row 0: the system turn holds a content part that is not a text (image)",
     ),
-    "views as messages": (
-        [{**MESSAGES, "views": {"contexts": [[{"role": "user", "content": "x"}]]}}],
-        "row 0: 'views' has contexts that are messages; give the text alone",
-    ),
-    "views as one conversation": (
-        [{**MESSAGES, "views": {"targets": [{"role": "assistant", "content": "x"}]}}],
-        "row 0: 'views' has targets that are messages",
+    "views of another turn": (
+        [{**MESSAGES, "views": {"contexts": [[{"role": "assistant", "content": "x"}]]}}],
+        "row 0: 'views' has contexts whose turns are not those of the row",
     ),
     "second row is bad": ([MESSAGES, {"messages": []}], "row 1"),
 }

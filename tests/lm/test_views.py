@@ -852,8 +852,8 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
         ({"prompt": [{"role": "user"}], "completion": [ANSWER]}, "user turn has no text"),
         ({"prompt": [USER], "completion": [{"role": "assistant", "content": None}]}, "assistant turn has no text"),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "completion": [ANSWER]},
-            "user turn holds a list of content parts",
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}], "completion": [ANSWER]},
+            "user turn holds a content part that is not a text",
         ),
         ({"messages": []}, "'messages' must be a list"),
         ({"messages": "x"}, "'messages' must be a list"),
@@ -978,8 +978,9 @@ def test_further_views_of_plain_strings(context_view):
 @pytest.mark.parametrize(
     ("views", "said"),
     [
-        (["a paraphrase"], "list"),
-        ("a paraphrase", "str"),
+        (3, "int"),
+        ('["a paraphrase"]', "JSON"),
+        ([{"role": "user", "content": "a paraphrase"}], "messages, but the row holds texts"),
         ({"context": ["a paraphrase"]}, "context"),
         ({"contexts": "a paraphrase"}, "contexts"),
         ({"contexts": [" "]}, "contexts"),

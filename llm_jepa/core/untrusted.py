@@ -314,9 +314,18 @@ def load_tokenizer(
     """
     check_tokenizer(source, revision=revision, subfolder=subfolder)
     with loading("a tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", subfolder=subfolder, trust_remote_code=False
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=revision or "main", subfolder=subfolder, trust_remote_code=False
+            )
+        except ValueError:  # transformers names three kinds of file then, and no way out
+            folder = Path(source, subfolder)
+            if not folder.is_dir() or (folder / "tokenizer.json").is_file():
+                raise
+            raise UserError(
+                f"The folder {folder} holds no tokenizer that can be read: it has no tokenizer.json. Copy the files of "
+                "the tokenizer there, or name another one."
+            ) from None
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(f"{source} names the tokenizer_class {type(tokenizer).__name__}, which is not a tokenizer.")
     if chat_template_path is None:

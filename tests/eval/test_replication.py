@@ -139,7 +139,7 @@ def test_a_protocol_can_have_its_own_rows(data, tmp_path, monkeypatch):
     }
     protocols = {name: {**own, "arms": ["sft"], "seeds": [0]} for name, own in sets.items()}
     settled = {"learning_rate": 0.2, "weights": {}}
-    plan = {"steps": 9, "rows": 50, "validation": 12, "settled": settled, "protocols": protocols}
+    plan = {"steps": 9, "rows": 50, "validation": 12, "weights": {}, "settled": settled, "protocols": protocols}
     runs.compare(data, plan, "", tmp_path, 1)
     told = [(cell.out.stem, cell.protocol, cell.steps, setup.train, setup.rows) for cell, setup in asked]
     assert told == [
@@ -257,6 +257,35 @@ def test_other_data_than_the_plans_are_refused_before_anything_starts(data, tmp_
     plan.write_text(replication.PLAN.read_text() + "\nwordings: [synth]\n")
     assert main(["analyse", "--plan", str(plan), "--out", str(tmp_path)]) == 2
     assert "the plan does not ask turk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settled",
+    [
+        "null",
+        "3",
+        "{learning_rate: 0.1}",
+        "{learning_rate: 0.1, weights: {cosine: 0.1}}",
+        "{learning_rate: many, weights: {cosine: 0.1, stp_code: 0.1}}",
+        "{learning_rate: 0.1, weights: {cosine: 0.1, stp_code: 0.0}}",
+        "{learning_rate: 0.1, weights: {cosine: 0.1, stp_code: 0.1, sft: 0.1}}",
+    ],
+)
+def test_settings_that_are_not_whole_start_nothing(settled, data, tmp_path, monkeypatch, capsys):
+    """An arm without a weight would be plain SFT with another name."""
+    monkeypatch.setattr(runs, "run_cell", lambda *_: pytest.fail("a run started"))
+    monkeypatch.setattr(runs, "side_by_side", in_this_process)
+    path = tmp_path / "plan.yaml"
+    plan = yaml.safe_load(replication.PLAN.read_text())
+    plan |= {"weights": {"cosine": [0.1], "stp_code": [0.1]}, "settled": yaml.safe_load(settled)}
+    path.write_text(yaml.safe_dump(plan))
+    assert main(["compare", "--data", str(data), "--plan", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "`settled`" in said and len(said.splitlines()) == 1 and "Error" not in said
+    assert not (tmp_path / "out").exists()
+    path.write_text(yaml.safe_dump({key: value for key, value in plan.items() if key != "settled"}))
+    assert main(["compare", "--data", str(data), "--plan", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "keys must be" in capsys.readouterr().err
 
 
 def test_the_committed_runs_are_those_of_the_plan_in_another_process():

@@ -276,12 +276,10 @@ def planned_runs(plan: dict[str, Any], start: str, out: Path) -> list[tuple[Cell
     An entry of `protocols` is named after its label protocol, or has `labels`; its `train`, `rows` and `steps` take the
     place of those of the plan. Raises UserError for a plan without settings.
     """
-    settled = plan["settled"]
-    if settled is None:
-        raise UserError("The plan has no `settled` settings yet; run select, write them there and commit the plan.")
+    rate, chosen = _settled(plan)
     setup = setup_of(plan)
     same_as = WEIGHT_OF if setup.arms == ARMS else {}
-    weights = {arm: settled["weights"].get(same_as.get(arm, arm), 0.0) for arm in setup.arms}
+    weights = {arm: chosen.get(same_as.get(arm, arm), 0.0) for arm in setup.arms}
     protocols = plan["protocols"]
     seeds = sorted({seed for protocol in protocols.values() for seed in protocol["seeds"]})
     cells = []
@@ -292,9 +290,28 @@ def planned_runs(plan: dict[str, Any], start: str, out: Path) -> list[tuple[Cell
         labels, steps = protocol.get("labels", name), protocol.get("steps", plan["steps"])
         for arm in protocol["arms"]:
             path = result_file(name, arm, seed, out)
-            rate, weight = settled["learning_rate"], weights[arm]
-            cells.append((Cell(labels, arm, seed, rate, weight, "test", steps, start, path), own))
+            cells.append((Cell(labels, arm, seed, rate, weights[arm], "test", steps, start, path), own))
     return cells
+
+
+def _settled(plan: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """(learning rate, weight by arm) of the block `settled`. Raises UserError if it is not whole.
+
+    An arm without a weight would train as plain SFT, under its own name.
+    """
+    settled, arms = plan["settled"], plan["weights"].keys()
+    if settled is None:
+        raise UserError("The plan has no `settled` settings yet; run select, write them there and commit the plan.")
+    parts = settled if isinstance(settled, dict) else {}
+    weights = parts.get("weights")
+    numbers = {"learning_rate": parts.get("learning_rate"), **(weights if isinstance(weights, dict) else {})}
+    are_numbers = all(type(value) in (int, float) and value > 0 for value in numbers.values())
+    if numbers.keys() != {"learning_rate", *arms} or not are_numbers:
+        raise UserError(
+            "The plan's `settled` must hold a learning_rate and, under weights, one positive number for each of "
+            f"{', '.join(arms)}; take what select prints."
+        )
+    return numbers.pop("learning_rate"), numbers
 
 
 def _run_of_set(cell_and_setup: tuple[Cell, Setup], data: Path) -> str:

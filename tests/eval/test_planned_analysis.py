@@ -207,7 +207,7 @@ def test_seeds_in_which_nothing_stopped_are_counted_and_left_out(tmp_path):
     synth = figures["paper"]["wordings"]["synth"]
     assert [synth["arms"][arm]["exact_of_stopped"]["seeds"] for arm in ("sft", "cosine", "stp_code")] == [1, 5, 4]
     parts = synth["gain"]["cosine - sft"]["by_stopping"]
-    assert parts["condition"] == {"seeds": 1, "t_interval": None}
+    assert parts["condition"] == parts["change"] == {"seeds": 1, "t_interval": None}
     assert synth["gain"]["cosine - sft"]["by_start"]["condition"]["seeds"] == 5, "what starts right is always defined"
     assert synth["minus_sft"]["cosine - sft"]["exact"]["verdict"] == "gain"
     json.dumps(figures, allow_nan=False)
@@ -253,6 +253,9 @@ def test_every_cell_of_a_difference_is_its_figure(published, figures):
     row = gain["mismatched - sft"]
     for title, part in columns.items():
         assert row[title] == "{:+.1f} ({:+.1f} to {:+.1f})".format(*part["t_interval"].values()), title
+    for gain_of in (stops, starts):
+        estimates = {key: part["t_interval"]["estimate"] for key, part in gain_of.items()}
+        assert estimates.pop("change") == pytest.approx(sum(estimates.values()), abs=1e-9)
     assert len({row[title] for title in columns}) == 5 and row["hypothesis"] == "**refuted**"
     assert row["change of exact"] == primary["exact mismatched - sft"]["points"] + ", 5 seeds"
 

@@ -281,9 +281,14 @@ def _decomposed(answers: Answers, baseline: Answers, condition: str) -> dict[str
             )
         ]
     )
-    change = parts.sum(axis=1)
-    columns = {"change": change, "condition": parts[:, 0], "exact_given_it": parts[:, 1], "exact_without": parts[:, 2]}
-    return {name: _interval_of_some(100 * column) for name, column in columns.items()}
+    change = (100 * (answers["exact"] - baseline["exact"])).mean(axis=1)  # as in `_differences`, to the last digit
+    columns = {
+        "change": np.where(np.isnan(parts[:, 0]), np.nan, change),
+        "condition": 100 * parts[:, 0],
+        "exact_given_it": 100 * parts[:, 1],
+        "exact_without": 100 * parts[:, 2],
+    }
+    return {name: _interval_of_some(column) for name, column in columns.items()}
 
 
 def parts_of_change(

@@ -40,7 +40,11 @@ FAMILIES = {
         groups=("ModelArguments", "DataArguments", "LLMJEPAConfig"),
         titles=("Model", "Data", "LLM-JEPA"),
         parents="trl.SFTConfig and transformers.TrainingArguments",
-        verbs={"generate": "decode greedily", "embed": "embed the context and target view of rows"},
+        verbs={
+            "generate": "decode greedily",
+            "embed": "embed the context and target view of rows",
+            "export": "write a model for other programs: transformers 4, PEFT, llama.cpp",
+        },
     ),
     "vl": Family(
         trains="trains a vision-language model (VL-JEPA)",

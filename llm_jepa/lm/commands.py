@@ -270,6 +270,8 @@ def embed(options: argparse.Namespace) -> None:
     if how is None:
         print("Note: this model was not trained by llm-jepa; reading both views at their last content token.")
         how = {}
+    if how.get("is_stripped"):
+        raise UserError(f"{options.model} was exported with --strip-predictor, so it cannot embed; name the original.")
     how = {"num_predictor_tokens": 0, "context_view": "prefix", **how}
     layout = choose_layout(model, how["num_predictor_tokens"])
     predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
@@ -304,7 +306,25 @@ def embed(options: argparse.Namespace) -> None:
     print(f"Wrote {' and '.join(embeddings)} {tuple(context.shape)} to {options.output}")
 
 
-VERBS = {"generate": (add_generate_arguments, generate), "embed": (add_embed_arguments, embed)}
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `llm-jepa export`."""
+    from . import export
+
+    export.add_arguments(parser)
+
+
+def export_model(options: argparse.Namespace) -> None:
+    """Write a model for other programs."""
+    from . import export
+
+    export.run(options)
+
+
+VERBS = {
+    "generate": (add_generate_arguments, generate),
+    "embed": (add_embed_arguments, embed),
+    "export": (add_export_arguments, export_model),
+}
 
 
 def _check_output(options: argparse.Namespace, suffix: str, kind: str) -> None:

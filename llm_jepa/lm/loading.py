@@ -41,7 +41,7 @@ OTHER_FAMILIES = {  # model_type -> what it is, and what to do with it
 }
 # The shape of what training notes in a config. `form_of` and `llm-jepa embed` read it.
 RECORD = {
-    "num_predictor_tokens?": int, "readout_layer?": int, "context_view?": {"prefix", "message"},
+    "num_predictor_tokens?": int, "is_stripped?": bool, "readout_layer?": int, "context_view?": {"prefix", "message"},
     "readout?": {"last", "mean"}, "predictor_position?": {"last", "first"}, "direction?": {"forward", "reverse"},
     "prompt?": {
         "format?": {"text", "messages", None}, "ends?": {"generation_prompt", "content"}, "answer_begins?": str,

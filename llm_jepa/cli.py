@@ -31,7 +31,7 @@ from .core.errors import (
 from .core.failures import machine_failure
 from .core.printing import safe_output
 from .core.signals import INTERRUPTED, Stopped, ending_at_once
-from .families import FAMILIES, commands_of, describe_keys, parse_recipe
+from .families import FAMILIES, build_recipe, check_recipe, commands_of, describe_keys
 
 if TYPE_CHECKING:
     from .core.recipe import Recipe
@@ -161,12 +161,14 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.launch == "cpu" and not _overrides_key("use_cpu", overrides):
         # Without use_cpu, each gloo process would train a separate model into the same folder.
         overrides = [*overrides, "--use_cpu", "true"]
-    recipe = replace(parse_recipe(options.recipe, overrides), allowed=frozenset(options.allow_changed))
+    checked = check_recipe(options.recipe, overrides)
+    family = commands_of(checked.family)
+    family.check_files(checked)  # the last line that answers before torch is imported
+    recipe = replace(build_recipe(checked), allowed=frozenset(options.allow_changed))
     from .core.checks import check_library_options, check_packages
 
     check_packages(recipe.training)
     check_library_options(recipe.training)
-    family = commands_of(recipe.family)
     if options.dry_run:
         from .core.strict_yaml import dump_yaml
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .core.errors import UserError
 
 if TYPE_CHECKING:
-    from .core.recipe import Groups, Recipe, RecipeSource
+    from .core.inherited import Fields
+    from .core.recipe import CheckedRecipe, Groups, Recipe, RecipeSource
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +26,21 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Family:
     trains: str  # in words
-    room: str  # the package with the modules `arguments` and `commands`
-    groups: tuple[str, str, str]  # dataclasses of `arguments`: model, data, training
+    room: str  # the package with the modules `keys`, `arguments` and `commands`
+    keys: tuple[str, str, str]  # dataclasses of `keys`: model, data, and our part of training. They need no library
+    training: str  # the dataclass of `arguments` that has all training keys
     titles: tuple[str, str, str]  # of the groups, for --help
     parents: str  # the libraries' classes that the other training keys come from
     verbs: dict[str, str]  # its commands besides `train` -> help in a few words
-    check: str | None = None  # function of `arguments`: (model, training) -> None, for keys of both that must agree
+    check: str | None = None  # function of `keys`: (model, training) -> None, for keys of both that must agree
 
 
 FAMILIES = {
     "lm": Family(
         trains="fine-tunes a causal language model (LLM-JEPA)",
         room="llm_jepa.lm",
-        groups=("ModelArguments", "DataArguments", "LLMJEPAConfig"),
+        keys=("ModelArguments", "DataArguments", "JEPAKeys"),
+        training="LLMJEPAConfig",
         titles=("Model", "Data", "LLM-JEPA"),
         parents="trl.SFTConfig and transformers.TrainingArguments",
         verbs={
@@ -49,7 +52,8 @@ FAMILIES = {
     "vl": Family(
         trains="trains a vision-language model (VL-JEPA)",
         room="llm_jepa.vl",
-        groups=("VLModelArguments", "VLDataArguments", "VLJEPATrainingArguments"),
+        keys=("VLModelArguments", "VLDataArguments", "VLJEPAKeys"),
+        training="VLJEPATrainingArguments",
         titles=("VL-JEPA model", "Data", "VL-JEPA"),
         parents="transformers.TrainingArguments",
         verbs={
@@ -65,22 +69,63 @@ VL_PARTS = {"x_encoder", "predictor", "y_encoder", "vl_model"}  # older recipes 
 
 def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file and `--field value` overrides, checked. Raises UserError, one line, for what cannot be right."""
+    return build_recipe(check_recipe(path, overrides))
+
+
+def build_recipe(checked: CheckedRecipe) -> Recipe:
+    """The recipe with its training arguments. Imports torch. Raises UserError for what only the libraries see."""
     from .core import recipe
+
+    name = checked.family
+    training = recipe.build(groups_of(name)[-1], checked.given, checked.source.path)
+    _check_together(name, checked.model, training)
+    return recipe.Recipe(name, checked.model, checked.data, training, checked.given, checked.written)
+
+
+def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CheckedRecipe:
+    """Read a recipe and check its values. Imports no library, if the table of inherited keys fits the installed ones.
+
+    Raises UserError, one line.
+    """
+    from .core import recipe
+    from .core.inherited import default_of
+    from .core.values import check_numbers
 
     source = recipe.read_recipe(path, overrides)
     name = _family_of(source)
-    parsed = recipe.parse(source, name, groups_of(name), owner=lambda key: _owner(key, name))
-    check = FAMILIES[name].check
-    if check is not None:
-        getattr(_room(name, "arguments"), check)(parsed.model, parsed.training)
-    return parsed
+    fields = fields_of(name)
+    given, written = recipe.check_values(source, name, fields, owner=lambda key: _owner(key, name))
+    model, data, training = (recipe.build(group, given, source.path) for group in keys_of(name))
+    for key, (field, _) in fields.items():
+        if not hasattr(training, key):
+            setattr(training, key, given.get(key, default_of(field)))
+    check_numbers(training)
+    training.check()
+    _check_together(name, model, training)
+    return recipe.CheckedRecipe(source, name, model, data, given, written)
+
+
+def fields_of(name: str) -> Fields:
+    """Every recipe key of a family with its field and type."""
+    from .core import inherited
+    from .core.recipe import recipe_fields
+
+    if inherited.is_of_installed_versions():
+        return {**inherited.read_inherited(name), **recipe_fields(keys_of(name))}
+    return recipe_fields(groups_of(name))
+
+
+def keys_of(name: str) -> Groups:
+    """The dataclasses with the recipe keys of ours: model, data, training. They import no library."""
+    keys = _room(name, "keys")
+    model, data, training = (getattr(keys, group) for group in FAMILIES[name].keys)
+    return model, data, training
 
 
 def groups_of(name: str) -> Groups:
-    """The dataclasses that hold a family's recipe keys: model, data, training."""
-    arguments = _room(name, "arguments")
-    model, data, training = (getattr(arguments, group) for group in FAMILIES[name].groups)
-    return model, data, training
+    """The dataclasses that hold a family's recipe keys: model, data, training with all inherited keys."""
+    model, data, _ = keys_of(name)
+    return model, data, getattr(_room(name, "arguments"), FAMILIES[name].training)
 
 
 def commands_of(name: str) -> ModuleType:
@@ -91,11 +136,15 @@ def commands_of(name: str) -> ModuleType:
 def describe_keys() -> str:
     """Every key of every family with its type, default and meaning, for --help."""
     from .core import recipe
+    from .core.inherited import read_inherited
 
     lines = []
     for name, family in FAMILIES.items():
+        inherited = read_inherited(name)
         lines.append(f"\n`{recipe.FAMILY}: {name}` {family.trains}.")
-        lines.append(recipe.describe_keys(groups_of(name), family.titles, family.parents))
+        lines.append(recipe.describe_keys(keys_of(name), family.titles, inherited))
+        others = sum(field.metadata["help"] is None for field, _ in inherited.values())
+        lines.append(f"\nAnd {others} keys of {family.parents}.")
     lines += [
         "\nThose are learning_rate, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, bf16,",
         "eval_strategy, save_steps, report_to, ...",
@@ -124,9 +173,13 @@ def _family_of(source: RecipeSource) -> str:
 
 def _owner(key: str, asking: str) -> str | None:
     """The other family that has such a key."""
-    from .core.recipe import recipe_fields
+    return next((name for name in FAMILIES if name != asking and key in fields_of(name)), None)
 
-    return next((name for name in FAMILIES if name != asking and key in recipe_fields(groups_of(name))), None)
+
+def _check_together(name: str, model: Any, training: Any) -> None:
+    check = FAMILIES[name].check
+    if check is not None:
+        getattr(_room(name, "keys"), check)(model, training)
 
 
 def _room(name: str, module: str) -> ModuleType:

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
-import math
 import os
 import re
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from ruamel.yaml import YAMLError
 
 from .errors import UserError, one_line
-from .options import has_half_character
+from .inherited import Fields
+from .kinds import accept, coerce, describe, options_of, wants_text
 from .strict_yaml import load_yaml, read_yaml
 
 MAX_FILES = 5  # a recipe, the file it extends, the file that one extends, ...
@@ -76,7 +73,6 @@ BOOKKEEPING = {
 }  # fmt: skip
 
 
-_LONGEST_LIST = 200  # characters of the words that a key takes; `optim` has 45 of them
 SECRETS = {"hub_token", "push_to_hub_token"}  # of no file
 
 
@@ -102,6 +98,18 @@ class RecipeSource:
         if FAMILY in self.overrides:
             return self.overrides[FAMILY]
         return next((keys[FAMILY] for _, keys in self.files if FAMILY in keys), None)
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe whose values are right, as far as this can be told before torch is imported."""
+
+    source: RecipeSource
+    family: str
+    model: Any  # instances of the family's groups
+    data: Any
+    given: dict[str, Any]  # as in Recipe
+    written: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -170,18 +178,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSource
     return RecipeSource(_chain(Path(path)), _split_overrides(overrides))
 
 
-def parse(
-    source: RecipeSource, family: str, groups: Groups, *, owner: Callable[[str], str | None] = lambda key: None
-) -> Recipe:
-    """Check every value of a recipe and build its three groups.
+def check_values(
+    source: RecipeSource, family: str, fields: Fields, *, owner: Callable[[str], str | None] = lambda key: None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of a recipe, each checked by itself: `Recipe.given` and `Recipe.written`.
 
     Args:
-        family: the name of the family that `groups` belong to.
+        family: the name of the family that the keys `fields` belong to.
         owner: key -> the other family that has such a key, or None. Only asked about unknown keys.
 
-    Raises UserError, one line, for anything that cannot be right.
+    Raises UserError, one line, for an unknown key, a value of another type, and a missing train_data or output_dir.
     """
-    path, fields = source.path, recipe_fields(groups)
+    path = source.path
 
     def unknown(keys: Iterable[str], dashes: str = "") -> str:
         return "; ".join(_unknown([key for key in keys if key not in fields], list(fields), owner, family, dashes))
@@ -202,78 +210,46 @@ def parse(
         )
     if resolved.get("output_dir") is None:
         raise UserError(f"{path} sets no output_dir: name the folder the run is saved in.")
+    return resolved, {key: value for key, value in values.items() if key != FAMILY}
+
+
+def build(group: type, values: Mapping[str, Any], path: Path) -> Any:
+    """A dataclass with those of the values that it has fields for. Raises UserError, one line; `path` is the recipe."""
+    names = {field.name for field in dataclasses.fields(group) if field.init}
     try:
-        model, data, training = (_build(group, resolved) for group in groups)
+        return group(**{key: value for key, value in values.items() if key in names})
     except UserError:
         raise
     except Exception as error:  # transformers' and TRL's own checks of their fields
         raise UserError(f"{path}: {one_line(error, 400)}") from None
-    written = {key: value for key, value in values.items() if key != FAMILY}
-    return Recipe(family, model, data, training, resolved, written)
 
 
-def recipe_fields(groups: Groups) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+def recipe_fields(groups: Sequence[type]) -> Fields:
     """name -> (field, resolved type) of every key that a recipe of these groups may set."""
-    fields: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    fields: Fields = {}
     for group in groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             if not field.init:
                 continue
             hint, choices = hints[field.name], field.metadata.get("choices")
-            if choices is not None and str in _options(hint):  # transformers' way to list the allowed words
+            if choices is not None and str in options_of(hint):  # transformers' way to list the allowed words
                 hint = Literal[tuple(choices)] if field.default is not None else Literal[tuple(choices)] | None
             fields[field.name] = (field, hint)
     return fields
 
 
-def describe_keys(groups: Groups, titles: Sequence[str], parents: str) -> str:
-    """Every key of ours with its type, default and meaning, for --help.
-
-    `titles` name the groups; `parents` names the libraries' classes that the other keys come from.
-    """
-    fields, lines = recipe_fields(groups), []
-    for title, group in zip(titles, groups, strict=True):
+def describe_keys(groups: Groups, titles: Sequence[str], inherited: Fields) -> str:
+    """Every key of ours with its type, default and meaning, for --help. `titles` name the groups."""
+    lines = []
+    described = [recipe_fields([group]) for group in groups]
+    described[-1] |= {name: (field, hint) for name, (field, hint) in inherited.items() if field.metadata["help"]}
+    for title, fields in zip(titles, described, strict=True):
         lines.append(f"\n{title} keys:")
-        for name in group.__annotations__:
-            field, hint = fields[name]
+        for name, (field, hint) in fields.items():
             default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
-            lines += [f"  {name} ({_describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
-    others = len(fields) - sum(len(group.__annotations__) for group in groups)
-    return "\n".join([*lines, f"\nAnd {others} keys of {parents}."])
-
-
-def coerce(key: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it (an int becomes a float), or UserError."""
-    _check_plain(key, value)
-    accepted, result = _accept(value, hint)
-    if accepted:
-        return result
-    if isinstance(value, float) and not math.isfinite(value) and float in _options(hint):
-        raise UserError(f"{key}: expected a finite number, got {value}.")
-    given = f"got {value!r} ({type(value).__name__})"
-    words = _words(hint)
-    text = str(value)
-    near = [word for word in words if text and word.startswith(text)] or difflib.get_close_matches(text, words, n=1)
-    if not near:
-        raise UserError(f"{key}: expected {_describe(hint, most=_LONGEST_LIST)}, {given}.")
-    few = _LONGEST_LIST // 2  # characters: the word that is meant says more than a long list
-    raise UserError(f"{key}: expected {_describe(hint, most=few)}, {given}; did you mean {near[0]!r}?")
-
-
-def _check_plain(key: str, value: Any) -> None:
-    """Raises UserError for a number of more than 64 bits, NaN in a list or mapping and half of a character."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f"{key}: {value} has more than 64 bits; write a smaller number.")
-    if isinstance(value, str) and has_half_character(value):
-        raise UserError(f"{key}: the text has a byte that is not UTF-8, or half of a surrogate pair; write it anew.")
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        for item in value:
-            if isinstance(item, float) and math.isnan(item):
-                raise UserError(f"{key}: it holds nan; write a finite number.")
-            _check_plain(key, item)
+            lines += [f"  {name} ({describe(hint)}; {default})", f"      {field.metadata.get('help', '')}"]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,18 +311,13 @@ def _override(name: str, text: str, hint: Any) -> Any:
     """The value of an override: a YAML scalar or flow collection. A field that takes any text takes it literally."""
     if text.lower() in ("none", "null"):
         return None
-    is_choice = _accept(text, hint)[0] and not _accept("", hint)[0]  # such as `no`
-    if is_choice or _wants_text(hint, text):
+    is_choice = accept(text, hint)[0] and not accept("", hint)[0]  # such as `no`
+    if is_choice or wants_text(hint, text):
         return text
     try:
         return load_yaml(text)
     except YAMLError:
         raise UserError(f"--{name}: cannot read {text!r} as a value.") from None
-
-
-def _build(group: type, resolved: Mapping[str, Any]) -> Any:
-    names = {field.name for field in dataclasses.fields(group) if field.init}
-    return group(**{key: value for key, value in resolved.items() if key in names})
 
 
 def _unknown(
@@ -384,100 +355,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; the type itself if it is not one. A text beside an enum is one of its words."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return tuple(option for option in options if option is not str) if any(map(_is_enum, options)) else options
-
-
-def _is_enum(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
-
-
-def _listed(options: Iterable[Any]) -> list[Any]:
-    """The members of an enum that an option is a list of. Then a text of a recipe is such words, with spaces."""
-    kinds = [kind for option in options if typing.get_origin(option) is list for kind in typing.get_args(option)]
-    return [member.value for kind in kinds if _is_enum(kind) for member in kind]
-
-
-def _words(hint: Any) -> list[str]:
-    """The words that a key of a few choices takes."""
-    options, words = _options(hint), []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            words += [word for word in typing.get_args(option) if isinstance(word, str)]
-        elif _is_enum(option):
-            words += [str(member.value) for member in option]
-    return words + _listed(options)
-
-
-def _wants_text(hint: Any, text: str) -> bool:
-    """True for a field that takes only text: its override is literal, so `123` is a text, and `*.jsonl` no YAML alias.
-
-    If the field takes a list of texts too, what starts with a bracket is one.
-    """
-    options = {option for option in _options(hint) if option is not type(None)}
-    return options == {str} or (options == {str, list[str]} and not text.startswith("["))
-
-
-def _accept(value: Any, hint: Any) -> tuple[bool, Any]:
-    """(does it fit, the value to use). A bool is not an int; an int becomes a float; nothing else is converted."""
-    options = _options(hint)
-    if isinstance(value, str) and (listed := _listed(options)):
-        return all(word in listed for word in value.split()), value
-    if len(options) > 1:
-        for option in sorted(options, key=lambda option: option is float):  # float last, so that an int stays one
-            accepted, result = _accept(value, option)
-            if accepted:
-                return True, result
-        return False, None
-    (hint,) = options
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True, value
-    if hint is type(None):
-        return value is None, None
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments), value
-    if _is_enum(hint):
-        return value in [member.value for member in hint], value
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < sys.float_info.max:
-            return False, None
-        return True, float(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if origin is list:
-        items = [_accept(item, arguments[0]) for item in value] if isinstance(value, list) else [(False, None)]
-        return all(fits for fits, _ in items), [item for _, item in items]
-    if origin is dict:
-        return isinstance(value, dict), value
-    return isinstance(hint, type) and isinstance(value, hint), value
-
-
-def _describe(hint: Any, *, most: float = math.inf) -> str:
-    """A type in words: "int or null", "one of a, b". A list of choices has at most `most` characters."""
-
-    def choices(words: Iterable[Any], place: str = "") -> str:
-        line = ", ".join(map(str, words))
-        if len(line) <= most:
-            return f"one of {line}"
-        start = line[: int(most) // 2].rpartition(", ")[0]
-        return f"one of {line.count(', ') + 1} words ({start}, ...{place})"
-
-    def name(option: Any) -> str:
-        if typing.get_origin(option) is Literal:
-            return choices(typing.get_args(option))
-        if _is_enum(option):
-            return choices((member.value for member in option), f" see {option.__module__}.{option.__qualname__}")
-        if listed := _listed([option]):
-            return f"list of {', '.join(map(str, listed))}"
-        if option is type(None):
-            return "null"
-        if option is bool:
-            return "true or false"
-        return getattr(typing.get_origin(option) or option, "__name__", str(option))
-
-    return " or ".join(dict.fromkeys(name(option) for option in _options(hint)))

@@ -14,7 +14,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .errors import UserError, first_line, one_line
+from .folders import check_folder, refuse_adapter
 from .json_files import read_json, shape_fault
 from .safetensors_files import find_file, no_larger_than, read_weights
 from .templates import check_templates, use_template
@@ -88,20 +89,6 @@ def loading(what: str, source: str) -> Iterator[None]:
 # -- configs ----------------------------------------------------------------------------------------------------------
 
 
-def check_folder(source: str) -> None:
-    """Raises UserError if `source` is a folder without a model, or clearly a path and not a Hub id."""
-    path = Path(source)
-    # `runs/mistyped` looks like a Hub id; without a network, asking the Hub for it takes a minute of retries.
-    starts_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or starts_here
-    if looks_local and not path.is_dir():
-        raise UserError(f"No model folder at {source}; check the path (it is relative to the current folder).")
-    if (path / "adapter_config.json").is_file():
-        _refuse_adapter(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"The folder {source} has no config.json, so it is not a saved model.")
-
-
 def read_options(
     source: str, *, what: str = "a model", revision: str | None = None, subfolder: str = ""
 ) -> dict[str, Any]:
@@ -131,7 +118,7 @@ def load_config(
         )
     with loading(what, source):
         if find_file(source, "adapter_config.json", revision=revision, subfolder=subfolder) is not None:
-            _refuse_adapter(source)
+            refuse_adapter(source)
         config = AutoConfig.from_pretrained(
             source, revision=revision or "main", subfolder=subfolder, trust_remote_code=False
         )
@@ -192,14 +179,6 @@ def _key_fault(key: str, value: Any) -> str | None:
 
 def _is_dtype(name: str) -> bool:
     return name == "auto" or isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
-
-
-def _refuse_adapter(source: str) -> NoReturn:
-    """transformers would load the model that an adapter names, from any place."""
-    raise UserError(
-        f"{source} holds an adapter, not a whole model: name the folder of the finished run, which holds the merged "
-        "model, or load it with the lines in its README.md and merge it."
-    )
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

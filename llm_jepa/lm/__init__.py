@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .attention import model_inputs
     from .batching import JEPACollator
     from .data import bank_collator, training_collator
+    from .files import FILE_SUFFIXES
     from .formats import format_of
     from .from_scratch import random_model, train_tokenizer
     from .inference import (
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
     from .prompts import Prompt, PromptForm, answer_row, encode, end_of_turn_ids, form_of, other_format, turn_end
     from .reading import embed_pairs
     from .rows import parse_row, render_kwargs_of, with_kwargs
-    from .sources import FILE_SUFFIXES, data_sha256, read_rows
+    from .sources import data_sha256, read_rows
     from .trainer import LLMJEPATrainer
     from .views import IGNORE, add_view_columns, build_views
 
 _HOMES = {
     "Choice": ".inference",
-    "FILE_SUFFIXES": ".sources",
+    "FILE_SUFFIXES": ".files",
     "Generation": ".inference",
     "IGNORE": ".views",
     "JEPACollator": ".batching",

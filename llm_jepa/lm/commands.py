@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import UserError
+from ..core.folders import check_path
 from ..core.options import pair_of_names, plain_text, whole
+from .files import check_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..core.recipe import Recipe
+    from ..core.recipe import CheckedRecipe, Recipe
     from ..core.run import Beginning
     from ..core.trainer import JEPATrainer
     from .prompts import Prompt, PromptForm
@@ -30,6 +32,16 @@ SOURCES = {"model_name_or_path": "model_revision", "tokenizer_name_or_path": Non
 
 
 # -- train ------------------------------------------------------------------------------------------------------------
+
+
+def check_files(recipe: CheckedRecipe) -> None:
+    """Raises UserError if a file or folder that the recipe names is not there."""
+    for source in (recipe.data.train_data, recipe.data.validation_data):
+        if source is not None:
+            check_source(source)
+    for model in (recipe.model.model_name_or_path, recipe.model.tokenizer_name_or_path):
+        if model is not None:
+            check_path(model)
 
 
 def train(recipe: Recipe) -> None:

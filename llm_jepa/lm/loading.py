@@ -25,12 +25,13 @@ from transformers.utils import logging
 
 from ..core import untrusted
 from ..core.errors import UserError
+from ..core.folders import check_folder
 from ..core.json_files import shape_fault
 from ..core.patterns import matching
 from ..core.templates import use_template
-from .arguments import DataArguments, LLMJEPAConfig, ModelArguments
+from .arguments import LLMJEPAConfig
 from .from_scratch import default_attention, random_model, train_tokenizer
-from .predictor_tokens import MAX_PREDICTOR_TOKENS
+from .keys import MAX_PREDICTOR_TOKENS, DataArguments, ModelArguments
 from .prompts import PromptForm, form_of
 from .rows import parse_row
 from .sources import read_rows
@@ -131,7 +132,7 @@ def tokenizer_from(
     Raises UserError if it cannot be loaded, and for a chat template that cannot be used.
     """
     if not (Path(source) / "tokenizer_config.json").is_file():
-        untrusted.check_folder(source)
+        check_folder(source)
     if (Path(source) / "config.json").is_file():
         _refuse_other_families(source, "main")  # before transformers warns of a model type that it does not know
     return untrusted.load_tokenizer(source, revision=revision, chat_template_path=chat_template_path)
@@ -142,7 +143,7 @@ def check_model(source: str, *, revision: str = "main") -> PreTrainedConfig:
 
     Raises UserError for another kind of model, and if there is none.
     """
-    untrusted.check_folder(source)
+    check_folder(source)
     _refuse_other_families(source, revision)
     config = untrusted.load_config(source, revision=revision)
     if fault := _fault_of_record(getattr(config, "llm_jepa", None), config):

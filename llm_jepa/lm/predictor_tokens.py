@@ -9,10 +9,9 @@ from __future__ import annotations
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import UserError
+from .keys import MAX_PREDICTOR_TOKENS
 from .token_rows import draw_rows, grow, vocabulary_size
 from .views import PREDICTOR_TOKEN
-
-MAX_PREDICTOR_TOKENS = 10  # as many as the reference code defines
 
 
 def predictor_token_names(num_predictor_tokens: int) -> list[str]:

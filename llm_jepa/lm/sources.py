@@ -35,20 +35,17 @@ from transformers.utils import logging
 from ..core.errors import UserError, first_line
 from ..core.row_files import (
     DELIMITERS,
-    JSON_SUFFIXES,
     LIMITS,
     MAX_RATIO,
     Row,
     RowLimits,
-    check_regular,
     row_suffix,
     rows_of_file,
 )
+from .files import FILE_SUFFIXES, TABLE_SUFFIXES, files_of, names_files
 from .formats import USED_COLUMNS
 
 logger = logging.get_logger(__name__)
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}  # -> the builder of `datasets`
-FILE_SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)
 KNOWN_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "cache"}  # of a folder or a Hub id; none reads pickles
 CHUNK = 10_000  # rows
 MAX_COLUMNS = 1000
@@ -80,10 +77,10 @@ def read_rows(
     sources = [source] if isinstance(source, str) else list(source)
     if len(sources) == 1 and Path(sources[0]).is_dir():
         rows = _rows_of_folder(Path(sources[0]), split, limits)
-    elif len(sources) == 1 and not _names_files(sources[0]):
+    elif len(sources) == 1 and not names_files(sources[0]):
         rows = _rows_of_hub(sources[0], split, config, revision)
     else:
-        rows = _rows_of_files([path for one in sources for path in _files(one)], limits)
+        rows = _rows_of_files([path for one in sources for path in files_of(one)], limits)
     name = ", ".join(sources)
     limits.check_count(name, len(rows))
     return _renamed(rows, columns, name) if columns else rows
@@ -113,28 +110,6 @@ def data_sha256(dataset: Dataset | None) -> str | None:
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-
-
-def _names_files(source: str) -> bool:
-    """False for what can only be a Hub id: `owner/name` or `name`."""
-    path = Path(source)
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
-    return looks_local or path.exists() or glob.has_magic(source) or row_suffix(source) in FILE_SUFFIXES
-
-
-def _files(source: str) -> list[Path]:
-    path = Path(source)
-    check_regular(path)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise UserError(f"{source} is a folder; name it alone, or the files in it ({path / '*.jsonl'}).")
-    if not glob.has_magic(source):
-        raise UserError(f"No data file at {source}; check the path (it is relative to the current folder).")
-    paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
-    if not paths:
-        raise UserError(f"No file matches {source}; check the pattern (it is relative to the current folder).")
-    return paths
 
 
 def _rows_of_files(paths: Sequence[Path], limits: RowLimits) -> Dataset:

@@ -53,6 +53,7 @@ from .data import (
     training_collator,
     view_columns,
 )
+from .keys import JEPAKeys
 from .loading import model_from, tokenizer_from
 from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
@@ -474,7 +475,7 @@ def prepare_model(
     if peft_config is not None:
         train_token_rows(peft_config, model, inputs=predictor_ids, labels=added_ids)
     model.config.llm_jepa = {
-        **{name: getattr(args, name) for name in LLMJEPAConfig.__annotations__ if name not in BOOKKEEPING},
+        **{name: getattr(args, name) for name in JEPAKeys.__annotations__ if name not in BOOKKEEPING},
         "num_predictor_tokens": len(predictor_ids),
     }
     return predictor_ids

@@ -1,199 +1,23 @@
-"""Every key of a VL-JEPA recipe, on one page: the parts, the clips, the training."""
+"""The training arguments of `family: vl`: the keys of transformers, and those of `keys.VLJEPAKeys`."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from transformers import SchedulerType, TrainingArguments
 
-from ..core.checks import (
-    check_dispatch,
-    check_fixed,
-    check_numbers,
-    check_precision,
-    check_ranges,
-    check_used,
-    check_validation,
-)
-from ..core.errors import UserError
-from ..core.row_files import LIMITS, RowLimits
-from ..core.signals import seconds_of
-from .configuration import HELP, MAX_FRAMES
-
-# Options of TrainingArguments that must keep these values, and why.
-FIXED = (
-    ("remove_unused_columns", False, "the collator reads clips"),
-    ("logging_nan_inf_filter", False, "it hides the NaN that should stop the run"),
-    ("label_smoothing_factor", 0.0, "there are no labels"),
-    ("dataloader_persistent_workers", False, "workers would draw the pairs of the first epoch in every epoch"),
-    ("auto_find_batch_size", False, "it restarts mid-run with weights already moved"),
-    ("trust_remote_code", False, "code from a checkpoint is never run"),
-    ("hub_token", None, "it would be written to disk in clear; log in with `hf auth login`"),
-    ("use_liger_kernel", False, "it replaces the loss of language models, and there is none here"),
-    ("torch_compile", False, "it is not tested with clips of changing size"),
-)
+from ..core.checks import check_dispatch, check_precision
+from ..core.values import check_numbers
+from .keys import VLJEPAKeys
 
 
 @dataclass
-class VLModelArguments:
-    """> The parts of a new model, or a trained model to continue with."""
-
-    vl_model: str | None = field(
-        default=None, metadata={"help": "A trained VL-JEPA to continue with (folder or Hub id), instead of the parts."}
-    )
-    x_encoder: str | dict | None = field(
-        default=None,
-        metadata={"help": "Vision encoder: a Hub id or folder, or a config with model_type for random weights."},
-    )
-    predictor: str | dict | None = field(
-        default=None, metadata={"help": "Causal LM whose layers predict, made bidirectional; or a config."}
-    )
-    y_encoder: str | dict | None = field(default=None, metadata={"help": "Text encoder of the targets; or a config."})
-    x_encoder_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
-    predictor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
-    y_encoder_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
-    num_predictor_layers: int | None = field(
-        default=None, metadata={"help": "Keep this many last layers of the predictor (paper: 8 of 16); null: all."}
-    )
-    shared_dim: int = field(default=1536, metadata={"help": HELP["shared_dim"]})
-    num_frames: int | None = field(
-        default=None, metadata={"help": HELP["num_frames"] + " null: 16, or the number of vl_model."}
-    )
-    frame_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "For an x_encoder with random weights: frames are resized to this many pixels a side and scaled to "
-            "mean and std 0.5."
-        },
-    )
-    token_merge: list[int] | None = field(default=None, metadata={"help": HELP["token_merge"] + " null: [1, 1, 1]."})
-    pool_frames: bool = field(default=False, metadata={"help": HELP["pool_frames"]})
-    grid_positions: bool = field(default=False, metadata={"help": HELP["grid_positions"]})
-    motion_dim: int = field(default=0, metadata={"help": HELP["motion_dim"]})
-    y_pooling: Literal["mean", "first", "last"] | None = field(
-        default=None, metadata={"help": HELP["y_pooling"] + " null: as the y_encoder's folder says, else mean."}
-    )
-    project_targets: bool = field(default=True, metadata={"help": HELP["project_targets"]})
-    max_query_tokens: int = field(default=512, metadata={"help": HELP["max_query_tokens"]})
-    max_target_tokens: int = field(default=512, metadata={"help": HELP["max_target_tokens"]})
-    default_query: str = field(default="What happens in the video?", metadata={"help": HELP["default_query"]})
-    temperature: float = field(default=0.07, metadata={"help": HELP["temperature"]})
-    tokenizer_vocab_size: int = field(
-        default=4096,
-        metadata={
-            "help": "For a predictor or y_encoder with random weights: size of a BPE trained on the rows' texts."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            (
-                ("num_frames", 1, MAX_FRAMES, "1 is an image"),
-                ("frame_size", 1, 2**14, "it counts pixels a side"),
-                ("num_predictor_layers", 1, 10**4, "null keeps all"),
-                ("shared_dim", 1, 2**20, "the paper has 1536"),
-                ("motion_dim", 0, 2**20, "0 is off"),
-                ("max_query_tokens", 1, 2**31, "it counts tokens"),
-                ("max_target_tokens", 1, 2**31, "it counts tokens"),
-                ("tokenizer_vocab_size", 257, 10**7, "256 bytes and the special tokens"),
-            ),
-        )
-        parts = {name: getattr(self, name) for name in ("x_encoder", "predictor", "y_encoder")}
-        if self.vl_model is not None:
-            for name, option in type(self).__dataclass_fields__.items():
-                if name not in ("vl_model", "num_frames") and getattr(self, name) != option.default:
-                    raise UserError(
-                        f"{name} belongs to a new model, and vl_model names a trained one; remove one of them."
-                    )
-            return
-        missing = [name for name, part in parts.items() if part is None]
-        if missing:
-            raise UserError(f"The recipe names no {missing[0]}; a VL-JEPA needs x_encoder, predictor and y_encoder.")
-        for name, part in parts.items():
-            if isinstance(part, dict) and "model_type" not in part:
-                raise UserError(f"{name} has no model_type; add one, e.g. model_type: llama.")
-            if isinstance(part, dict) and getattr(self, f"{name}_revision") is not None:
-                raise UserError(f"{name}_revision would be ignored: {name} is a config, not a checkpoint; remove it.")
-        if (self.frame_size is not None) != isinstance(self.x_encoder, dict):
-            raise UserError(
-                "frame_size goes with an x_encoder of random weights: set it for such an x_encoder, and leave it out "
-                "for a checkpoint, which brings its own."
-            )
-
-
-@dataclass
-class VLDataArguments:
-    """> Which clips to train on: a JSON-lines manifest of {"video" or "image", "query", "target"}."""
-
-    train_data: str = field(metadata={"help": "Manifest (.jsonl) of clips, see llm_jepa/vl/data.py."})
-    validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
-    validation_rows: int = field(
-        default=0, metadata={"help": "Without validation_data: clips held out of train_data, drawn with data_seed."}
-    )
-
-    max_rows: int = field(
-        default=LIMITS.max_rows, metadata={"help": "Refuse data of more rows; a small file can unpack to any number."}
-    )
-    max_row_bytes: int = field(default=LIMITS.max_row_bytes, metadata={"help": "Refuse a longer line of JSON."})
-
-    def __post_init__(self) -> None:
-        check_validation(self)
-
-    @property
-    def limits(self) -> RowLimits:
-        """How much a manifest may hold."""
-        return RowLimits(self.max_rows, self.max_row_bytes)
-
-
-@dataclass
-class VLJEPATrainingArguments(TrainingArguments):
+class VLJEPATrainingArguments(VLJEPAKeys, TrainingArguments):
     """`transformers.TrainingArguments` plus what VL-JEPA adds. A batch of 8 is 8 clips."""
 
-    objective: Literal["info_nce", "cosine", "l2", "mse", "smooth_l1"] = field(
-        default="info_nce", metadata={"help": "Distance between predicted and target embedding (paper: info_nce)."}
-    )
-    learn_temperature: bool = field(
-        default=True, metadata={"help": "Learn the temperature of info_nce (CLIP's way; the paper does not say)."}
-    )
-    regularizer: Literal["vicreg", "sigreg"] | None = field(
-        default=None,
-        metadata={"help": "Anti-collapse term on each side. The paper names it but reports no result."},
-    )
-    regularizer_weight: float = field(default=1.0, metadata={"help": "Its weight relative to the distance."})
-    y_encoder_lr_factor: float = field(
-        default=0.05,
-        metadata={"help": "Learning rate of the y_encoder relative to the others' (paper: 0.05); 0 freezes it."},
-    )
-    x_encoder_trainable_layers: int = field(
-        default=0,
-        metadata={"help": "Train this many last blocks of the x_encoder. 0 freezes it (paper), -1 trains all."},
-    )
-    pairs_per_clip: int = field(
-        default=1,
-        metadata={"help": "(query, target) pairs drawn from each clip of a batch; they share its visual tokens."},
-    )
-    feature_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the visual features of a frozen x_encoder, computed once. null: every epoch."},
-    )
-    diagnostics_pairs: int = field(
-        default=512, metadata={"help": "Validation pairs whose geometry is measured at every evaluation; 0 for none."}
-    )
-    stop_after: str | None = field(
-        default=None,
-        metadata={"help": "Time from the start of training, as 2h or 1h30m: then save a checkpoint and exit with 75."},
-    )
-    # Other defaults than the parent's.
-    learning_rate: float = field(default=5e-5, metadata={"help": "The paper's pretraining: 5e-5, constant."})
+    # Another default than the parent's.
     lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "The paper's pretraining: constant; its SFT: cosine."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads clips."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay off: it hides the NaN that should stop the run."}
     )
 
     def __post_init__(self) -> None:
@@ -204,38 +28,5 @@ class VLJEPATrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:  # transformers: False with activation_checkpointing
             self.ddp_find_unused_parameters = True  # a batch without queries leaves the predictor's token table unused
-        check_ranges(
-            self,
-            (
-                ("regularizer_weight", 0, 1e6, "0 is none"),
-                ("y_encoder_lr_factor", 0, 1e6, "0 freezes it"),
-                ("pairs_per_clip", 1, 10**6, "each clip has a pair"),
-                ("x_encoder_trainable_layers", -1, 10**6, "-1 trains all"),
-                ("diagnostics_pairs", 0, math.inf, "0 is off"),
-                ("neftune_noise_alpha", 0, 0, "no embedding of tokens is trained with noise"),
-            ),
-        )
-        check_fixed(self, FIXED)
-        if self.feature_cache is not None and self.x_encoder_trainable_layers:
-            raise UserError(
-                "feature_cache keeps the features of a frozen x_encoder, and x_encoder_trainable_layers trains it; "
-                "remove one of them."
-            )
-        check_used(
-            self,
-            (
-                ("learn_temperature", self.objective == "info_nce", "objective: info_nce"),
-                ("regularizer_weight", self.regularizer is not None, "a regularizer"),
-            ),
-        )
+        self.check()
         check_dispatch(self)
-        if self.stop_after is not None:
-            seconds_of(self.stop_after)
-
-
-def check_together(model: VLModelArguments, training: VLJEPATrainingArguments) -> None:
-    """Refuse a temperature that the objective would ignore. Raises UserError."""
-    if training.objective != "info_nce" and model.temperature != VLModelArguments.temperature:
-        raise UserError(
-            f"temperature: {model.temperature} would be ignored: it belongs to objective: info_nce; remove it."
-        )

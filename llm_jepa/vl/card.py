@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 
 from ..core.card import Evaluation, settings_of, versions_of, write_card
 from .arguments import VLJEPATrainingArguments
+from .keys import VLJEPAKeys
 from .modeling import VLJEPAModel
 from .parts import NAMES
 
@@ -25,7 +26,7 @@ def write_vl_model_card(
     defaults = {name: field.default for name, field in VLJEPATrainingArguments.__dataclass_fields__.items()}
     own = {
         name: getattr(args, name)
-        for name in VLJEPATrainingArguments.__annotations__
+        for name in [*VLJEPAKeys.__annotations__, *VLJEPATrainingArguments.__annotations__]
         if name in ALWAYS_SHOWN or getattr(args, name) != defaults[name]
     }
     own.pop("feature_cache", None)  # a path of one machine

@@ -6,10 +6,14 @@ Modules that need torch are imported inside the functions, so that help and wron
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..core.folders import check_path
+from .keys import check_manifest
+
 if TYPE_CHECKING:
-    from ..core.recipe import Recipe
+    from ..core.recipe import CheckedRecipe, Recipe
     from ..core.run import Beginning
     from .arguments import VLJEPATrainingArguments
     from .data import Clip
@@ -23,6 +27,17 @@ SOURCES = {
     "predictor": "predictor_revision",
     "y_encoder": "y_encoder_revision",
 }
+
+
+def check_files(recipe: CheckedRecipe) -> None:
+    """Raises UserError if a file or folder that the recipe names is not there."""
+    for manifest in (recipe.data.train_data, recipe.data.validation_data):
+        if manifest is not None:
+            check_manifest(Path(manifest))
+    for key in SOURCES:
+        model = getattr(recipe.model, key)
+        if isinstance(model, str):
+            check_path(model)
 
 
 def train(recipe: Recipe) -> None:

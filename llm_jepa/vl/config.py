@@ -1,3 +1,3 @@
 from .._moved import names_of
 
-__getattr__ = names_of(__name__, "llm_jepa.vl.arguments")
+__getattr__ = names_of(__name__, "llm_jepa.vl.arguments", "llm_jepa.vl.keys")

@@ -9,31 +9,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-MAX_FRAMES = 65_536  # of a clip
-MIN_TEMPERATURE = 0.01  # CLIP's floor (logit scale 100): below it a learnt temperature runs away
+from .keys import MAX_FRAMES
 
-# The options that a recipe may set, each described once: here, and as the help of `VLModelArguments`.
-HELP = {
-    "shared_dim": "Size D of predicted and target embeddings (paper: 1536).",
-    "num_frames": "Frames of a clip; longer clips are sampled down to it uniformly. 1 for images.",
-    "token_merge": "[t, h, w]: merge each t x h x w block of visual tokens into one, their channels side by side, "
-    "before the projection. [1, 1, 1]: every token goes to the predictor (paper).",
-    "pool_frames": "Replace the visual tokens of each frame (tubelet) by their mean, as image classifiers do.",
-    "grid_positions": "Add to each (merged) visual token a learnt embedding of its place on the grid. For CNNs, whose "
-    "features do not encode their position; V-JEPA 2's do. The predictor adds the order in time.",
-    "motion_dim": "Width of an MLP over the differences between the frames that token_merge merges. "
-    "0 = linear projection only (paper).",
-    "y_pooling": "How the y_encoder's states become one vector: the mean over real tokens, the first or the last real "
-    "token. The paper does not say; similar models take the mean.",
-    "project_targets": "Map the y_encoder linearly to the shared space. false: its own space is the shared space, and "
-    "shared_dim must be its size.",
-    "max_query_tokens": "Longer queries are refused (paper: 512).",
-    "max_target_tokens": "Longer targets are refused (paper: 512).",
-    "default_query": "The query if none is given: in retrieval, classification and captions. The paper has such a "
-    "prompt and does not print it.",
-    "temperature": "Temperature of info_nce: the value at which learning starts, or the fixed value. Not in the paper; "
-    "0.07 is CLIP's start.",
-}
+MIN_TEMPERATURE = 0.01  # CLIP's floor (logit scale 100): below it a learnt temperature runs away
 
 
 @strict
@@ -47,7 +25,7 @@ class VLJEPAConfig(PreTrainedConfig):
         visual_dim: size of a visual token from the x_encoder; None takes it from `x_encoder_config`.
         visual_grid: [height, width] of the tokens of one frame (of one tubelet, for V-JEPA 2), for `token_merge`.
         revisions: part -> {"name", "revision"} that `from_parts` loaded.
-        shared_dim ... temperature: see `HELP`.
+        shared_dim ... temperature: see `HELP` of `keys.py`.
 
     Why motion_dim: a linear projection can detect translation but not rotation from an arbitrary starting angle; this
     MLP can. It ignores anything static.

@@ -26,12 +26,13 @@ from torch.utils.data import Dataset
 
 from ..core.errors import UserError
 from ..core.files import file_sha256, text_key
-from ..core.row_files import LIMITS, RowLimits, check_regular, json_rows
+from ..core.row_files import LIMITS, RowLimits, json_rows
 from ..stream.clips import read_clip
 from ..stream.frames import Limits
 from ..stream.opening import is_image
 from ..stream.pixels import to_rgb
 from .features import FeatureCache
+from .keys import check_manifest
 from .processing import VLJEPAProcessor
 
 MAX_PATH = 4096  # characters; Linux opens no longer one
@@ -251,9 +252,7 @@ def read_clips(path: str | Path, limits: RowLimits = LIMITS) -> list[Clip]:
     "start_s", "end_s": optional}. Raises UserError with the line for anything else.
     """
     path = Path(path)
-    check_regular(path)
-    if not path.is_file():
-        raise UserError(f"No manifest at {path}; it holds one JSON object a line, with 'video' and 'target'.")
+    check_manifest(path)
     pairs_of: dict[tuple[str, float | None, float | None], list[Pair]] = {}  # by file, start and end
     for place, row in json_rows(path, limits):
         clip = _read_row(row, path.parent, place)

@@ -20,8 +20,9 @@ from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError
+from ..core.folders import check_folder
 from ..core.publish import published
-from ..core.untrusted import check_folder, load_config, load_model, loading
+from ..core.untrusted import load_config, load_model, loading
 from ..stream.clips import read_clip
 from ..stream.opening import is_image
 from .configuration import VLJEPAConfig

@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, set_seed
 from ..core.errors import UserError
 from ..core.random_weights import config_of
 from ..core.tokenizer import train_bpe
-from .arguments import VLDataArguments, VLModelArguments
 from .data import Clip, read_clips
 from .inference import VLJEPA
+from .keys import VLDataArguments, VLModelArguments
 from .modeling import VLJEPAModel
 from .processing import VLJEPAProcessor
 

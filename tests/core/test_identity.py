@@ -20,7 +20,7 @@ from llm_jepa.core.checkpoint import fault, newest_complete
 from llm_jepa.core.files import content_sha256, file_sha256
 from llm_jepa.core.publish import MANIFEST, seal
 from llm_jepa.families import parse_recipe
-from llm_jepa.vl.arguments import VLModelArguments
+from llm_jepa.vl.keys import VLModelArguments
 from tests.core.runs import BEST, LM, RESUME, VL, write_images, write_rows
 
 TEMPLATE = "{% for turn in messages %}{{ turn['content'] }}{{ eos_token }}{% endfor %}"

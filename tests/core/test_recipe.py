@@ -18,18 +18,17 @@ from hypothesis import strategies as st
 from trl import ModelConfig, ScriptArguments
 
 from llm_jepa.core.errors import UserError
+from llm_jepa.core.kinds import coerce, words_of
 from llm_jepa.core.recipe import (
     BOOKKEEPING,
     EXTENDS,
     MAX_FILES,
     NOT_OFFERED,
     RENAMED,
-    _words,
-    coerce,
     recipe_fields,
 )
 from llm_jepa.core.strict_yaml import MAX_BYTES, MAX_DEPTH, read_yaml
-from llm_jepa.families import describe_keys, groups_of
+from llm_jepa.families import describe_keys, groups_of, keys_of
 from llm_jepa.families import parse_recipe as parse
 from llm_jepa.lm.arguments import LLMJEPAConfig
 
@@ -275,7 +274,7 @@ def test_names_that_people_bring_along_point_to_their_successor(old, file):
 
 def test_help_describes_every_key_of_ours():
     text = describe_keys()
-    assert all(f"\n  {name} (" in text for group in LM for name in group.__annotations__)
+    assert all(f"\n  {name} (" in text for group in keys_of("lm") for name in group.__annotations__)
 
 
 # -- types ----------------------------------------------------------------------------------------------------------
@@ -398,7 +397,7 @@ def test_every_default_is_a_value_a_recipe_may_give(name):
 
 
 FAMILY_FIELDS = {family: recipe_fields(groups_of(family)) for family in ("lm", "vl")}
-CHOICES = [(family, key) for family, fields in FAMILY_FIELDS.items() for key in fields if _words(fields[key][1])]
+CHOICES = [(family, key) for family, fields in FAMILY_FIELDS.items() for key in fields if words_of(fields[key][1])]
 
 
 def test_the_keys_with_choices_are_found():
@@ -421,7 +420,7 @@ def test_a_word_that_is_not_one_of_the_choices_names_the_key(family, key):
     hint = FAMILY_FIELDS[family][key][1]
     message = refused(coerce, key, "zzz", hint)
     assert message.startswith(f"{key}: expected ") and "got 'zzz' (str)" in message and len(message) <= 300
-    word = _words(hint)[0]
+    word = words_of(hint)[0]
     message = refused(coerce, key, f"{word}z", hint)
     assert message.startswith(f"{key}: ") and "did you mean '" in message and len(message) <= 300
     assert coerce(key, word, hint) == word
@@ -816,7 +815,7 @@ def test_bookkeeping_names_fields_and_none_that_our_loss_reads(file):
     """A misspelt name would silently make a run impossible to resume with another logging interval."""
     assert recipe_fields(LM).keys() | recipe_fields(VL).keys() >= BOOKKEEPING
     assert recipe_fields(LM).keys() >= BOOKKEEPING - {"feature_cache"}
-    own = {name for group in LM for name in group.__annotations__}
+    own = {name for group in keys_of("lm") for name in group.__annotations__}
     by_hash = {"train_data", "validation_data", "columns"}  # of the rows, under our names
     limits = {"max_rows", "max_row_bytes", "max_row_pairs"}  # they refuse rows and change none
     assert own & BOOKKEEPING == {*by_hash, *limits, "stop_after"}

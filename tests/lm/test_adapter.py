@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llm_jepa.cli import main
 from llm_jepa.lm.adapter import save_adapter
-from llm_jepa.lm.arguments import ModelArguments
 from llm_jepa.lm.inference import generate
+from llm_jepa.lm.keys import ModelArguments
 from llm_jepa.lm.loading import lora_config
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.conftest import FLOAT32, config, expect_refusal, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_jepa.core.errors import UserError
-from llm_jepa.vl.arguments import VLDataArguments, VLModelArguments
+from llm_jepa.vl.keys import VLDataArguments, VLModelArguments
 from tests.vl.runs import arguments
 
 

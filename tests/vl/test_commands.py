@@ -25,10 +25,11 @@ from llm_jepa.cli import main
 from llm_jepa.core.checks import SPEED, check_best_metric
 from llm_jepa.core.diagnostics import SPACE_FIGURES
 from llm_jepa.families import parse_recipe
-from llm_jepa.vl.arguments import VLJEPATrainingArguments, VLModelArguments
+from llm_jepa.vl.arguments import VLJEPATrainingArguments
 from llm_jepa.vl.commands import build_trainer
 from llm_jepa.vl.data import read_clips
 from llm_jepa.vl.inference import VLJEPA
+from llm_jepa.vl.keys import VLJEPAKeys, VLModelArguments
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.y_decoder import PrefixDecoder, YDecoder
 from tests.conftest import FLOAT32, assert_same_weights, expect_refusal
@@ -233,7 +234,12 @@ def test_dry_run_shows_clips_and_weights_and_writes_nothing(recipe, data, tmp_pa
 def test_help_names_the_keys_of_both(capsys):
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    for name in [*VLModelArguments.__annotations__, *VLJEPATrainingArguments.__annotations__, "jepa_weight"]:
+    for name in [
+        *VLModelArguments.__annotations__,
+        *VLJEPAKeys.__annotations__,
+        *VLJEPATrainingArguments.__annotations__,
+        "jepa_weight",
+    ]:
         assert f"  {name} (" in out, name
 
 

@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.files import text_key
-from llm_jepa.vl.arguments import VLDataArguments
 from llm_jepa.vl.data import Clip, ClipCollator, ClipDataset, Pair, clips_sha256, read_clips
+from llm_jepa.vl.keys import VLDataArguments
 from llm_jepa.vl.loading import load_clips
 from llm_jepa.vl.objective import KEYS
 from tests.conftest import EXACT

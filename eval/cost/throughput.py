@@ -1,20 +1,25 @@
 """How much faster is the batched decoding of eval.run than one prompt at a time?
 
-    python -m eval.cost.throughput [--quick] [--data DIR]
+    python -m eval.cost.throughput [--quick] [--data DIR] [--model FOLDER]
 
 A Llama of 0.7M parameters is trained for a few seconds, so that its answers end. Then two ways of decoding take turns:
 
 - all NL-RX requests as in eval.run (`llm_jepa.generate`, batches of 64; slow rows are postponed, as in a run);
-- every eighth request as in the published evaluator (`model.generate`, one prompt after the other).
+- every eighth request as in the published evaluator (`model.generate`, one prompt after the other). Each turn takes
+  other ones.
 
 With --data it also decides all distinct gold regexes there. The time is the processor time of one thread (on CUDA the
 wall-clock time), so a busy machine matters less.
+
+With --model, that model answers 500 requests in batches of 256, in float32 and in bfloat16. Sums in another order may
+give another token, so both count equal texts.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import time
@@ -30,17 +35,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_jepa import generate
 from llm_jepa.core.files import file_sha256, write_json
-from llm_jepa.lm import Prompt, build_views, random_model, read_rows, train_tokenizer
+from llm_jepa.lm import (
+    Prompt,
+    build_views,
+    model_from,
+    random_model,
+    read_rows,
+    tokenizer_from,
+    train_tokenizer,
+)
 from llm_jepa.synthetic import nl_rx as generator
 
 from ..command import ArgumentParser, check_writable, one_line_errors
 from ..experiments.small_runs import SHARED
 from ..graders.regexes import RegexError, language
-from ..provenance import environment
+from ..provenance import environment, weights_sha256
 from ..tasks import nl_rx
 
 BATCH_SIZE, MAX_NEW_TOKENS = 64, 64
 EVERY = 8  # every eighth prompt is also decoded alone
+# With --model: a batch is as large as in docs/evaluation.md, and the longest NL-RX regex has 35 tokens.
+LARGE_BATCH, SHORT_ANSWER = 256, 48
+DTYPES = ("float32", "bfloat16")
 BOUND = 8.0  # the speed-up that we promise; printed next to the figure
 
 
@@ -96,12 +112,13 @@ def measure(
     repetitions: int,
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
-) -> dict[str, Any]:
-    """Seconds per answer of both ways, and how many texts are equal."""
+) -> tuple[dict[str, Any], list[str]]:
+    """(seconds per answer of both ways and how many texts are equal, the batched texts)."""
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
-    alone = range(0, len(prompts), EVERY)
     seconds: dict[str, list[float]] = {"batched": [], "single": []}
+    compared = equal = 0
     for repetition in range(repetitions + 1):
+        alone = range(max(repetition - 1, 0) % EVERY, len(prompts), EVERY)
         some = prompts if repetition else prompts[:EVERY]  # the first repetition is a warm-up
         start = clock()
         batched = generate(model, tokenizer, some, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -111,20 +128,39 @@ def measure(
         if repetition:
             seconds["batched"].append((middle - start) / len(prompts))
             seconds["single"].append((end - middle) / len(alone))
+            compared += len(alone)
+            equal += sum(batched[i].text == text for i, text in zip(alone, single, strict=True))
     ratios = [single_s / batched_s for batched_s, single_s in zip(seconds["batched"], seconds["single"], strict=True)]
-    return {
+    figures = {
         "prompts": len(prompts),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "seconds_an_answer": seconds,
         "ratios": ratios,
-        "compared_texts": len(alone),
-        "equal_texts": sum(batched[i].text == text for i, text in zip(alone, single, strict=True)),
+        "compared_texts": compared,
+        "equal_texts": equal,
         "stop_rate": statistics.mean(answer.stopped for answer in batched),
         "tokens_an_answer": statistics.mean(answer.num_tokens for answer in batched),
         "parameters": model.num_parameters(),
         "device": str(model.device),
     }
+    return figures, [answer.text for answer in batched]
+
+
+def measure_pretrained(folder: str, prompts: Sequence[Prompt], *, repetitions: int) -> dict[str, Any]:
+    """`measure` of a model folder or Hub id in both dtypes. `equal_to_float32` counts the batched texts."""
+    tokenizer = tokenizer_from(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    for dtype in DTYPES:
+        model = model_from(folder, dtype=getattr(torch, dtype)).to(device).eval()
+        result[dtype], texts[dtype] = measure(
+            model, tokenizer, prompts, repetitions=repetitions, batch_size=LARGE_BATCH, max_new_tokens=SHORT_ANSWER
+        )
+        pairs = zip(texts[dtype], texts[DTYPES[0]], strict=True)
+        result[dtype]["equal_to_float32"] = sum(one == other for one, other in pairs)
+    return result
 
 
 def regex_seconds(files: Sequence[Path]) -> tuple[float, int, int]:
@@ -154,11 +190,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer prompts and training steps")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--data", type=Path, help="NL-RX folder (default: generated rows)")
+    parser.add_argument("--model", metavar="FOLDER", help="a chat model that answers instead: a folder or a Hub id")
     options = parser.parse_args(argv)
     check_writable(options.out)
     torch.set_num_threads(1)
-    steps, num_prompts, repetitions = (250, 512, 3) if options.quick else (1000, 2048, 5)
     result: dict[str, Any] = {"quick": options.quick, "bound": BOUND, "data": None}
+    if options.model is None:
+        _measure_tiny(options, result)
+    else:
+        _measure_folder(options, result)
+    result["environment"] = environment()
+    if options.out:
+        write_json(options.out, result)
+    return 0
+
+
+def _measure_tiny(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Train the small model, measure it, and print the figures."""
+    steps, num_prompts, repetitions = (250, 512, 3) if options.quick else (1000, 2048, 5)
     if options.data is None:
         rows: Sequence[dict[str, Any]] = generator.generate(1000, seed=0)
         test = generator.generate(num_prompts, seed=0, split="test", wordings=(0, 4))
@@ -170,21 +219,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = list(read_rows(str(files[2])))[:1000]
         prompts = [list(getattr(item, wording)) for item in items for wording in nl_rx.WORDINGS][:num_prompts]
     model, tokenizer = trained_model(rows, steps)
-    result |= {"training_steps": steps, **measure(model, tokenizer, prompts, repetitions=repetitions)}
-    result |= {"model_config": SHARED["model_config"], "environment": environment()}
+    figures, _ = measure(model, tokenizer, prompts, repetitions=repetitions)
+    result |= {"training_steps": steps, **figures, "model_config": SHARED["model_config"]}
     result["summary"] = {"batched_over_single": statistics.median(result["ratios"])}
     if "regex_seconds" in result:
         result["summary"]["regex_seconds"] = result["regex_seconds"]
         print(f"{result['regexes']} gold regexes decided in {result['regex_seconds']:.2f} s; {result['undecided']} not")
-    if options.out:
-        write_json(options.out, result)
-    ratios = ", ".join(f"{ratio:.1f}" for ratio in result["ratios"])
-    print(
-        f"{result['summary']['batched_over_single']:.1f} times (bound: {BOUND:g}; {ratios}) as many answers a second "
-        f"in batches of {BATCH_SIZE} as one by one; {result['equal_texts']} of {result['compared_texts']} texts equal; "
-        f"{result['tokens_an_answer']:.1f} tokens an answer, {100 * result['stop_rate']:.0f} % stop by themselves."
+    print(_line(figures))
+
+
+def _measure_folder(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Measure the model of --model, and print its figures."""
+    num_prompts, repetitions = (64, 1) if options.quick else (500, 4)
+    if options.data is None:
+        test = generator.generate(num_prompts, seed=0, split="test", wordings=(0,))
+        prompts: list[Any] = [row["messages"][:-1] for row in test]
+    else:
+        items, _, files = nl_rx.load(options.data)
+        result["data"] = {path.name: file_sha256(path) for path in files}
+        chosen = random.Random("test lines").sample(items, min(num_prompts, len(items)))
+        prompts = [list(item.original) for item in chosen]
+    figures = measure_pretrained(options.model, prompts, repetitions=repetitions)
+    result |= {"model": Path(options.model).name, "weights_sha256": weights_sha256(Path(options.model)), **figures}
+    result["summary"] = {dtype: statistics.median(figures[dtype]["ratios"]) for dtype in DTYPES}
+    for dtype in DTYPES:
+        equal = f"{figures[dtype]['equal_to_float32']} of {len(prompts)} batched texts are those of float32."
+        print(f"{dtype}: {_line(figures[dtype])} {equal}")
+
+
+def _line(figures: dict[str, Any]) -> str:
+    speedup, ratios = statistics.median(figures["ratios"]), ", ".join(f"{ratio:.1f}" for ratio in figures["ratios"])
+    return (
+        f"{speedup:.1f} times (bound: {BOUND:g}; {ratios}) as many answers a second in batches of "
+        f"{figures['batch_size']} as one by one; {figures['equal_texts']} of {figures['compared_texts']} texts equal; "
+        f"{figures['tokens_an_answer']:.1f} tokens an answer, {100 * figures['stop_rate']:.0f} % stop by themselves."
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -159,24 +159,40 @@ def _continue(
     cache = copy.deepcopy(states)
     if cache is not None:
         cache.batch_repeat_interleave(len(batch))
-    suppressed = suppressed_ids(model) or None  # a processor of no tokens would still cost a pass over the logits
     steps = max(room)
     limit = position_limit(model.config)
     if limit is not None:  # a row that has ended still counts on while others run
         steps = min(steps, limit + 1 - length)
-    few_left = _FewRowsLeft(length, room, stop, model.device)
+    tokens, seen = torch.tensor(ids).to(model.device), torch.tensor(mask).to(model.device)  # [B, L] each
+    pause = _Pause(length, room, stop, model.device, may_end_early, may_shrink=cache is not None and not end_text)
+    decoding = GenerationConfig(
+        eos_token_id=stop or None,
+        pad_token_id=pad,
+        suppress_tokens=suppressed_ids(model) or None,  # a processor of no tokens would still pass over the logits
+    )
+    rows = torch.arange(len(batch))  # those that still run
+    news: list[list[int]] = [[] for _ in batch]
     with torch.inference_mode():
-        output = generate_as_asked(
-            model,
-            GenerationConfig(
-                max_new_tokens=steps, eos_token_id=stop or None, pad_token_id=pad, suppress_tokens=suppressed
-            ),
-            input_ids=torch.tensor(ids).to(model.device),  # [B, L]
-            attention_mask=torch.tensor(mask).to(model.device),
-            stopping_criteria=StoppingCriteriaList([*end_text, *([few_left] if may_end_early else [])]),
-            **({} if cache is None else {CACHE: cache}),
-        )
-    return [new[:limit] for new, limit in zip(output[:, length:].tolist(), room, strict=True)]
+        while True:
+            decoding.max_new_tokens = length + steps - tokens.shape[1]
+            tokens = generate_as_asked(
+                model,
+                decoding,
+                input_ids=tokens,
+                attention_mask=seen,
+                stopping_criteria=StoppingCriteriaList([*end_text, pause]),
+                **({} if cache is None else {CACHE: cache}),
+            )
+            for row, new in zip(rows.tolist(), tokens[:, length:].tolist(), strict=True):
+                news[row] = new[: room[row]]
+            if not pause.shrinks or tokens.shape[1] == length + steps:
+                return news
+            # The rows that have ended would still cost as much as the others in every step.
+            running = pause.drop_ended()
+            rows, tokens, seen = rows[running.cpu()], tokens[running], seen[running]
+            seen = torch.nn.functional.pad(seen, (0, tokens.shape[1] - seen.shape[1]), value=1)
+            assert cache is not None
+            cache.batch_select_indices(running)
 
 
 @torch.inference_mode()
@@ -200,26 +216,48 @@ def _shared_prefix(model: PreTrainedModel, encoded: Sequence[list[int]]) -> tupl
     return shared, cache
 
 
-class _FewRowsLeft(StoppingCriteria):
-    """Ends a batch if at most 1/8 of its rows go on, and it has run twice as long as half of the rows needed.
+class _Pause(StoppingCriteria):
+    """Ends a batch early: for good if few rows go on, or to drop the rows that have ended.
 
-    From then on, its steps cost more than reading the rest again in another batch. A row ends at a stop token or when
-    its room is used up.
+    For good (if `may_end_early`): at most 1/8 of the rows go on, and the batch has run twice as long as half of the
+    rows needed. From then on, its steps cost more than reading the rest again in another batch.
+
+    To drop rows (`may_shrink`): half of the rows that still run have ended, and at least 32 go on. With fewer, a step
+    costs about the same on most machines.
+
+    A row ends at a stop token or when its room is used up.
     """
 
-    def __init__(self, length: int, room: Sequence[int], stop: Sequence[int], device: torch.device):
-        self.length, self.steps_of_half = length, 0
+    def __init__(
+        self,
+        length: int,
+        room: Sequence[int],
+        stop: Sequence[int],
+        device: torch.device,
+        may_end_early: bool,
+        may_shrink: bool,
+    ):
+        self.length, self.num_rows, self.steps_of_half = length, len(room), 0
+        self.may_end_early, self.may_shrink, self.shrinks = may_end_early, may_shrink, False
         self.room, self.stop = torch.tensor(room, device=device), torch.tensor(stop, dtype=torch.long, device=device)
         self.done = torch.zeros(len(room), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         steps = input_ids.shape[1] - self.length
         self.done |= torch.isin(input_ids[:, -1], self.stop) | (steps >= self.room)
-        done = int(self.done.sum())  # this adds no wait for the device: `generate` asks it in every step as well
-        if not self.steps_of_half and 2 * done >= len(self.done):
+        # This adds no wait for the device: `generate` asks it in every step as well.
+        left = len(self.done) - int(self.done.sum())
+        if not self.steps_of_half and 2 * left <= self.num_rows:
             self.steps_of_half = steps
-        left = len(self.done) - done
-        return torch.full_like(self.done, 8 * left <= len(self.done) and steps >= 2 * self.steps_of_half)
+        few = self.may_end_early and 8 * left <= self.num_rows and steps >= 2 * self.steps_of_half
+        self.shrinks = self.may_shrink and not few and left >= 32 and 2 * left <= len(self.done)
+        return torch.full_like(self.done, few or self.shrinks)
+
+    def drop_ended(self) -> torch.Tensor:
+        """Forget the rows that have ended. Returns the places of the others."""
+        running = (~self.done).nonzero()[:, 0]
+        self.done, self.room = self.done[running], self.room[running]
+        return running
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end: TurnEnd) -> Generation:

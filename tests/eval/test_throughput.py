@@ -4,6 +4,7 @@ the benchmark compares two ways to the same texts."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -96,6 +97,38 @@ def test_a_prefix_that_all_prompts_share_is_read_once(family, tokenizer):
     assert others == [(4, max(lengths) - shared), (2, sorted(lengths)[1] - shared)]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rows_that_have_ended_are_dropped(family, tokenizer):
+    """40 of 128 rows go on to the end, and the batch gets smaller when 64 have ended. Each answer is that of its prompt
+    alone; float64."""
+    model = tiny_model(tokenizer, family, torch.float64, tie_word_embeddings=False).eval()
+    everything = [[SYSTEM, *messages(text)] for text in PROMPTS]
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():  # eos gets a copy, a bit longer, of the row of a token that some answers hold
+        picked = [new for new, _ in one_by_one(model, tokenizer, everything, 12)]
+        counts = Counter(token for new in picked for token in set(new))
+        head[tokenizer.eos_token_id] = head[min(counts, key=lambda token: abs(counts[token] - 24))] * 1.01
+    alone = [as_generation(tokenizer, *answer) for answer in one_by_one(model, tokenizer, everything, 12)]
+    long = [i for i in range(49) if alone[i].num_tokens == 12]
+    short = [i for i in range(49) if alone[i].num_tokens < 12]
+    chosen = [(part := long if n % 16 < 5 else short)[n % len(part)] for n in range(128)]
+    rows = counting_rows(model)
+    answers = generate(model, tokenizer, [everything[i] for i in chosen], max_new_tokens=12, batch_size=128)
+    assert answers == [alone[i] for i in chosen]
+    assert rows[:2] == [1, 128] and 40 <= rows[-1] <= 64 and len(rows) == 13, rows
+
+
+def test_how_far_a_batch_shrinks(letters):
+    """From a, b, c, an end: 128 rows, of which 70 end after one step, 18 after three, 40 never. The 58 that go on are a
+    batch of their own, and the 40 are too many of them to be another."""
+    model = table_model(letters, {"a": "b", "b": "c", "c": "<|end|>"})
+    prompts = ["x" * 9 + ("c" if n < 70 else "a" if n < 88 else "y") for n in range(128)]
+    rows = counting_rows(model)
+    answers = generate(model, letters, prompts, max_new_tokens=10, batch_size=128)
+    assert [answer.num_tokens for answer in answers] == [1] * 70 + [3] * 18 + [10] * 40
+    assert rows == [1, 128] + [58] * 9
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2", "bloom", "mamba2", "recurrent_gemma", "falcon"])
 def test_no_prefix_is_shared_where_padding_behind_it_would_count(family, tokenizer):
     """Learned positions, windows, ALiBi, recurrence: as before, without a shared prefix."""
@@ -116,13 +149,27 @@ def test_the_benchmark_compares_two_ways_to_the_same_texts(tokenizer):
     prompts = [messages(text) for text in PROMPTS]
     texts = throughput.one_by_one(model, tokenizer, prompts[:3], 6)
     assert texts == [answer.text for answer in generate(model, tokenizer, prompts[:3], max_new_tokens=6)]
-    found = throughput.measure(model, tokenizer, prompts, repetitions=2, batch_size=16, max_new_tokens=6)
-    assert found["equal_texts"] == found["compared_texts"] == 7 and found["prompts"] == 49
+    found, batched = throughput.measure(model, tokenizer, prompts, repetitions=2, batch_size=16, max_new_tokens=6)
+    assert found["equal_texts"] == found["compared_texts"] == 7 + 6 and found["prompts"] == 49 == len(batched)
+    assert batched[:3] == texts
     assert len(found["ratios"]) == 2 and all(ratio > 0 for ratio in found["ratios"])
     json.dumps(found)
     model.generation_config.repetition_penalty = 9.0  # the published evaluator follows it, ours does not
-    other = throughput.measure(model, tokenizer, prompts, repetitions=1, batch_size=16, max_new_tokens=6)
+    other, _ = throughput.measure(model, tokenizer, prompts, repetitions=1, batch_size=16, max_new_tokens=6)
     assert other["equal_texts"] < other["compared_texts"] == 7
+
+
+def test_the_benchmark_of_a_model_folder(tokenizer, tmp_path, capsys):
+    """Both dtypes; each counts the texts that are those of one prompt at a time, and those of float32."""
+    tiny_model(tokenizer, "llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "o.json"
+    assert throughput.main(["--quick", "--model", str(tmp_path / "model"), "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["model"] == "model" and len(result["weights_sha256"]) == 64
+    assert result["float32"]["equal_texts"] == result["float32"]["compared_texts"] == 8
+    assert result["float32"]["equal_to_float32"] == 64 >= result["bfloat16"]["equal_to_float32"]
+    assert set(result["summary"]) == {"float32", "bfloat16"} and capsys.readouterr().out.count("as one by one") == 2
 
 
 def test_a_folder_without_nl_rx_is_one_line(tmp_path, capsys):

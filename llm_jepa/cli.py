@@ -173,7 +173,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         from .core.strict_yaml import dump_yaml
 
         print("# Resolved recipe\n" + dump_yaml({"family": recipe.family, **recipe.written}))
-        family.dry_run(recipe, launched=options.launch is not None)
+        family.dry_run(recipe, launch=options.launch, processes=_planned_processes(options, recipe))
         return
     try:
         with ending_at_once():
@@ -187,6 +187,17 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         if failure is None:
             raise
         raise _MachineFailed(*failure) from error
+
+
+def _planned_processes(options: argparse.Namespace, recipe: Recipe) -> int:
+    if options.launch is None:
+        return 1
+    from .launch import planned_processes
+
+    machines = options.num_machines
+    return planned_processes(
+        options.launch, options.num_processes, use_cpu=recipe.training.use_cpu, num_machines=machines
+    )
 
 
 def _train_here_or_launch(

@@ -52,6 +52,22 @@ class Machines(NamedTuple):
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
+def planned_processes(config: str, num_processes: str | None, *, use_cpu: bool, num_machines: int | None) -> int:
+    """How many processes `launch` would start, for a dry run; 1 if only a config file or another machine knows."""
+    import torch
+
+    _check_number(num_processes)
+    if num_processes is not None:
+        return int(num_processes)
+    each = 2 if use_cpu else max(torch.cuda.device_count(), 1)
+    return each * (num_machines or 1) if config in CONFIGS else 1
+
+
+def _check_number(num_processes: str | None) -> None:
+    if num_processes is not None and (not num_processes.isdigit() or int(num_processes) < 1):
+        raise UserError(f"--num_processes {num_processes!r} must be a whole number of 1 or more.")
+
+
 def launch(
     config: str,
     num_processes: str | None,
@@ -84,8 +100,7 @@ def launch(
         file = config
     else:
         raise UserError(f"--launch {config!r} is not one of {', '.join(CONFIGS)} and not a file.")
-    if num_processes is not None and (not num_processes.isdigit() or int(num_processes) < 1):
-        raise UserError(f"--num_processes {num_processes!r} must be a whole number of 1 or more.")
+    _check_number(num_processes)
     if num_processes is not None and int(num_processes) % (machines.num_machines or 1):
         raise UserError(f"--num_processes {num_processes} does not divide by the {machines.num_machines} machines.")
 

@@ -3,26 +3,8 @@
     python -m eval.memory --quick          # under 45 s on two cores
     python -m eval.memory --out FILE
 
-Computes the table of docs/scaling.md for models up to 70B. Then trains small models on the CPU, and compares the same
-formula with the peak of process 0. It counts tensors only: a GPU adds about 1 GB for its context, and what its
-allocator cannot reuse.
-
-Bytes that a process holds, of N weights, T of them trained. FSDP2 and ZeRO-3 share the first three among all processes:
-
-    weights       4 N             2 for frozen weights in bfloat16; ZeRO-3: 2 N and 4 T
-    AdamW         8 T             two moments in float32
-    gradients     4 T             FSDP2 with accumulation: 2 T under autocast, and not shared
-    buckets       4 T             DDP only: what it sends to the others, a second copy of the gradients
-    copies        2 N             bf16 autocast of float32 weights, without sharding
-    gathered      2 or 4 a weight with sharding: two layers and the embeddings; of the trained, their gradients, too
-
-Activations of the layers, for t tokens of hidden size h and intermediate size i, in values:
-
-    kept for the backward pass    t (11 h + 4 i) a layer
-    with checkpointing            t h a layer, and one layer in full
-    head                          logits, softmax, gradient: 3 v for each token with a label (vocabulary v)
-
-Without gradient accumulation, the gradients come when the activations go, so only the larger of the two counts.
+Computes the table of docs/scaling.md for models up to 70B with the formula of `llm_jepa.lm.memory`. Then trains small
+models on the CPU, and compares the same formula with the peak of process 0.
 """
 
 from __future__ import annotations
@@ -50,7 +32,8 @@ from transformers.utils import logging
 import llm_jepa
 from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError
 from llm_jepa.core.files import write_json
-from llm_jepa.lm import random_model, train_tokenizer
+from llm_jepa.lm import memory, random_model, train_tokenizer
+from llm_jepa.lm.memory import Batch, Counts, Way, activations, predicted
 from llm_jepa.synthetic import nl_rx
 
 from ..command import ArgumentParser, check_writable, one_line_errors
@@ -84,59 +67,14 @@ TOKENS, LABELS, RANKS, LORA_RANK = 8192, 2048, 8, 64  # of the table: tokens and
 # -- the formula ------------------------------------------------------------------------------------------------------
 
 
-class Counts(NamedTuple):
-    """Of a model: all weights, those of a layer, and those of the embedding and the head together."""
-
-    total: int
-    layer: int
-    embeddings: int
-    hidden: int
-    intermediate: int
-    layers: int
-    vocab: int
-
-
-class Batch(NamedTuple):
-    """Of a micro-batch: tokens with padding, and tokens whose logits are computed."""
-
-    tokens: int
-    labels: int
-
-
-class Way(NamedTuple):
-    """How a model is trained. sharing: one, ddp, fsdp2 or zero3."""
-
-    sharing: str = "one"
-    ranks: int = 1
-    autocast: bool = False  # to bfloat16
-    checkpointing: bool = False
-    accumulates: bool = False
-    frozen_bytes: int = 4  # of a weight that is not trained
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.sharing in ("fsdp2", "zero3")
-
-    @property
-    def compute_bytes(self) -> int:
-        return 2 if self.autocast else 4
-
-
 def counts_of(config: dict[str, Any]) -> Counts:
-    """Counts the weights of the model itself, which is built without memory."""
-    full = AutoConfig.for_model(**config)
+    """Counts the weights of a model that is built without memory.
+
+    The committed figures are without the second gradient of a tied embedding. It is small in the small models here.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(full)
-    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return Counts(
-        total=sum(p.numel() for p in model.parameters()),
-        layer=sum(p.numel() for p in model.model.layers[0].parameters()),
-        embeddings=sum(ends.values()),
-        hidden=full.hidden_size,
-        intermediate=full.intermediate_size,
-        layers=full.num_hidden_layers,
-        vocab=full.vocab_size,
-    )
+        counts = memory.counts_of(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)))
+    return counts._replace(is_tied=False)
 
 
 def lora_weights(config: dict[str, Any], rank: int) -> int:
@@ -144,50 +82,6 @@ def lora_weights(config: dict[str, Any], rank: int) -> int:
     h, i = config["hidden_size"], config["intermediate_size"]
     kv = h // config["num_attention_heads"] * config["num_key_value_heads"]
     return int(config["num_hidden_layers"] * rank * (2 * 2 * h + 2 * (h + kv) + 3 * (h + i)))
-
-
-def held(counts: Counts, trained: int, way: Way) -> dict[str, float]:
-    """Bytes by term of what stays from step to step, and of copies that are there in every pass."""
-    frozen, share = counts.total - trained, way.ranks if way.is_sharded else 1
-    weights = way.frozen_bytes * frozen + 4 * trained
-    copies, gathered = 0.0, 0.0
-    if way.sharing == "zero3" and way.autocast:
-        weights = 2 * counts.total + 4 * trained
-    elif way.autocast and not way.is_sharded:
-        copies = 2 * (trained + (frozen if way.frozen_bytes == 4 else 0))
-    if way.is_sharded:
-        gathered = way.compute_bytes * (2 * counts.layer + counts.embeddings)
-        gathered += way.compute_bytes * (counts.layer + counts.embeddings) * trained / counts.total
-    return {
-        "weights": weights / share,
-        "adam": 8 * trained / share,
-        "buckets": 4 * trained if way.sharing == "ddp" else 0.0,
-        "copies": copies,
-        "gathered": gathered,
-    }
-
-
-def gradients(trained: int, way: Way) -> float:
-    """Bytes of the gradients at the end of the backward pass."""
-    if way.sharing == "fsdp2" and way.accumulates:  # Accelerate shards them at the last micro-batch only
-        return way.compute_bytes * trained
-    return 4 * trained / (way.ranks if way.is_sharded else 1)
-
-
-def activations(counts: Counts, batch: Batch, way: Way) -> float:
-    """Bytes at the start of the backward pass. Values between the layers are float32 under autocast, too."""
-    h, i, each, residual = counts.hidden, counts.intermediate, way.compute_bytes, 4
-    # Inputs, scaled inputs and outputs of two norms; q, k, v, the attention's output and its copy; four of the MLP.
-    layer = batch.tokens * (6 * h * residual + (5 * h + 4 * i) * each)
-    kept = batch.tokens * h * residual * counts.layers + layer if way.checkpointing else layer * counts.layers
-    logits = batch.labels * counts.vocab * (each + 4 + 4)
-    return kept + logits + 4 * batch.tokens * h * residual  # final norm, states that are read
-
-
-def predicted(counts: Counts, trained: int, batch: Batch, way: Way) -> float:
-    """Bytes of the peak: at the start of the backward pass, or at its end, when all gradients are there."""
-    work, gained = activations(counts, batch, way), gradients(trained, way)
-    return sum(held(counts, trained, way).values()) + (work + gained if way.accumulates else max(work, gained))
 
 
 TRAININGS = ("full", "lora", "lora, bfloat16 base")

@@ -140,43 +140,51 @@ def _merge_adapter(trainer: JEPATrainer, folder: Path) -> None:
     trainer.model = trainer.base_model = trainer.model.merge_and_unload()
 
 
-def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
-    """Print the first row as the trainer would pack it, and the cost in tokens. Trains and writes nothing.
+def dry_run(recipe: Recipe, *, launch: str | None = None, processes: int = 1) -> None:
+    """Print the first row as the trainer would pack it, rows, steps, tokens, and memory. Trains and writes nothing.
 
-    launched: several processes will train, so the batch of one of them is not yet known to be too small.
+    Args:
+        launch: of the command line. Then the batch of one process is not yet known to be too small.
+        processes: that will train.
     """
     from ..core import printing
     from ..core.checks import check_best_metric
     from ..core.run import data_seed
+    from . import dry_run as show
     from .arguments import check_pairs
     from .data import prepare_rows
-    from .dry_run import describe_prompt, describe_row, token_cost
-    from .loading import load_data, load_tokenizer
+    from .limits import check_views
+    from .loading import config_of_model, load_data, load_tokenizer
     from .predictor_tokens import predictor_token_names
     from .trainer import LLMJEPATrainer
 
     training = recipe.training
     check_best_metric(training, LLMJEPATrainer.figure_names(training))
-    if not launched:
+    if launch is None:
         check_pairs(training)
-    rows, validation = load_data(recipe.data, seed=data_seed(recipe))
-    tokenizer = load_tokenizer(recipe.model, training, rows)
-    raw = rows
+    raw, validation = load_data(recipe.data, seed=data_seed(recipe))
+    tokenizer = load_tokenizer(recipe.model, training, raw)
     rows, _, preparation = prepare_rows(raw, validation, tokenizer, training)
     predictors = predictor_token_names(training.num_predictor_tokens) if training.uses_views else []
     tokenizer.add_tokens(predictors, special_tokens=True)
+    config = config_of_model(recipe.model, tokenizer)
+    check_views(config, rows, "train rows", len(predictors), "set max_length: {room}, or remove them")
     print("# Rows")
     for name, count in preparation.counts.items():
         print(f"{name}: {count}")
-    described = describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty())
+    if note := show.plain_texts(raw, tokenizer):
+        print(note)
+    described = show.describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty())
     print(
         "\n# The first row, packed\n" + described, file=printing.raw(sys.stdout)
     )  # with colors; texts in it are quoted
-    print(
-        "\n# The first prompt, as the trained model is asked it\n"
-        + describe_prompt(raw[0], tokenizer, preparation.form)
-    )
-    print("\n# Cost\n" + token_cost(rows, tokenizer, training))
+    asked = show.describe_prompt(raw[0], tokenizer, preparation.form)
+    print("\n# The first prompt, as the trained model is asked it\n" + asked)
+    print("\n# Steps\n" + show.describe_steps(len(rows), training, processes))
+    print("\n# Cost\n" + show.token_cost(rows, tokenizer, training))
+    sharing = launch if launch in ("fsdp2", "zero3") else "ddp"
+    memory = show.describe_memory(rows, tokenizer, recipe.model, training, config, sharing, processes)
+    print(f"\n# Memory\n{memory}\n\n# Time\n{show.NO_TIME}")
 
 
 # -- generate and embed -----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ..core.errors import UserError
 from ..core.folders import check_folder
 from ..core.json_files import shape_fault
 from ..core.patterns import matching
+from ..core.random_weights import config_of
 from ..core.templates import use_template
 from .arguments import LLMJEPAConfig
 from .from_scratch import default_attention, random_model, train_tokenizer
@@ -109,6 +110,13 @@ def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Datase
     if template is not None:
         use_template(tokenizer, template)
     return tokenizer
+
+
+def config_of_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of the model that `load_model` loads; reads no weights. Raises UserError like `load_model`."""
+    if model.model_config is not None:
+        return config_of(model.model_config, what="model_config", vocab_size=len(tokenizer))
+    return check_model(str(model.model_name_or_path), revision=model.model_revision)
 
 
 def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:

@@ -116,10 +116,10 @@ def _check_batches(training: VLJEPATrainingArguments, clips: list[Clip], validat
     check_batches(training, len(clips), evaluated, compares_rows=compares and pairs == step, step=step)
 
 
-def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
+def dry_run(recipe: Recipe, *, launch: str | None = None, processes: int = 1) -> None:
     """Print the first clip, the shapes of a batch of two and the size of each part. Trains and writes nothing.
 
-    launched: several processes will train, so the batch of one of them is not yet known to be too small.
+    launch: of the command line. If several processes train, the batch of one is not yet known to be too small.
     """
     from ..core.checks import check_best_metric
     from ..core.run import data_seed
@@ -131,7 +131,7 @@ def dry_run(recipe: Recipe, *, launched: bool = False) -> None:
     training = recipe.training
     check_best_metric(training, VLJEPATrainer.figure_names(training))
     clips, validation = load_clips(recipe.data, seed=data_seed(recipe))
-    if not launched:
+    if launch is None:
         _check_batches(training, clips, validation)
     model, processor = load_vl_model(recipe.model, clips, seed=training.seed)
     choose_trained_parts(model, training)

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval.cost import memory
-from eval.cost.memory import CASES, GB, Batch, Way, activations, counts_of, gradients, held, lora_weights, predicted
+from eval.cost.memory import CASES, GB, counts_of, lora_weights
 from eval.pages.memory import MEMORY, memory_tables
+from llm_jepa.lm.memory import Batch, Way, activations, gradients, held, predicted
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -41,7 +42,7 @@ def test_terms_of_families(family):
     model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
     moments = [value for state in optimizer.state.values() for value in state.values() if value.dim() > 0]
-    assert terms["adam"] == sum(value.nbytes for value in moments)
+    assert terms["optimizer"] == sum(value.nbytes for value in moments)
     assert terms["weights"] == sum(p.nbytes for p in model.parameters())
     assert gradients(counts.total, Way()) == sum(p.grad.nbytes for p in model.parameters())
     assert terms["buckets"] == terms["copies"] == terms["gathered"] == 0

@@ -226,6 +226,39 @@ def test_dry_run_shows_recipe_row_and_cost_and_trains_nothing(recipe, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_tells_rows_steps_tokens_memory_and_needs_no_weights(trained, recipe, tmp_path, capsys):
+    folder = tmp_path / "no weights"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-*", "manifest.json"))
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": str(i)}) + "\n" for i in range(21)))
+    path = recipe(
+        model_config=None, tokenizer_vocab_size=None, model_name_or_path=str(folder), max_steps=None,
+        num_train_epochs=2, train_data=str(data), gradient_accumulation_steps=2,
+    )  # fmt: skip
+    assert main(["train", path, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "# Steps\n6 steps, 2 epochs of 3 (21 rows, batches of 4 x 2 accumulated)" in out
+    assert "21 of 21 train rows are plain texts, and the tokenizer has a chat template" in out
+    weights = sum(tensor.numel() for tensor in load_file(trained / "model.safetensors").values())
+    assert f"{weights:,} of {weights:,} weights are trained" in out and "# Time\nNot estimated" in out
+    assert re.search(r"# Memory\nAbout [\d.]+ [MGk]B a process at the peak: weights [\d.]+ [MGk]B, optimizer", out)
+    assert main(["train", path, "--dry-run", "--use_peft", "true", "--launch", "fsdp2", "--num_processes", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "2 steps, 2 epochs of 1 (21 rows, batches of 4 x 2 accumulated x 4 processes)" in out and "gathered" in out
+    assert main(["train", recipe(), "--dry-run"]) == 0
+    assert "are plain texts" not in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_rows_beyond_the_positions_of_the_model(recipe, capsys):
+    """GPT-2 has a table of positions. Without this, only the run says so, after it has loaded the model."""
+    model = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    for words in (["--dry-run"], []):
+        expect_refusal(
+            capsys, ["train", recipe(model_config=model), *words], "longer than the 8 positions of the model"
+        )
+
+
 def test_dry_run_of_the_baseline_adds_nothing(recipe, capsys):
     assert main(["train", recipe(), "--dry-run", "--jepa_weight", "0"]) == 0
     out = capsys.readouterr().out

@@ -1,8 +1,10 @@
-"""How well a similarity ranks documents: recall at k and the mean reciprocal rank."""
+"""How well a similarity ranks documents: recall at k, nDCG and the mean reciprocal rank."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,3 +45,41 @@ def figures(places: Tensor) -> dict[str, float]:
         "recall_at_10": float((places <= 10).double().mean()),
         "mrr": float((1 / places).mean()),
     }
+
+
+class Found(NamedTuple):
+    """A right document of a query. place: from 1. gain: how right it is, above 0."""
+
+    place: int
+    gain: float
+
+
+def places_of_right(similarity: Tensor, right: Mapping[int, float]) -> list[Found]:
+    """The right documents of a query in the order of its similarities [N], best first.
+
+    right: number of a document -> its gain. Of equally similar documents the less right one counts as better, so that
+    a space in which all points are equal finds nothing. Raises UserError for a NaN.
+    """
+    if similarity.isnan().any():
+        raise UserError(f"{int(similarity.isnan().sum())} similarities of a query are NaN; nothing ranks.")
+    numbers = torch.tensor(sorted(right))
+    is_right = torch.zeros(len(similarity), dtype=torch.bool)
+    is_right[numbers] = True
+    wrong = similarity[~is_right].sort().values
+    scores = similarity[numbers]
+    better = len(wrong) - torch.searchsorted(wrong, scores, side="left")  # or equal
+    order = sorted(range(len(numbers)), key=lambda i: (-float(scores[i]), right[int(numbers[i])]))
+    return [Found(n + 1 + int(better[i]), right[int(numbers[i])]) for n, i in enumerate(order)]
+
+
+def figures_of_query(found: Sequence[Found], ks: Sequence[int] = (1, 5, 10, 100)) -> dict[str, float]:
+    """Figures of one query, of all its right documents, best first.
+
+    recall_at_k: the share of the right documents among the first k. ndcg_at_10: with the gain itself, as trec_eval and
+    BEIR do, and the discount log2(place + 1). mrr: 1 / place of the best one.
+    """
+    recalls = {f"recall_at_{k}": sum(one.place <= k for one in found) / len(found) for k in ks}
+    gained = sum(one.gain / math.log2(one.place + 1) for one in found if one.place <= 10)
+    ideal = sorted((one.gain for one in found), reverse=True)[:10]
+    possible = sum(gain / math.log2(place + 1) for place, gain in enumerate(ideal, start=1))
+    return {**recalls, "ndcg_at_10": gained / possible, "mrr": 1 / found[0].place}

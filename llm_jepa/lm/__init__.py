@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .attention import model_inputs
     from .batching import JEPACollator
     from .data import bank_collator, training_collator
+    from .embedder import Embedder
     from .files import FILE_SUFFIXES
     from .formats import format_of
     from .from_scratch import random_model, train_tokenizer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Choice": ".inference",
+    "Embedder": ".embedder",
     "FILE_SUFFIXES": ".files",
     "Generation": ".inference",
     "IGNORE": ".views",
@@ -80,6 +82,7 @@ _HOMES = {
 }
 __all__ = [
     "Choice",
+    "Embedder",
     "FILE_SUFFIXES",
     "Generation",
     "IGNORE",

@@ -132,8 +132,8 @@ class JEPACollator:
             sources, goals, header = goals, sources, row["target_header"]
         contexts = []
         for ids in sources:
-            at = len(ids) if self.predictor_position == "last" else header
-            contexts.append(self._add(segments, CONTEXT, [*ids[:at], *self.predictor_ids, *ids[at:]]))
+            ids = with_predictors(ids, self.predictor_ids, self.predictor_position, header)
+            contexts.append(self._add(segments, CONTEXT, ids))
         targets = [self._add(segments, TARGET, ids) for ids in goals] if self.target_placement == "inside" else []
         return PackedExample(segments, contexts, targets, goals if self.target_placement == "apart" else [])
 
@@ -239,6 +239,12 @@ class JEPACollator:
         of_row = [row[f"{target}_key"], row[f"{context}_key"]]
         texts = itertools.product(row[f"{context}_text_keys"], row[f"{target}_text_keys"])
         return [[*of_row, target_text, context_text] for context_text, target_text in texts]
+
+
+def with_predictors(ids: list[int], predictors: Sequence[int], position: str, header: int) -> list[int]:
+    """A view with its predictor tokens: "last", or "first" in front of its content, after `header` tokens."""
+    at = len(ids) if position == "last" else header
+    return [*ids[:at], *predictors, *ids[at:]]
 
 
 def keys_of(batch: dict[str, Tensor]) -> PairKeys:

@@ -23,8 +23,12 @@ def write_model_card(
     args: LLMJEPAConfig,
     evaluation: Evaluation,
     row_counts: Mapping[str, RowCounts],
+    refusal: str | None,
 ) -> Path:
-    """Write README.md from the run's own configuration and its last evaluation."""
+    """Write README.md from the run's own configuration and its last evaluation.
+
+    refusal: why sentence-transformers cannot embed with the model (`sentence_transformer.plan`); None if it can.
+    """
     base = model.config._name_or_path
     is_local = Path(base).exists()  # a folder of this machine is not on the Hub, and its path is nobody's business
     defaults = {name: field.default for name, field in LLMJEPAConfig.__dataclass_fields__.items()}
@@ -45,5 +49,6 @@ def write_model_card(
         settings=settings_of(args, own),
         row_counts=row_counts,
         evaluation=evaluation,
+        refusal=refusal,
         versions=versions_of(PACKAGES),
     )

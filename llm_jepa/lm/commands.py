@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..core.errors import UserError
 from ..core.folders import check_path
@@ -18,7 +18,8 @@ from .files import check_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from ..core.recipe import CheckedRecipe, Recipe
     from ..core.run import Beginning
@@ -213,13 +214,14 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError("--columns goes with --input; --prompt has no columns.")
     if options.system and options.input:
         raise UserError("--system goes with --prompt; the rows of --input carry their own system turns.")
-    _check_output(options, ".jsonl", "JSON lines")
+    _check_output(options, (".jsonl",), "JSON lines: name a file that ends in .jsonl")
     from ..core.files import write_whole
     from . import inference
+    from .loading import load_to_use
     from .prompts import form_of, other_format
 
     rows = _rows_of_options(options) if options.input is not None else None
-    model, tokenizer = _load(options.model)
+    model, tokenizer = load_to_use(options.model)
     form = form_of(model.config)
     prompts = _prompts_of_options(options, tokenizer, form) if rows is None else _prompts_of_rows(rows)
     if note := other_format(prompts, form):
@@ -259,71 +261,57 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or Hub id")
     parser.add_argument(
         "--input", nargs="+", required=True,
-        help="files or a folder of rows with 'prompt' and 'completion', or 'messages'; or only 'prompt' or 'text'",
+        help="files or a folder of rows with 'prompt' and 'completion', or 'messages'; or only one of 'prompt', "
+        "'text' (a prompt) and 'completion'",
     )  # fmt: skip
     _add_columns(parser)
-    parser.add_argument("--output", required=True, help=".safetensors file for `context` and `target`, [N, D] each")
+    parser.add_argument(
+        "--output", required=True, help=".safetensors or .npz file for `context` and `target`, [N, D] each"
+    )
     parser.add_argument("--batch_size", "--batch-size", type=whole(1), default=32)
 
 
 def embed(options: argparse.Namespace) -> None:
     """Write the embeddings of both views of each row, read as the model was trained to read them.
 
-    If a row has only a prompt or a text, only the embeddings of the prompts are written.
+    If a row has only a prompt or a text, only the embeddings of the prompts are written; if it has only a completion,
+    only those of the completions.
     """
-    _check_output(options, ".safetensors", "two tensors in one file of safetensors")
-    from safetensors.torch import save_file
-
-    from ..core.files import written_whole
-    from .batching import JEPACollator
-    from .limits import check_tokens, check_views
-    from .predictor_tokens import predictor_token_ids
-    from .probe import choose_layout
-    from .prompts import form_of, other_format
-    from .reading import embed_pairs
-    from .rows import stand_in_answer
-    from .views import add_view_columns
+    kinds = "two tensors: name a file that ends in .safetensors, or in .npz for NumPy"
+    _check_output(options, (".safetensors", ".npz"), kinds)
+    from .embedder import Embedder
 
     rows = _rows_of_options(options)
-    model, tokenizer = _load(options.model)
-    how = getattr(model.config, "llm_jepa", None)
-    if how is None:
+    embedder = Embedder.from_pretrained(options.model)
+    if getattr(embedder.model.config, "llm_jepa", None) is None:
         print("Note: this model was not trained by llm-jepa; reading both views at their last content token.")
-        how = {}
-    if how.get("is_stripped"):
-        raise UserError(f"{options.model} was exported with --strip-predictor, so it cannot embed; name the original.")
-    how = {"num_predictor_tokens": 0, "context_view": "prefix", **how}
-    layout = choose_layout(model, how["num_predictor_tokens"])
-    predictors = predictor_token_ids(tokenizer, how["num_predictor_tokens"])
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # no state sees the padding
-    form = form_of(model.config)
-    views, prompts, unanswered = [], [], 0
-    for index, row in enumerate(rows):
-        row = _with_prompt(row, tokenizer, form)
-        has_answer, row = stand_in_answer(row, tokenizer.eos_token, f"row {index}")
-        unanswered += not has_answer
-        prompts.append(row.get("messages") or row.get("prompt") or "")
-        views.append(add_view_columns(row, index, tokenizer=tokenizer, context_view=how["context_view"]))
-    if note := other_format(prompts, form):
-        print(f"Note: {note}", file=sys.stderr)
-    check_views(model.config, views, "rows", len(predictors), "shorten them to {room} tokens, or leave them out")
-    for row in views:
-        check_tokens(model.config, [predictors, row["input_ids"], *row["contexts"], *row["targets"]], "rows")
-    readout = {key: how[key] for key in ("readout", "predictor_position", "direction") if key in how}
-    collator = JEPACollator(pad, predictors, layout=layout, **readout)
     size = options.batch_size
-    batches = [collator(views[start : start + size]) for start in range(0, len(views), size)]
-    layer = how.get("readout_layer", -1)
-    context, target, _ = embed_pairs(model, model, batches, layout=layout, layer=layer)  # [N, D] each
-    embeddings = {"context": context.cpu(), "target": target.cpu()}
-    if unanswered:
-        del embeddings["context" if how.get("direction") == "reverse" else "target"]  # the view of the completion
-        print(f"{unanswered} of {len(rows)} rows have no completion, so only the prompts are embedded.")
-    with written_whole(options.output) as temporary:
-        save_file(embeddings, temporary)
-    print(f"Wrote {' and '.join(embeddings)} {tuple(context.shape)} to {options.output}")
+    embedded = embedder.encode_rows(rows, batch_size=size, progress=len(rows) > size)
+    if embedded.note:
+        print(f"Note: {embedded.note}", file=sys.stderr)
+    for side, count in (("completion", embedded.without_completion), ("prompt", embedded.without_prompt)):
+        if count:
+            alone = "prompts" if side == "completion" else "completions"
+            print(f"{count} of {len(rows)} rows have no {side}, so only the {alone} are embedded.")
+    _save_tensors(embedded.views, options.output)
+    (shape, *_) = (tuple(tensor.shape) for tensor in embedded.views.values())
+    print(f"Wrote {' and '.join(embedded.views)} {shape} to {options.output}")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    """Write .safetensors, or .npz for NumPy."""
+    from ..core.files import written_whole
+
+    with written_whole(path) as temporary:
+        if Path(path).suffix == ".npz":
+            import numpy as np
+
+            with temporary.open("wb") as file:  # to the name of a file, NumPy would add a suffix
+                np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
+        else:
+            from safetensors.torch import save_file
+
+            save_file(tensors, temporary)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -347,14 +335,14 @@ VERBS = {
 }
 
 
-def _check_output(options: argparse.Namespace, suffix: str, kind: str) -> None:
-    """Raises UserError for a file that cannot be written, or whose name promises another format than `kind`."""
+def _check_output(options: argparse.Namespace, suffixes: tuple[str, ...], kind: str) -> None:
+    """Raises UserError for a file that cannot be written, or whose name promises another format."""
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise UserError(f"No folder for --output {options.output}; make it first.")
     if options.output and Path(options.output).exists():
         raise UserError(f"--output {options.output} exists; name a new file.")
-    if options.output and Path(options.output).suffix != suffix:
-        raise UserError(f"--output {options.output}: this command writes {kind}; name a file that ends in {suffix}.")
+    if options.output and Path(options.output).suffix not in suffixes:
+        raise UserError(f"--output {options.output}: this command writes {kind}.")
 
 
 def _rows_of_options(options: argparse.Namespace) -> Dataset:
@@ -373,17 +361,6 @@ def _rows_of_options(options: argparse.Namespace) -> Dataset:
     return rows
 
 
-def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-
-    from .loading import model_from, tokenizer_from
-
-    tokenizer = tokenizer_from(source)
-    on_gpu = torch.cuda.is_available()
-    model = model_from(source, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
-
-
 def _prompts_of_options(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, form: PromptForm
 ) -> list[Prompt]:
@@ -392,9 +369,10 @@ def _prompts_of_options(
     A model that was not trained here gets messages if its tokenizer has a chat template, else text. A system turn,
     tools and template arguments that all training rows shared go with each prompt; --system replaces that turn.
     """
+    from .prompts import conversation, is_asked_as_text
     from .rows import with_kwargs
 
-    if _is_asked_as_text(tokenizer, form):
+    if is_asked_as_text(tokenizer, form):
         if options.system:
             raise UserError("--system needs a model that was trained on messages; put it into --prompt.")
         return list(options.prompt)
@@ -403,27 +381,8 @@ def _prompts_of_options(
         print(f"Note: every training row had this system turn, so it goes with --prompt: {text!r}", file=sys.stderr)
     prompts: list[Prompt] = []
     for prompt in options.prompt:
-        prompts.append(with_kwargs(_conversation(text, prompt), form.render_kwargs))
+        prompts.append(with_kwargs(conversation(text, prompt), form.render_kwargs))
     return prompts
-
-
-def _is_asked_as_text(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
-    return tokenizer.chat_template is None if form.format is None else form.format == "text"
-
-
-def _conversation(system: str | None, question: str) -> list[dict[str, str]]:
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": question}]
-
-
-def _with_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> dict[str, Any]:
-    """A row {"text"} as a prompt in the format of the training rows, like a --prompt; other rows as they are."""
-    text = row.get("text")
-    if not isinstance(text, str) or row.get("prompt") or row.get("messages"):
-        return row
-    if _is_asked_as_text(tokenizer, form):
-        return {**row, "prompt": text}
-    return {"chat_template_kwargs": form.render_kwargs, **row, "prompt": _conversation(form.system, text)}
 
 
 def _prompts_of_rows(rows: Dataset) -> list[Prompt]:

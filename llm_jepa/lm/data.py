@@ -18,7 +18,7 @@ from .arguments import LLMJEPAConfig, check_targets, pairs_compared
 from .batching import JEPACollator
 from .formats import USED_COLUMNS, count_formats, notes_on_formats, unused_columns
 from .limits import check_views
-from .prompts import PromptForm, fitted, starting_form, template_that_asks, turn_end
+from .prompts import TRAINED, PromptForm, fitted, starting_form, template_that_asks, turn_end
 from .rows import parse_row
 from .views import NoCompletionLeft, Views, add_view_columns
 
@@ -266,7 +266,9 @@ def prepare_rows(
 
 
 def form_of_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
-    """What the prompts of raw rows share."""
+    """What the prompts of the rows share; `TRAINED` if the rows are views already."""
+    if set(VIEW_COLUMNS) <= set(rows.column_names):
+        return TRAINED
     return starting_form((parse_row(row, f"row {index}") for index, row in enumerate(rows)), tokenizer)
 
 

@@ -143,6 +143,7 @@ def _export_model(source: Path, out: Path, options: argparse.Namespace) -> None:
     from ..core.publish import published
     from .gguf_file import write_gguf
     from .predictor_tokens import known_predictor_ids
+    from .sentence_transformer import write_files
 
     is_gguf = options.to == "gguf"
     dtype = "auto" if options.dtype in (None, "q8_0") else getattr(torch, options.dtype)
@@ -166,7 +167,9 @@ def _export_model(source: Path, out: Path, options: argparse.Namespace) -> None:
             shutil.rmtree(folder)
             return
         _copy_card(source, folder, out.name, stripped=bool(stripped))
-        if not stripped:
+        if hasattr(model.config, "llm_jepa"):
+            write_files(folder, tokenizer, model.config)
+        else:
             _copy_embedding_files(source, folder)
 
 

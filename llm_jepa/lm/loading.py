@@ -190,6 +190,21 @@ def model_from(source: str, *, revision: str = "main", **options: Any) -> PreTra
     return untrusted.load_model(AutoModelForCausalLM, source, config, revision=revision, **options)
 
 
+def load_to_use(
+    source: str,
+    *,
+    revision: str = "main",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer: by default on the GPU in bfloat16, else on the CPU in float32."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = tokenizer_from(source, revision=None if revision == "main" else revision)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = model_from(source, revision=revision, dtype=dtype or default)
+    return model.to(device).eval(), tokenizer
+
+
 def form_from(source: str, *, revision: str = "main") -> PromptForm:
     """How the prompts of a saved model were trained; reads its config only. Raises UserError like `check_model`."""
     return form_of(check_model(source, revision=revision))

@@ -77,6 +77,17 @@ def form_of(config: PreTrainedConfig) -> PromptForm:
     return PromptForm(**known)
 
 
+def is_asked_as_text(tokenizer: PreTrainedTokenizerBase, form: PromptForm) -> bool:
+    """Whether a question is a plain text; else it is a conversation. Without a record, the chat template decides."""
+    return tokenizer.chat_template is None if form.format is None else form.format == "text"
+
+
+def conversation(system: str | None, question: str) -> list[Message]:
+    """One user turn, after a system turn if there is one."""
+    turns: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": question}]
+
+
 # -- rendering --------------------------------------------------------------------------------------------------------
 
 

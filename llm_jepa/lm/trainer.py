@@ -35,6 +35,7 @@ from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
 from ..core.pairs import PairKeys
 from ..core.trainer import EVALUATION, JEPATrainer
+from . import sentence_transformer
 from .adapter import save_adapter
 from .arguments import LLMJEPAConfig, check_objective
 from .batching import KEYS, JEPACollator, Layout, keys_of, lm_rows_only
@@ -59,7 +60,7 @@ from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
 from .predictor_tokens import add_predictor_tokens, known_predictor_ids
 from .probe import agree_on_layout
-from .prompts import TRAINED, PromptForm
+from .prompts import TRAINED
 from .reading import embed_pairs
 from .targets import base_targets
 from .token_rows import add_missing_rows, train_token_rows
@@ -134,7 +135,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self.row_counts: dict[str, RowCounts] = {}
         if preparation is not None:
             self.row_counts |= preparation.counts
-        self._form = preparation.form if preparation is not None else _form_of_rows(train_dataset, processing_class)
+        self._form = preparation.form if preparation is not None else form_of_rows(train_dataset, processing_class)
         self._is_ready = False  # until both data sets are
         self._bank_collator = bank_collator(args, processing_class.pad_token_id, self.predictor_ids)
         with warnings.catch_warnings():
@@ -418,6 +419,8 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
                 super()._save(output_dir, state_dict=state_dict)
         finally:
             self.base_model.config.use_cache = in_training
+        if self.args.should_save:
+            sentence_transformer.write_files(output_dir or self.args.output_dir, self.processing_class, model.config)
 
     @contextlib.contextmanager
     def template_to_save(self) -> Iterator[None]:
@@ -445,12 +448,8 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def write_card(self, folder: Path) -> None:
-        write_model_card(folder, self.base_model, self.args, self.last_evaluation(), self.row_counts)
-
-
-def _form_of_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
-    """What the prompts of the raw rows share; `TRAINED` if the rows are views already."""
-    return TRAINED if set(VIEW_COLUMNS) <= set(dataset.column_names) else form_of_rows(dataset, tokenizer)
+        refusal = sentence_transformer.plan(self.processing_class, self.base_model.config).refusal
+        write_model_card(folder, self.base_model, self.args, self.last_evaluation(), self.row_counts, refusal)
 
 
 def prepare_model(

@@ -263,8 +263,7 @@ def _chat_parts(
     # The target view: what opens the assistant turn (the text between what closes the turn before it and the content),
     # then the content.
     closing = show(prompt)[content_span(show, prompt, len(prompt) - 1, where)[1] :]
-    turn_start = context_end + _shared(tokenizer, text[context_end:], closing)
-    target_header = text[turn_start:target_start]
+    target_header = _opening(tokenizer, text[context_end:], closing, target_start - context_end)
     opened_target = _stand_alone(tokenizer, target_header, ids)
     targets = [_stand_alone(tokenizer, target_header + goal, ids)]
     targets += [_stand_alone(tokenizer, target_header + more.strip(), ids) for more in parsed.targets]
@@ -272,7 +271,7 @@ def _chat_parts(
     # The context view: the last user turn alone, or all of the row up to the end of its content. Other wordings take
     # the place of that content.
     if alone:
-        header = _user_header(tokenizer, prompt[-1].get("role"), where)
+        header = user_header(tokenizer, prompt[-1].get("role"), where)
         opened_context = _stand_alone(tokenizer, header, ids)
         contexts = [_stand_alone(tokenizer, header + source, ids)]
         contexts += [_stand_alone(tokenizer, header + more.strip(), ids) for more in parsed.contexts]
@@ -377,7 +376,27 @@ def _shared(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> int:
     return length
 
 
-def _user_header(tokenizer: PreTrainedTokenizerBase, role: str | None, where: str) -> str:
+def _opening(tokenizer: PreTrainedTokenizerBase, text: str, closing: str, content: int) -> str:
+    """What opens a turn: the text between what closes the turn before it and the content, which begins at `content`."""
+    return text[_shared(tokenizer, text, closing) : content]
+
+
+def answer_header(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], kwargs: dict[str, Any]) -> str:
+    """The text in front of a target view after this prompt. Raises UserError if the template cannot render it."""
+    where = "the prompt"
+
+    def show(messages: list[Message]) -> str:
+        return render(tokenizer, messages, kwargs, where)
+
+    answered = [*prompt, {"role": "assistant", "content": PROBE[::-1]}]
+    closing = show(prompt)[content_span(show, prompt, len(prompt) - 1, where)[1] :]
+    end = content_span(show, answered, len(prompt) - 1, where)[1]
+    start = content_span(show, answered, len(prompt), where)[0]
+    return _opening(tokenizer, show(answered)[end:], closing, start - end)
+
+
+def user_header(tokenizer: PreTrainedTokenizerBase, role: str | None, where: str) -> str:
+    """The text in front of a context view that is a user turn alone. Raises UserError if the template has none."""
     header = _header_of(tokenizer, str(tokenizer.chat_template)) if role == "user" else None
     if header is None:
         raise UserError(

@@ -20,13 +20,13 @@ LOG = [
 ]
 
 
-def card(folder, base: str, log, *, saved_step: int = 4, pairs: int = 40, **settings) -> tuple[dict, str]:
+def card(folder, base: str, log, *, saved_step: int = 4, pairs: int = 40, refusal=None, **settings) -> tuple[dict, str]:
     """The metadata and the text of a card of a model that came from `base`."""
     how = {"jepa_weight": 0.1, "objective": "cosine", "num_predictor_tokens": 1, "context_view": "prefix", **settings}
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path=base, model_type="llama", llm_jepa=how))
     args = LLMJEPAConfig(str(folder), use_cpu=True)
     evaluation, counts = last_evaluation(log, saved_step, pairs), {"train": RowCounts(30, 2, 1)}
-    _, head, text = write_model_card(folder, model, args, evaluation, counts).read_text().split("---\n", 2)
+    _, head, text = write_model_card(folder, model, args, evaluation, counts, refusal).read_text().split("---\n", 2)
     return yaml.safe_load(head), text
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -142,8 +143,9 @@ def test_the_files_are_what_readers_of_any_age_look_for():
     rows = weights["model.embed_tokens.weight"].shape[0]
     assert rows == config["vocab_size"] > max(AutoTokenizer.from_pretrained("out").get_vocab().values())
     assert {path.name for path in Path("out").iterdir()} == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "1_Pooling", "README.md", "chat_template.jinja", "config.json", "config_sentence_transformers.json",
+        "generation_config.json", "manifest.json", "model.safetensors", "modules.json", "sentence_bert_config.json",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     card = Path("out/README.md").read_text()
     assert '"out"' in card and '"lora"' not in card
@@ -171,16 +173,29 @@ def test_a_full_checkpoint_has_a_card_that_says_that_nothing_was_measured(rows):
 
 
 def test_the_files_of_sentence_transformers_are_kept(runs):
-    shutil.copytree(runs / "lora", "copy", ignore=shutil.ignore_patterns("checkpoint-*", "adapter"))
-    Path("copy/manifest.json").unlink()
+    """Of a model that was not trained here."""
+    shutil.copytree(runs / "org/base", "copy")
     Path("copy/modules.json").write_text("[]")
     Path("copy/1_Pooling").mkdir()
     Path("copy/1_Pooling/config.json").write_text("{}")
     Path("copy/1_Pooling/pickle.bin").write_text("x")
     export("copy", "out", "--to", "transformers")
-    assert Path("out/modules.json").is_file() and [p.name for p in Path("out/1_Pooling").iterdir()] == ["config.json"]
-    export("copy", "stripped", "--to", "transformers", "--strip-predictor")
-    assert not Path("stripped/modules.json").exists(), "they would read a predictor token"
+    assert Path("out/modules.json").read_text() == "[]"
+    assert [p.name for p in Path("out/1_Pooling").iterdir()] == ["config.json"]
+
+
+def test_a_merged_checkpoint_embeds_with_sentence_transformers_as_the_run_does():
+    """A checkpoint of LoRA holds the adapter alone. Without predictor tokens, every text is refused."""
+    library = pytest.importorskip("sentence_transformers")
+    export("lora/checkpoint-4", "out", "--to", "transformers", "--base", "org/base")
+    texts = ["lines with a vowel", "a"]
+    of_export, of_run = (
+        library.SentenceTransformer(name, device="cpu").encode_query(texts) for name in ("out", "lora")
+    )
+    np.testing.assert_allclose(of_export, of_run, rtol=FLOAT32, atol=FLOAT32)
+    export("lora", "stripped", "--to", "transformers", "--strip-predictor")
+    with pytest.raises(Exception, match="--strip-predictor, so it cannot embed; take the original"):
+        library.SentenceTransformer("stripped", device="cpu").encode_document(texts)
 
 
 # -- without predictor tokens -----------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
     from llm_jepa import LLMJEPAConfig, LLMJEPATrainer
     from llm_jepa.vl import VLJEPA
 
-Names are imported when first used: `import llm_jepa` loads neither torch nor trl.
+Names are imported when first used: `import llm_jepa` loads neither torch nor trl. It is enough for `AutoModel`,
+`AutoProcessor` and `pipeline("vl-jepa")` of transformers to know a VL-JEPA.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ._lazy import names_from
@@ -52,3 +54,4 @@ __all__ = [
 ]
 __getattr__ = names_from(__name__, _HOMES, packages=("lm", "vl"))
 explain_old_paths()
+import_module(f"{__name__}.vl")  # makes the names of a VL-JEPA known to transformers, and loads nothing

@@ -1,4 +1,4 @@
-"""llm-jepa train | train-decoder | generate | embed | watch.
+"""llm-jepa train | train-decoder | generate | embed | export | push | watch.
 
 An error is one line on stderr and exit code 2; with --traceback, where it was raised comes before the line. All exit
 codes are in a table of docs/lm.md. If the reader of our output leaves (`| head`), it is 141 and nothing is printed.
@@ -138,6 +138,12 @@ def _run(argv: list[str]) -> None:
             if verb == command:  # only this verb's module is imported
                 add_arguments, run = commands_of(name).VERBS[verb]
                 add_arguments(verb_parser)
+    push_parser = commands.add_parser("push", help="publish a model folder on the Hub", allow_abbrev=False)
+    if command == "push":
+        from . import push
+
+        push.add_arguments(push_parser)
+        run = push.run
 
     options, rest = parser.parse_known_args(argv)
     if run is not None:

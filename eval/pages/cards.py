@@ -54,7 +54,7 @@ def _vl_card() -> tuple[str, str]:
         values = [result["test"][key] for result in results]
         figures.append(Figure(kind, f"{title}, mean of {len(results)} seeds", values))
     world = f"ShapeStream {results[0]['world_version']}"
-    metadata = _metadata(name, "llm_jepa", "video-text-to-text", ("generated", world), figures)
+    metadata = _metadata(name, "llm-jepa", "video-text-to-text", ("generated", world), figures)
     return name, _card(
         "vl_card",
         metadata,

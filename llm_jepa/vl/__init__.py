@@ -3,16 +3,16 @@
     from llm_jepa.vl import VLJEPA
     model = VLJEPA.from_pretrained("runs/my-vl-jepa")
 
-Names are imported at first use. `import llm_jepa.vl` is enough for `AutoModel`, `AutoConfig`, `AutoProcessor` and
+Names are imported at first use. `import llm_jepa` is enough for `AutoModel`, `AutoConfig`, `AutoProcessor` and
 `pipeline("vl-jepa")` of transformers to know a VL-JEPA. It loads neither torch nor transformers by itself.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from .._lazy import import_after, names_from
+from .._lazy import names_from
+from .auto import register
 
 if TYPE_CHECKING:
     from ..stream.decoder import SelectiveDecoder
@@ -76,14 +76,4 @@ __all__ = [
     "train_y_decoder",
 ]
 __getattr__ = names_from(__name__, _HOMES)
-# Each of these modules of ours registers a class at its end.
-_FOLLOWERS = {
-    "transformers.models.auto.configuration_auto": f"{__name__}.configuration",
-    "transformers.models.auto.modeling_auto": f"{__name__}.modeling",
-}
-if find_spec("PIL") is not None:  # without the extra `vl`, transformers must still be importable
-    _FOLLOWERS |= {
-        "transformers.models.auto.processing_auto": f"{__name__}.processing",
-        "transformers.pipelines": f"{__name__}.inference",
-    }
-import_after(_FOLLOWERS)
+register()

@@ -32,7 +32,7 @@ def write_vl_model_card(
     own.pop("feature_cache", None)  # a path of one machine
     metadata = ModelCardData(
         base_model=bases or None,
-        library_name="llm_jepa",  # the import that it needs
+        library_name="llm-jepa",  # the package that it needs
         pipeline_tag="video-text-to-text",
         tags=["vl-jepa", "jepa", "llm-jepa", "video"],
     )

@@ -112,6 +112,3 @@ def _visual_dim(config: PreTrainedConfig) -> int:
     if getattr(config, "hidden_sizes", None):
         return int(config.hidden_sizes[-1])
     raise ValueError(f"The config of {config.model_type} does not say how large its features are; give visual_dim.")
-
-
-AutoConfig.register(VLJEPAConfig.model_type, VLJEPAConfig)

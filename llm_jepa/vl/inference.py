@@ -17,7 +17,6 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError
 from ..core.folders import check_folder
@@ -258,8 +257,3 @@ class VLJEPAPipeline(Pipeline):
 
     def postprocess(self, model_outputs: list[dict[str, Any]], **parameters: Any) -> list[dict[str, Any]]:
         return model_outputs
-
-
-PIPELINE_REGISTRY.register_pipeline(
-    "vl-jepa", pipeline_class=VLJEPAPipeline, pt_model=(VLJEPAModel,), type="multimodal"
-)

@@ -354,6 +354,3 @@ def _without_unused(model: PreTrainedModel) -> PreTrainedModel:
     elif isinstance(getattr(model, "pooler", None), nn.Module) and list(model.pooler.parameters()):
         model.pooler = None
     return model
-
-
-AutoModel.register(VLJEPAConfig, VLJEPAModel)

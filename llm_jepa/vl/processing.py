@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature
+from transformers import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import ProcessorMixin
 
@@ -249,6 +249,3 @@ def _tokens(name: str, texts: list[str], tokenizer: Any, limit: int) -> tuple[Te
         ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[index, : len(row)] = 1
     return ids, mask
-
-
-AutoProcessor.register(VLJEPAConfig, VLJEPAProcessor)

@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint slow mutants fuzz soak results paraphrases replication step-cost faults clean
+.PHONY: quickstart test test-min test-latest lint slow dist mutants fuzz soak results paraphrases replication step-cost faults clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
@@ -30,6 +30,20 @@ fuzz: $(STAMP)
 # Does a run of 10,000 steps grow, or leave anything behind? Ten minutes.
 soak: $(STAMP)
 	$(BIN)/python -m eval.faults.soak --out eval/results/faults/soak.json
+
+# The same tests with the oldest versions that pyproject.toml allows, and with the newest that the package index has, each in
+# an environment of its own. For the newest torch too:  make test-latest CONSTRAINTS=
+test-min:
+	$(MAKE) test VENV=.venv-min CONSTRAINTS=constraints-min.txt
+
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) test VENV=.venv-latest
+
+# The source archive and the wheel, in dist/.
+dist: $(STAMP)
+	$(BIN)/python -m pip install -q build
+	$(BIN)/python -m build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

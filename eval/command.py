@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_jepa import UserError
-from llm_jepa.core.errors import ArgumentParser, is_panic, print_error, report, traceback_flag
+from llm_jepa.core import errors
+from llm_jepa.core.errors import is_panic, print_error, report, traceback_flag
 from llm_jepa.core.options import number, seed_number, whole
 from llm_jepa.core.printing import safe_output, shown
 from llm_jepa.core.signals import Stopped, ending_at_once
@@ -22,7 +23,15 @@ __all__ = [
     "ArgumentParser", "check_writable", "number", "one_line_errors", "require", "seed_number", "whole",
 ]  # fmt: skip
 
+PACKAGE = __name__.partition(".")[0]  # `eval` in the repository, `llm_jepa_eval` if it is installed
 Words = Sequence[str] | None  # of a command line; None: those of this process
+
+
+class ArgumentParser(errors.ArgumentParser):
+    """argparse that raises UserError, and names a command as it is called: `python -m llm_jepa_eval.run`."""
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog and prog.replace("-m eval.", f"-m {PACKAGE}."), **options)
 
 
 def one_line_errors(name: str, *, if_stopped: str = "") -> Callable[[Callable[[Words], int]], Callable[..., int]]:
@@ -33,6 +42,8 @@ def one_line_errors(name: str, *, if_stopped: str = "") -> Callable[[Callable[[W
 
     if_stopped: what a stopped command has kept, and what to do then.
     """
+
+    name = name.replace("eval.", f"{PACKAGE}.", 1)
 
     def decorate(main: Callable[[Words], int]) -> Callable[..., int]:
         @functools.wraps(main)

@@ -38,11 +38,9 @@ from .command import ArgumentParser, one_line_errors, require, whole
 from .run import score_model
 from .tasks.nl_rx import METRICS, WORDINGS
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes" / "lm" / "tiny-llama"
 ARMS = {
-    "sft": ("plain SFT", RECIPES / "nl-rx-quickstart-baseline.yaml"),
-    "llm-jepa": ("LLM-JEPA", RECIPES / "nl-rx-quickstart.yaml"),
+    "sft": ("plain SFT", "lm/tiny-llama/nl-rx-quickstart-baseline"),
+    "llm-jepa": ("LLM-JEPA", "lm/tiny-llama/nl-rx-quickstart"),
 }
 SPACE = ("recall_at_1", "cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
 COLORS = {"sft": "#7f7f7f", "llm-jepa": "#1f77b4"}
@@ -90,14 +88,14 @@ def train(arm: str, files: dict[str, Path], options: argparse.Namespace) -> int:
     folder = options.out / arm
     if (folder / "run.json").exists():  # of an earlier quickstart; always start again
         shutil.rmtree(folder)
-    print(f"\n=== {title}: llm-jepa train {recipe.relative_to(ROOT)}", flush=True)
+    print(f"\n=== {title}: llm-jepa train {recipe}", flush=True)
     overrides = ["--train_data", str(files["train"]), "--validation_data", str(files["validation"])]
     overrides += ["--output_dir", str(folder)]
     if not sys.stderr.isatty():  # progress bars make a log file unreadable
         overrides += ["--disable_tqdm", "true"]
     if options.steps is not None:
         overrides += ["--max_steps", str(options.steps)]
-    return cli.main(["train", str(recipe), *overrides])
+    return cli.main(["train", recipe, *overrides])
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

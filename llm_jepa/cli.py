@@ -1,4 +1,4 @@
-"""llm-jepa train | train-decoder | generate | embed | export | push | watch.
+"""llm-jepa train | train-decoder | generate | embed | export | push | watch | recipes.
 
 An error is one line on stderr and exit code 2; with --traceback, where it was raised comes before the line. All exit
 codes are in a table of docs/lm.md. If the reader of our output leaves (`| head`), it is 141 and nothing is printed.
@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,6 +33,7 @@ from .core.failures import machine_failure
 from .core.printing import safe_output
 from .core.signals import INTERRUPTED, Stopped, ending_at_once
 from .families import FAMILIES, build_recipe, check_recipe, commands_of, describe_keys
+from .shipped import PACKAGE, recipe_names
 
 if TYPE_CHECKING:
     from .core.recipe import Recipe
@@ -111,12 +113,13 @@ class _Ended(BaseException):
 def _run(argv: list[str]) -> None:
     parser = ArgumentParser(prog="llm-jepa", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(TRACEBACK, action="store_true", help="after an error, show where it was raised")
+    parser.add_argument("--version", action="version", version=_version(), help="show the version and where it is")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser, metavar="COMMAND")
     train = commands.add_parser(
         "train", help="train a model as a recipe says", description=TRAIN_HELP, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
     )  # fmt: skip
-    train.add_argument("recipe", nargs="?", help="recipe YAML")
+    train.add_argument("recipe", nargs="?", help="recipe YAML, or the name of one of ours (llm-jepa recipes)")
     train.add_argument("-h", "--help", action="store_true", help="show this help and every recipe key of ours")
     train.add_argument("--dry-run", action="store_true", help="show the resolved recipe, one batch and the cost")
     train.add_argument("--launch", help="cpu, ddp, fsdp2, zero3 or an accelerate config file: several processes")
@@ -129,6 +132,8 @@ def _run(argv: list[str]) -> None:
         ALLOW, ALLOW.replace("_", "-"), action="append", default=[], metavar="NAME",
         help="resume although NAME differs from before (repeatable); the refusal says the name",
     )  # fmt: skip
+
+    commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
 
     command = next((word for word in argv if not word.startswith("-")), None)
     run = None
@@ -151,6 +156,11 @@ def _run(argv: list[str]) -> None:
             raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
         with ending_at_once():
             run(options)
+    elif options.command == "recipes":
+        if rest:
+            raise UserError(f"unknown arguments {' '.join(rest)} (llm-jepa recipes takes none)")
+        for name, title in recipe_names().items():
+            print(f"{name:60s} {title}")
     elif options.help:
         train.print_help()
         print(describe_keys())
@@ -158,6 +168,13 @@ def _run(argv: list[str]) -> None:
         raise UserError("Which recipe? Write llm-jepa train RECIPE.yaml (see llm-jepa train --help).")
     else:
         _train(options, rest)
+
+
+def _version() -> str:
+    try:
+        return f"llm-jepa {version('llm-jepa')} ({PACKAGE})"
+    except PackageNotFoundError:
+        return f"llm-jepa, not installed ({PACKAGE})"
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .core.errors import UserError
+from .shipped import recipe_path
 
 if TYPE_CHECKING:
     from .core.inherited import Fields
@@ -83,7 +84,9 @@ def build_recipe(checked: CheckedRecipe) -> Recipe:
 
 
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CheckedRecipe:
-    """Read a recipe and check its values. Imports no library, if the table of inherited keys fits the installed ones.
+    """Read a recipe (a file, or the name of one of ours) and check its values.
+
+    Imports no library, if the table of inherited keys fits the installed ones.
 
     Raises UserError, one line.
     """
@@ -91,7 +94,7 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CheckedReci
     from .core.inherited import default_of
     from .core.values import check_numbers
 
-    source = recipe.read_recipe(path, overrides)
+    source = recipe.read_recipe(recipe_path(path), overrides)
     name = _family_of(source)
     fields = fields_of(name)
     given, written = recipe.check_values(source, name, fields, owner=lambda key: _owner(key, name))

@@ -358,7 +358,7 @@ def check_llm_jepa(words: list[str], capsys) -> None:
         assert "--help" in words
         return
     except SystemExit as ended:
-        assert ended.code == 0 and "--help" in words
+        assert ended.code == 0 and {"--help", "--version"} & set(words)
         return
     except Parsed as parsed:
         options, rest = parsed.args[0]
@@ -379,6 +379,8 @@ def test_commands_parse(page, line, stop_after_parsing, monkeypatch, capsys):
         check_llm_jepa(words[1:], capsys)
     elif words[:2] == ["python", "-m"]:
         check_module(words[2:], monkeypatch)
+    elif words[0] == "python" and words[1].startswith("docs/examples/"):
+        assert (ROOT / words[1]).is_file()  # tests/test_examples.py runs it
     elif words[0] == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
         assert len(words) == 1 or words[1] in targets or "=" in words[1], f"there is no target {words[1]}"

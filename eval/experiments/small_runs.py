@@ -24,10 +24,11 @@ from llm_jepa import LLMJEPAConfig, LLMJEPATrainer, UserError, generate
 from llm_jepa.core.json_files import read_json
 from llm_jepa.core.strict_yaml import load_yaml
 from llm_jepa.lm import bank_collator, training_collator
+from llm_jepa.shipped import recipe_path
 
 from .. import graders
 
-SHARED = load_yaml((Path(__file__).parents[2] / "recipes" / "lm" / "tiny-llama" / "_shared.yaml").read_text())
+SHARED = load_yaml(recipe_path("lm/tiny-llama/_shared").read_text())
 BATCH = SHARED["per_device_train_batch_size"]
 MAX_NEW_TOKENS = 48
 OPTIMISER = ("lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "activation_checkpointing")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..command import ArgumentParser, seed_number, whole
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "lm" / "tiny-llama"
+EVAL = __name__.partition(".")[0]  # the evaluation has another name in the wheel
 RESULTS = Path(__file__).parents[1] / "results" / "tiny_nl_rx"
 ARMS = {"sft": "nl-rx-synth-baseline", "info_nce": "nl-rx-synth", "cosine": "nl-rx-synth-cosine"}
 PROTOCOLS = ("completion", "paper")
@@ -32,11 +32,11 @@ def one_run(cell: tuple[str, str, int], data: Path) -> str:
         return f"{name}: already there"
     folder = Path(tempfile.mkdtemp(prefix="tiny_nl_rx_")) / name
     train = [
-        sys.executable, "-m", "llm_jepa.cli", "train", str(RECIPES / f"{ARMS[arm]}.yaml"),
+        sys.executable, "-m", "llm_jepa.cli", "train", f"lm/tiny-llama/{ARMS[arm]}",
         "--train_data", str(data / "synth_train.jsonl"), "--output_dir", str(folder),
         "--label_protocol", protocol, "--seed", str(seed), "--disable_tqdm", "true",
     ]  # fmt: skip
-    score = [sys.executable, "-m", "eval.run", "--model", str(folder), "--data", str(data), "--out", str(out)]
+    score = [sys.executable, "-m", f"{EVAL}.run", "--model", str(folder), "--data", str(data), "--out", str(out)]
     for command in (train, score):
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:

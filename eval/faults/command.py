@@ -143,7 +143,7 @@ class Journal:
 
 
 def _preload() -> None:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["eval.faults.preload"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([f"{__package__}.preload"])
 
 
 @one_line_errors("eval.faults")

@@ -243,7 +243,7 @@ def _commands(rows: Path) -> dict[str, Callable[[Path], Command]]:
         return ["train", str(recipe)]
 
     def evaluate(model: Path) -> Command:
-        from eval.run import main
+        from ..run import main
 
         return lambda: main(["--model", str(model), "--task", "groups", "--data", str(groups), "--out", "result.json"])
 
@@ -258,7 +258,7 @@ def _commands(rows: Path) -> dict[str, Callable[[Path], Command]]:
         return lambda: LLMJEPATrainer(str(model), LLMJEPAConfig(output_dir="run", use_cpu=True), [])
 
     def robustness(model: Path) -> Command:
-        from eval.robustness import main
+        from ..robustness import main
 
         os.environ["MPLCONFIGDIR"] = str(model.parent / "work")
         return lambda: main(["--models", str(model), "--task", "groups", "--data", str(groups), "--out", "results"])

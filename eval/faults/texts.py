@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.faults.inputs import Command, Input
+from .inputs import Command, Input
 
 _GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(64) %%}%s{%% endfor %%}%s"
 _TWINS = (
@@ -266,7 +266,7 @@ def _doors() -> dict[str, Callable[[Path, Path], Command]]:
         return ["generate", str(model), "--prompt", "x"]
 
     def run(model: Path, folder: Path) -> Command:
-        from eval.run import main
+        from ..run import main
 
         questions = folder / "questions.jsonl"
         questions.write_text(json.dumps({"id": "1", "prompts": ["q"], "answer": "a"}) + "\n")

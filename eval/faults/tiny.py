@@ -29,9 +29,11 @@ VL = {
 }  # fmt: skip
 # What the commands import. A process that is forked afterwards need not; it would take nine seconds, and its limit of
 # memory.
+EVAL = __name__.partition(".")[0]  # the evaluation has another name in the wheel
 MODULES = (
     "av", "pyarrow.parquet", "llm_jepa.cli", "llm_jepa.lm.commands", "llm_jepa.lm.trainer", "llm_jepa.vl.commands",
-    "llm_jepa.vl.trainer", "llm_jepa.vl.watch_command", "eval.figures.groups", "eval.graders.cider", "eval.robustness",
+    "llm_jepa.vl.trainer", "llm_jepa.vl.watch_command",
+    *(f"{EVAL}.{name}" for name in ("figures.groups", "graders.cider", "robustness")),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "vit")),
 )  # fmt: skip
 ROWS = [{"prompt": f"name number {i}", "completion": f" it is {i * 7}"} for i in range(8)]

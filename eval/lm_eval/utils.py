@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from eval.figures.groups import figures, read_answers
-from eval.tasks import TASKS, Group, last_text
-from llm_jepa import UserError
+EVAL = Path(__file__).resolve().parents[1]  # `eval` of the repository, or `llm_jepa_eval`
+sys.path.insert(0, str(EVAL.parent))
+groups, tasks = (import_module(f"{EVAL.name}.{name}") for name in ("figures.groups", "tasks"))
+figures, read_answers = groups.figures, groups.read_answers
+TASKS, Group, last_text = tasks.TASKS, tasks.Group, tasks.last_text
+UserError = import_module("llm_jepa").UserError
 
 TASK = TASKS["nl_rx"]
 

@@ -404,6 +404,8 @@ def test_a_metric_elsewhere_says_where_it_belongs(other_package, tmp_path):
     names = sorted(path.name for path in metrics.iterdir() if path.is_dir() and not path.name.startswith("_"))
     assert len(names) == 3
     code = f"""
+import sys
+sys.modules["llm_jepa_eval"] = None  # not installed
 import evaluate
 for name in {names!r}:
     try:
@@ -417,8 +419,8 @@ for name in {names!r}:
     lines = done.stdout.splitlines()
     assert len(lines) == 3, done.stderr[-1000:]
     for name, line in zip(names, lines, strict=True):
-        assert line.startswith(f"The metric {name} is a part of the repository of llm_jepa")
-        assert "run Python in the root of the repository" in line and "'eval'" not in line
+        assert line.startswith(f"The metric {name} is a part of llm_jepa, and Python cannot see it")
+        assert "llm-jepa[eval]" in line and "run Python in the root of the repository" in line and "'eval'" not in line
 
 
 def test_metrics_are_classes_like_others():

@@ -3,9 +3,9 @@
     metric = evaluate.load("eval/metrics/paraphrase_consistency")
     metric.compute(predictions=["4", "four"], references=["4", "4"], groups=["q1", "q1"], grader="exact")
 
-Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. The imports of
-ours are indented to hide them from the scanner of `evaluate`, which would say "pip install 'eval'", another package.
-Keep one module a line in the others: the scanner reads no other form.
+Works offline. In an installed package, the folder is llm_jepa_eval/metrics. `evaluate` copies this file before it
+imports it. Imports of ours are indented to hide them from the scanner of `evaluate`, which would say
+"pip install 'eval'", another package. Keep one module a line in the others: the scanner reads no other form.
 """
 
 import collections
@@ -14,14 +14,20 @@ import datasets
 import evaluate  # type: ignore[import-untyped]
 
 try:
-    from eval.figures.groups import DEFINITIONS, figures, read_answers
-    from eval.graders import BY_NAME, check_gold
-    from eval.tasks import nearest
+    try:  # in the repository
+        from eval.figures.groups import DEFINITIONS, figures, read_answers
+        from eval.graders import BY_NAME, check_gold
+        from eval.tasks import nearest
+    except ImportError:  # installed
+        from llm_jepa_eval.figures.groups import DEFINITIONS, figures, read_answers
+        from llm_jepa_eval.graders import BY_NAME, check_gold
+        from llm_jepa_eval.tasks import nearest
     from llm_jepa import UserError
 except ModuleNotFoundError as missing:
     raise ImportError(
-        "The metric paraphrase_consistency is a part of the repository of llm_jepa, and Python cannot see it here "
-        f"(no module {missing.name}): run Python in the root of the repository, or put that folder on PYTHONPATH. "
+        "The metric paraphrase_consistency is a part of llm_jepa, and Python cannot see it here "
+        f"(no module {missing.name}): "
+        'pip install "llm-jepa[eval]", or run Python in the root of the repository. '
         "Do not pip install eval, which is another package."
     ) from None
 

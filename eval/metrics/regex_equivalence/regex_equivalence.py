@@ -3,9 +3,9 @@
     metric = evaluate.load("eval/metrics/regex_equivalence")
     metric.compute(predictions=["[ab].*"], references=["(a|b).*"])
 
-Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. The imports of
-ours are indented to hide them from the scanner of `evaluate`, which would say "pip install 'eval'", another package.
-Keep one module a line in the others: the scanner reads no other form.
+Works offline. In an installed package, the folder is llm_jepa_eval/metrics. `evaluate` copies this file before it
+imports it. Imports of ours are indented to hide them from the scanner of `evaluate`, which would say
+"pip install 'eval'", another package. Keep one module a line in the others: the scanner reads no other form.
 """
 
 import statistics
@@ -14,11 +14,15 @@ import datasets
 import evaluate  # type: ignore[import-untyped]
 
 try:
-    from eval.graders import check_gold, regex
+    try:  # in the repository
+        from eval.graders import check_gold, regex
+    except ImportError:  # installed
+        from llm_jepa_eval.graders import check_gold, regex
 except ModuleNotFoundError as missing:
     raise ImportError(
-        "The metric regex_equivalence is a part of the repository of llm_jepa, and Python cannot see it here "
-        f"(no module {missing.name}): run Python in the root of the repository, or put that folder on PYTHONPATH. "
+        "The metric regex_equivalence is a part of llm_jepa, and Python cannot see it here "
+        f"(no module {missing.name}): "
+        'pip install "llm-jepa[eval]", or run Python in the root of the repository. '
         "Do not pip install eval, which is another package."
     ) from None
 

@@ -3,9 +3,9 @@
     metric = evaluate.load("eval/metrics/sql_execution")
     metric.compute(predictions=["SELECT 1"], references=["SELECT 2 - 1"], db_ids=["shop"], databases="spider/database")
 
-Works offline. `evaluate` copies this file before it imports it, so run Python in the repository's root. The imports of
-ours are indented to hide them from the scanner of `evaluate`, which would say "pip install 'eval'", another package.
-Keep one module a line in the others: the scanner reads no other form.
+Works offline. In an installed package, the folder is llm_jepa_eval/metrics. `evaluate` copies this file before it
+imports it. Imports of ours are indented to hide them from the scanner of `evaluate`, which would say
+"pip install 'eval'", another package. Keep one module a line in the others: the scanner reads no other form.
 """
 
 import statistics
@@ -14,12 +14,17 @@ import datasets
 import evaluate  # type: ignore[import-untyped]
 
 try:
-    from eval.graders import sql_execution
-    from eval.graders.sql import Databases
+    try:  # in the repository
+        from eval.graders import sql_execution
+        from eval.graders.sql import Databases
+    except ImportError:  # installed
+        from llm_jepa_eval.graders import sql_execution
+        from llm_jepa_eval.graders.sql import Databases
 except ModuleNotFoundError as missing:
     raise ImportError(
-        "The metric sql_execution is a part of the repository of llm_jepa, and Python cannot see it here "
-        f"(no module {missing.name}): run Python in the root of the repository, or put that folder on PYTHONPATH. "
+        "The metric sql_execution is a part of llm_jepa, and Python cannot see it here "
+        f"(no module {missing.name}): "
+        'pip install "llm-jepa[eval]", or run Python in the root of the repository. '
         "Do not pip install eval, which is another package."
     ) from None
 

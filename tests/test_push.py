@@ -20,10 +20,11 @@ from huggingface_hub.utils import _http
 from safetensors.torch import save_file
 
 from llm_jepa.cli import main
+from llm_jepa.core.errors import UserError
 from llm_jepa.core.identity import RUN_ID
 from llm_jepa.core.publish import published
 from llm_jepa.core.publishable import check_file
-from llm_jepa.push import read_folder
+from llm_jepa.push import Files, check_for_token, read_folder
 from tests.conftest import expect_refusal
 from tests.hub_double import BOB, PART, READ, WRITE, Hub, running_hub
 
@@ -331,6 +332,13 @@ def test_no_message_shows_a_token(hub, capsys):
     assert push() == 2
     captured = capsys.readouterr()
     assert "QQQQ" not in captured.out + captured.err
+
+
+def test_a_token_on_the_border_of_two_blocks_is_found(tmp_path):
+    """Weights are searched in blocks of 4 MiB."""
+    (tmp_path / "x").write_bytes(b"x" * ((1 << 22) - 10) + WRITE.encode() + b"x")
+    with pytest.raises(UserError, match="x holds your access token"):
+        check_for_token(Files(tmp_path, {"x": tmp_path / "x"}, "", []), WRITE)
 
 
 def test_no_folder_and_a_wrong_licence(hub, capsys):

@@ -137,7 +137,10 @@ print(code, "torch" in sys.modules, file=sys.stderr)
         (["generate", ".", "--prompt", "x", "--batch_size", "0"], "1 or more"),
         (["generate", ".", "--input", "x.jsonl", "--system", "s"], "--system goes with --prompt"),
         (["embed", ".", "--input", "missing.jsonl", "--output", "o.safetensors"], "No data file"),
-        (["embed", ".", "--input", "x.jsonl", "--output", "o.npy"], "writes two tensors: name a file that ends in .safetensors"),
+        (
+            ["embed", ".", "--input", "x.jsonl", "--output", "o.npy"],
+            "writes two tensors: name a file that ends in .safetensors",
+        ),
         (["embed", ".", "--input", "x.jsonl", "--output", "o"], "ends in .safetensors"),
         (["generate", ".", "--input", "x.jsonl", "--output", "o.csv"], "JSON lines; name a file that ends in .jsonl"),
     ],

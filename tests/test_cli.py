@@ -142,7 +142,7 @@ print(code, "torch" in sys.modules, file=sys.stderr)
             "writes two tensors: name a file that ends in .safetensors",
         ),
         (["embed", ".", "--input", "x.jsonl", "--output", "o"], "ends in .safetensors"),
-        (["generate", ".", "--input", "x.jsonl", "--output", "o.csv"], "JSON lines; name a file that ends in .jsonl"),
+        (["generate", ".", "--input", "x.jsonl", "--output", "o.csv"], "JSON lines: name a file that ends in .jsonl"),
     ],
 )
 def test_wrong_commands(argv, said, capsys, tmp_path, monkeypatch):

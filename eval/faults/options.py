@@ -30,6 +30,7 @@ PLACES = {"output_dir", "train_data", "validation_data", "resume_from_checkpoint
 COMMANDS = (
     "eval.run", "eval.robustness", "eval.report", "eval.quickstart", "eval.pretrained", "eval.cost.step_cost.command",
     "eval.cost.throughput", "eval.cost.vl_cost", "eval.experiments.tiny_nl_rx", "eval.experiments.replication.__main__",
+    "eval.experiments.two_jobs.__main__", "eval.retrieval",
     "eval.experiments.paraphrases.__main__", "eval.vl.shapestream", "eval.vl.selective_decoding", "eval.vl.real_clips",
     "eval.vl.coco_photos", "eval.faults.command", "eval.faults.soak", "eval.cost.save_cost",
     "llm_jepa.synthetic.nl_rx", "llm_jepa.synthetic.shapestream.__main__",
@@ -59,6 +60,8 @@ def options(shared: Path) -> Iterator[Input]:
     working = {
         "generate": [str(lm), "--prompt", "name"],
         "embed": [str(lm), "--input", rows, "--output", "o.safetensors"],
+        "export": [str(lm), "exported", "--to", "transformers"],
+        "push": [str(lm), "user/name", "--private"],
         "watch": [str(vl), str(shared / "0.png"), "--labels", "a,b"],
         "train-decoder": [str(vl), "--texts", str(write_rows(shared / "texts.jsonl", [{"text": "a"}, {"text": "b"}]))],
     }

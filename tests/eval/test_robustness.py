@@ -8,8 +8,8 @@ import math
 import shutil
 import signal
 import statistics
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -124,12 +124,12 @@ def test_finished_models_are_kept_and_others_added(command, folder, tmp_path):
     assert result["order"] == ["a", "b", "c"] and set(result["comparisons"]) == {"a", "c"}
 
 
-@pytest.mark.parametrize("place", ["eval.run._sample", "llm_jepa.lm.reading.embed_pairs"])
+@pytest.mark.parametrize("place", ["eval.run._sample", "llm_jepa.lm.embedder.Embedder.encode_rows"])
 def test_a_stopped_command_goes_on(place, command, tmp_path, monkeypatch):
     """Stopped in the answers of the second model, and in its embeddings, for which `llm-jepa embed` runs inside."""
     assert command("--models", "@a", "@b", "--embeddings", out="whole")[0] == 0
     with monkeypatch.context() as patch:
-        owner, name = import_module(place.rpartition(".")[0]), place.rpartition(".")[2]
+        owner, name = resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
         call, calls = getattr(owner, name), []
 
         def stopping(*args, **kwargs):

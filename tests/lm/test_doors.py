@@ -177,7 +177,7 @@ WEIGHTS = [door for door in BUT_PROMPT if door != "dry run"]  # a dry run loads 
 # setup: the words of its line, and the doors at which it is said; the other doors work.
 TABLE = {
     nothing_odd: ("", []),
-    short_positions: ("positions", WEIGHTS),
+    short_positions: ("positions", BUT_PROMPT),
     added_token: ("rows for 320 tokens", [door for door in WEIGHTS if door not in TRAINING]),
     broken_template: ("TypeError", DOORS),
     arguments_as_an_object: ("TypeError|none of them empty", BUT_PROMPT),

@@ -57,6 +57,8 @@ ALLOWED = {
     ("llm_jepa/vl/decoder_stage.py", "run"): "YDecoder.save_pretrained stages",
     ("llm_jepa/vl/watch_command.py", "__enter__"): "each event is written at once; mode x follows no link",
     ("llm_jepa/vl/watch_page/__init__.py", "_jpeg"): "into memory",
+    ("llm_jepa/core/card.py", "draw_curve"): "called with a stage",
+    ("llm_jepa/lm/export.py", "_copy_card"): "called with a stage",
     ("llm_jepa/vl/y_decoder.py", "_write"): "called with a stage",
     ("eval/cost/memory.py", "training_step"): "the kernel's switch for the peak of a process",
     ("eval/cost/save_cost.py", "measure"): "the saves that are measured, in a temporary folder",

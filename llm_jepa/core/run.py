@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .card import data_facts
 from .checkpoint import (
     RUN_FILE,
     STATE_FILE,
@@ -157,6 +158,7 @@ def claim(trainer: JEPATrainer, recipe: Recipe, record: dict[str, Any], *, sourc
         record = {**record, CONTENTS: {**record[CONTENTS], **contents(recipe, downloaded)}}
         record[RUN_ID] = run_id(record)
     trainer.run = record
+    trainer.data_facts = data_facts(recipe.given, record)
     if not trainer.args.should_save:  # one process, or with save_on_each_node one of each machine
         return
     folder = Path(trainer.args.output_dir)

@@ -16,7 +16,7 @@ family fills in these hooks:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +37,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from . import checkpoint
-from .card import Evaluation, last_evaluation
+from .card import CURVE, Evaluation, draw_curve, last_evaluation, training_facts
 from .checks import check_best_is_measured, check_one_device, check_refused
 from .diagnostics import has_collapsed, space_diagnostics
 from .distributed import shard_on_cpu
@@ -207,6 +207,8 @@ class JEPATrainer(SafeTrainer):
     sum_names: ClassVar[tuple[str, ...]] = ("pair_loss", "pairs")
     plan: StepPlan
     bank_prefix = "eval"  # evaluations that measure the geometry: this one and "eval"
+    began_at = 0  # the step at which this process began to train
+    data_facts: Mapping[str, str] = {}  # for the card; a run by a recipe fills it in (`card.data_facts`)
 
     def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(args=args, **kwargs)
@@ -382,6 +384,15 @@ class JEPATrainer(SafeTrainer):
         """What is known of the saved weights, for their card."""
         return last_evaluation(self.history_of_saved_weights(), self.saved_step(), self.count_bank())
 
+    def card_facts(self, folder: Path) -> dict[str, Any]:
+        """What the cards of all families show: the run, its last evaluation, and its curve, which is drawn here."""
+        training = training_facts(self.state, self.args, saved_step=self.saved_step(), began_at=self.began_at)
+        return {
+            "training": {**self.data_facts, **training},
+            "evaluation": self.last_evaluation(),
+            "curve": CURVE if draw_curve(self.state.log_history, folder / CURVE) else None,
+        }
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_more(self, folder: Path) -> None:
@@ -421,6 +432,7 @@ class _Hooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        trainer.began_at = state.global_step
         trainer.begin_training(state)
         trainer.restore_extra_state()
         if state.global_step == 0:

@@ -206,12 +206,15 @@ def strip_predictor_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 def _copy_card(source: Path, folder: Path, name: str, *, stripped: bool) -> None:
     """The card of the run under the new name; a checkpoint has none, so it gets one that says so."""
+    from ..core.card import CURVE
     from ..core.files import write_whole
     from ..core.json_files import read_text
 
     card = source / "README.md"
     if card.is_file() and not _is_adapter(source):
         text = read_text(card).replace(f'"{source.name}"', f'"{name}"').replace(f"# {source.name}\n", f"# {name}\n")
+        if (source / CURVE).is_file():
+            shutil.copyfile(source / CURVE, folder / CURVE)
     else:
         text = PLAIN_CARD.format(name=name)
     if stripped:

@@ -39,7 +39,7 @@ from . import sentence_transformer
 from .adapter import save_adapter
 from .arguments import LLMJEPAConfig, check_objective
 from .batching import KEYS, JEPACollator, Layout, keys_of, lm_rows_only
-from .card import write_model_card
+from .card import sample_of, write_model_card
 from .data import (
     VIEW_COLUMNS,
     Preparation,
@@ -449,7 +449,11 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
 
     def write_card(self, folder: Path) -> None:
         refusal = sentence_transformer.plan(self.processing_class, self.base_model.config).refusal
-        write_model_card(folder, self.base_model, self.args, self.last_evaluation(), self.row_counts, refusal)
+        facts, sample = self.card_facts(folder), None
+        # Rank 0 cannot run sharded weights alone, and a card that goes to the Hub unread shows no row.
+        if not self.is_sharded and not self.args.push_to_hub:
+            sample = sample_of(self.base_model, self.processing_class, self.eval_dataset)
+        write_model_card(folder, self.base_model, self.args, facts, self.row_counts, refusal, sample)
 
 
 def prepare_model(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..core.card import Evaluation, settings_of, versions_of, write_card
+from ..core.card import licence_of, settings_of, versions_of, write_card
 from .arguments import VLJEPATrainingArguments
 from .keys import VLJEPAKeys
 from .modeling import VLJEPAModel
@@ -19,9 +20,9 @@ PACKAGES = ("torch", "transformers", "accelerate")
 
 
 def write_vl_model_card(
-    output_dir: str | Path, model: VLJEPAModel, args: VLJEPATrainingArguments, evaluation: Evaluation
+    output_dir: str | Path, model: VLJEPAModel, args: VLJEPATrainingArguments, facts: Mapping[str, Any]
 ) -> Path:
-    """Write README.md from the run's own configuration and its last evaluation."""
+    """Write README.md from the run's own configuration. facts: of the run, from `JEPATrainer.card_facts`."""
     bases = [source["name"] for source in model.config.revisions.values() if not _is_folder(source["name"])]
     defaults = {name: field.default for name, field in VLJEPATrainingArguments.__dataclass_fields__.items()}
     own = {
@@ -30,8 +31,10 @@ def write_vl_model_card(
         if name in ALWAYS_SHOWN or getattr(args, name) != defaults[name]
     }
     own.pop("feature_cache", None)  # a path of one machine
+    licences = sorted({licence for base in bases if (licence := licence_of(base))})
     metadata = ModelCardData(
         base_model=bases or None,
+        license=licences[0] if len(licences) == 1 else None,
         library_name="llm-jepa",  # the package that it needs
         pipeline_tag="video-text-to-text",
         tags=["vl-jepa", "jepa", "llm-jepa", "video"],
@@ -42,7 +45,9 @@ def write_vl_model_card(
         metadata,
         parts=[_part(model, name) for name in NAMES],
         settings=settings_of(args, own),
-        evaluation=evaluation,
+        **facts,
+        licence=" and ".join(licences),
+        unit="clips",
         versions=versions_of(PACKAGES),
     )
 

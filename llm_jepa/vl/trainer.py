@@ -249,7 +249,7 @@ class VLJEPATrainer(JEPATrainer):
         )
 
     def write_card(self, folder: Path) -> None:
-        write_vl_model_card(folder, self.base_model, self.args, self.last_evaluation())
+        write_vl_model_card(folder, self.base_model, self.args, self.card_facts(folder))
 
 
 def _name_special_tokens(model: VLJEPAModel, processor: VLJEPAProcessor) -> None:

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import TrainerState, TrainingArguments
 
-from llm_jepa.core.card import last_evaluation
+from llm_jepa.core.card import CURVE, data_facts, draw_curve, last_evaluation, licence_of, training_facts
 from llm_jepa.lm.arguments import LLMJEPAConfig
-from llm_jepa.lm.card import write_model_card
+from llm_jepa.lm.card import Sample, write_model_card
 from llm_jepa.lm.data import RowCounts
 
 # A run of 4 steps.
@@ -20,13 +21,17 @@ LOG = [
 ]
 
 
-def card(folder, base: str, log, *, saved_step: int = 4, pairs: int = 40, refusal=None, **settings) -> tuple[dict, str]:
+def card(
+    folder, base: str, log, *, saved_step: int = 4, pairs: int = 40, refusal=None, sample=None, **settings
+) -> tuple[dict, str]:
     """The metadata and the text of a card of a model that came from `base`."""
     how = {"jepa_weight": 0.1, "objective": "cosine", "num_predictor_tokens": 1, "context_view": "prefix", **settings}
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path=base, model_type="llama", llm_jepa=how))
     args = LLMJEPAConfig(str(folder), use_cpu=True)
-    evaluation, counts = last_evaluation(log, saved_step, pairs), {"train": RowCounts(30, 2, 1)}
-    _, head, text = write_model_card(folder, model, args, evaluation, counts, refusal).read_text().split("---\n", 2)
+    facts = {"training": {"steps": "4"}, "evaluation": last_evaluation(log, saved_step, pairs), "curve": None}
+    counts = {"train": RowCounts(30, 2, 1)}
+    written = write_model_card(folder, model, args, facts, counts, refusal, sample).read_text()
+    _, head, text = written.split("---\n", 2)
     return yaml.safe_load(head), text
 
 
@@ -36,7 +41,7 @@ def test_metadata_and_figures_are_those_of_the_run(tmp_path):
     assert "# run\n" in text and "Start: `some/model`" in text and "| figure | step 0 | step 4 |" in text
     assert "| loss |  | 1.235 |\n| recall_at_1 | 0.125 | 0.5 |\n" in text
     assert "| learning_rate | 2e-05 |" in text
-    assert "| train rows | 30 (2 of them cut to max_length; 1 more left out, longer than max_length) |\n\nLast" in text
+    assert "| train rows | 30 (2 of them cut to max_length; 1 more left out, longer than max_length) |\n| steps" in text
     assert "| objective | cosine |" in text and "runtime" not in text and "per_second" not in text
 
 
@@ -44,6 +49,77 @@ def test_metadata_and_figures_are_those_of_the_run(tmp_path):
 def test_random_weights_and_a_folder_of_this_machine_are_no_base_model(base, tmp_path):
     head, text = card(tmp_path / "run", base, [])
     assert "base_model" not in head and "Not evaluated" in text
+
+
+def test_the_card_says_what_the_data_was_and_not_where_it_lay(tmp_path):
+    rows = tmp_path / "secret" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.touch()
+    given = {
+        "train_data": str(rows),
+        "use_peft": True,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_target_modules": ["q", "v"],
+    }
+    facts = data_facts(given, {"train_sha256": "0123456789abcdef0", "validation_sha256": "f" * 64})
+    assert facts == {
+        "train data": "rows.jsonl (sha256 0123456789abcdef)",
+        "validation data": f"drawn from the train data (sha256 {'f' * 16})",
+        "LoRA": "rank 8, alpha 16, modules q v",
+    }
+    assert data_facts({"train_data": "user/name"}, {"train_sha256": None}) == {"train data": "user/name"}
+
+
+def test_the_time_is_that_of_this_process_and_the_steps_are_those_of_the_saved_weights():
+    state = TrainerState(epoch=2.0, global_step=8, log_history=[{"step": 8, "train_runtime": 90, "num_tokens": 12345}])
+    args = TrainingArguments(use_cpu=True)
+    facts = training_facts(state, args, saved_step=8, began_at=0)
+    assert facts["steps"] == "8" and facts["epochs"] == "2" and facts["tokens"] == "12,345"
+    assert facts["time"] == "1.5 minutes on 1 x cpu; energy was not measured"
+    facts = training_facts(state, args, saved_step=4, began_at=6)
+    assert facts["steps"] == "4 (the best of 8)" and "epochs" not in facts
+    assert "since it was resumed at step 6" in facts["time"]
+
+
+def test_the_curve_is_drawn_from_three_logged_losses_on(tmp_path):
+    log = [{"step": step, "loss": 1.0 / step, "jepa_loss": 0.5} for step in (1, 2, 3)]
+    assert not draw_curve(log[:2], tmp_path / "few" / CURVE) and not (tmp_path / "few").exists()
+    assert draw_curve([*log, {"step": 3, "eval_loss": 0.2}], tmp_path / CURVE)
+    once = (tmp_path / CURVE).read_bytes()
+    assert once.startswith(b"\x89PNG") and draw_curve([*log, {"step": 3, "eval_loss": 0.2}], tmp_path / CURVE)
+    assert (tmp_path / CURVE).read_bytes() == once
+
+
+@pytest.mark.parametrize(
+    ("head", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n", "apache-2.0"),
+        ("---\ntags: [a]\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("", None),
+    ],
+)
+def test_the_licence_is_that_of_the_start_model(head, licence, tmp_path):
+    (tmp_path / "README.md").write_text(head)
+    assert licence_of(str(tmp_path)) == licence
+
+
+@pytest.mark.parametrize("base", [None, "", "no/such-model", "not a repository: at all"])
+def test_a_start_without_a_card_has_no_licence(base):
+    assert licence_of(base) is None
+
+
+def test_a_sample_is_shown_in_one_line_each_and_never_as_markup(tmp_path):
+    sample = Sample("first\nline | <b>", "[x](http://y)", "`z`")
+    _, text = card(tmp_path / "run", "", LOG, sample=sample)
+    assert (
+        "| prompt | first line &#124; &lt;b&gt; |" in text
+        and "[x](" not in text
+        and "| expected | &#96;z&#96; |" in text
+    )
+    assert "| prompt |" not in card(tmp_path / "run", "", LOG)[1]
 
 
 def test_names_of_strangers_are_escaped(tmp_path):

@@ -24,7 +24,7 @@ from eval.figures.robustness_plots import plot_phrasing, plot_worst
 from eval.figures.robustness_report import report
 from eval.robustness import analyse, main, parse_arms, read_scored
 from llm_jepa import UserError
-from llm_jepa.core.card import NOT_EVALUATED
+from llm_jepa.core.card import NOT_EVALUATED, SHARED, SHARED_PART
 from llm_jepa.lm.from_scratch import random_model, train_tokenizer
 from tests.conftest import FAMILIES
 
@@ -514,7 +514,8 @@ def test_every_fresh_card_has_the_sentence_that_goes(tmp_path):
     """In the words of the constant, or it would stay for ever."""
     for family in ("lm", "vl"):
         template = Path(robustness.__file__).parents[1] / "llm_jepa" / family / "card.md.jinja"
-        assert "{{ not_evaluated }}" in template.read_text() and "Nothing else is known" not in template.read_text()
+        assert SHARED_PART in template.read_text() and "Nothing else is known" not in template.read_text()
+    assert "{{ not_evaluated }}" in SHARED.read_text() and "Nothing else is known" not in SHARED.read_text()
 
 
 def test_a_card_that_cannot_be_read_is_refused_and_left(tmp_path):

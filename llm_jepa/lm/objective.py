@@ -26,6 +26,7 @@ from .attention import model_inputs
 from .batching import keys_of
 from .plan import KnownLoss, LMStepPlan, MicroBatch
 from .reading import embed_targets, gather_states, no_logits, router_logits_of, router_loss
+from .token_nll import token_nll
 from .tubes import tube_distance
 from .views import IGNORE
 
@@ -209,16 +210,12 @@ class LLMJEPALoss:
         return model(**inputs, logits_to_keep=logits_to_keep)
 
     def _token_nll(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits at label positions and [labels] their tokens -> negative log-likelihoods [labels]."""
-        logits = logits.reshape(-1, logits.shape[-1])  # [labels, V]
-        logits = at_least_float32(logits)
-        if self.masked_ids:
-            # Without these logits the LM term is that of the baseline. In place, because a large vocabulary leaves no
-            # memory for a copy of [labels, V]; outside of autograd, because the gradient of a probability of 0 is 0.
-            ids = torch.tensor(self.masked_ids, device=logits.device)
-            with torch.no_grad():
-                logits.index_fill_(-1, ids, torch.finfo(logits.dtype).min)
-        return F.cross_entropy(logits, labels, reduction="none")
+        """Logits at label positions and [labels] their tokens -> negative log-likelihoods [labels].
+
+        Predictor tokens are impossible outputs: without their logits the LM term is that of the baseline.
+        """
+        masked_ids = torch.tensor(self.masked_ids, dtype=torch.long, device=logits.device)
+        return token_nll(logits.reshape(-1, logits.shape[-1]), labels, masked_ids)
 
     def _pair_loss(
         self, hidden: Tensor, batch: dict[str, Tensor], fixed_target: Tensor | None, plan: LMStepPlan, part: MicroBatch

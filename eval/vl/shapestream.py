@@ -417,6 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "weights": {name: _num_weights(part) for name, part in model.model.named_children()},
         "settings": {name: value for name, value in vars(options).items() if name not in PATHS},
         "text_encoder": text_encoder.parent.name if text_encoder else "from scratch",
+        "weights_sha256": weights_sha256(options.out),
         "text_encoder_sha256": weights_sha256(text_encoder) if text_encoder else None,
         "world_version": world.VERSION,
         "log": log,

@@ -5,8 +5,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_VENV ?= .venv-docs
 
-.PHONY: quickstart test test-min test-latest lint slow dist mutants fuzz soak results paraphrases replication step-cost faults clean
+.PHONY: quickstart test test-min test-latest lint docs slow dist mutants fuzz soak results paraphrases replication step-cost faults clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
@@ -51,6 +52,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m eval.report --check
 
+# The documentation as a site that needs no server: site/index.html. Its environment has neither torch nor this package,
+# because docstrings are read from the source.
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
 # Repeat the committed NL-RX runs:  make results NL_RX=path/to/nl_rx
 results: $(STAMP)
 	$(if $(NL_RX),,$(error set NL_RX to the folder with synth_train.jsonl, synth_test.jsonl, turk_train.jsonl, turk_test.jsonl))
@@ -86,5 +92,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	touch $@
 
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install -q -r $(DOCS_VENV)/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build site *.egg-info

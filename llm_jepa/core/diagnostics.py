@@ -133,12 +133,13 @@ def space_diagnostics(
 ) -> dict[str, float]:
     """Geometry of N pairs of embeddings [N, D], with keys as in `linear_r2`.
 
-    cosine_matched, cosine_mismatched: mean centred cosine of the N pairs, and of contexts with wrong targets. A right
-        answer of another pair is neither.
-    raw_cosine_matched, raw_cosine_mismatched: the same without centring; both near 1 is the signature of collapse.
-    recall_at_1: see `recall_at_1`; chance is 1 / N.
-    effective_rank_predicted, effective_rank_target: see `effective_rank`.
-    linear_r2: see `linear_r2`. Left out for fewer than four pairs, and if no pair is new in the second half.
+    - `cosine_matched`, `cosine_mismatched`: mean centred cosine of the N pairs, and of contexts with wrong targets. A
+      right answer of another pair is neither.
+    - `raw_cosine_matched`, `raw_cosine_mismatched`: the same without centring; if both are near 1, the space has
+      collapsed.
+    - `recall_at_1`: see `recall_at_1`; chance is 1 / N.
+    - `effective_rank_predicted`, `effective_rank_target`: see `effective_rank`.
+    - `linear_r2`: see `linear_r2`. Left out for fewer than four pairs, and if no pair is new in the second half.
 
     Raises ValueError for fewer than two pairs: there is no wrong pair to compare with.
     """

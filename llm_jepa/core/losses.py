@@ -28,10 +28,10 @@ Keys = Tensor | tuple[Tensor, ...]  # [B] ints each; equal things have an equal 
 def jepa_distance(predicted: Tensor, target: Tensor, *, kind: str = "cosine") -> Tensor:
     """Distance of each pair, [B]; other pairs do not matter. 0 for equal embeddings.
 
-    cosine:    1 - cos(z, s), in 0..2.                    The paper's default (section 3.1).
-    l2:        ||z - s||.                                 Unnormalised; grows with sqrt(D) (paper, table 3).
-    mse:       mean over D of (z - s)^2.                  (paper, table 3)
-    smooth_l1: mean over D of the Huber loss with beta 1. Not in the paper.
+        cosine:    1 - cos(z, s), in 0..2.                    The paper's default (section 3.1).
+        l2:        ||z - s||.                                 Unnormalised; grows with sqrt(D) (paper, table 3).
+        mse:       mean over D of (z - s)^2.                  (paper, table 3)
+        smooth_l1: mean over D of the Huber loss with beta 1. Not in the paper.
 
     None of these keeps the space from collapsing: mapping everything to one point is a minimum of each.
 

@@ -130,7 +130,7 @@ class Embedder:
     """Embeds prompts and completions with one model.
 
         embedder = Embedder.from_pretrained("runs/mine")
-        prompts = embedder.encode_prompts(["lines with a vowel"])         # [N, D] float32, on the CPU
+        prompts = embedder.encode_prompts(["lines with a vowel"])  # [N, D] float32, on the CPU
         completions = embedder.encode_completions([".*[aeiou].*"])
         scores = torch.nn.functional.cosine_similarity(prompts, completions)
 
@@ -165,9 +165,10 @@ class Embedder:
     def encode_prompts(self, prompts: Sequence[Prompt], *, batch_size: int = 32, progress: bool = False) -> Tensor:
         """[N, D] float32 on the CPU, in the order given.
 
-        prompts: texts, messages, or rows {"prompt": ..., "tools": ..., "chat_template_kwargs": ...}. A text is asked in
-            the format of the training rows: of a model that was trained on messages it becomes a user turn, with the
-            system turn that all training rows shared.
+        Args:
+            prompts: texts, messages, or rows `{"prompt": ..., "tools": ..., "chat_template_kwargs": ...}`. A text is
+                asked in the format of the training rows: of a model that was trained on messages it becomes a user
+                turn, with the system turn that all training rows shared.
 
         Raises UserError for an empty prompt, and for one that the model cannot read.
         """
@@ -179,8 +180,9 @@ class Embedder:
     ) -> Tensor:
         """[N, D] float32 on the CPU, in the order given.
 
-        completions: texts as the training rows hold them, or [{"role": "assistant", "content": ...}]. If the rows were
-            plain texts, the white space that begins a completion belongs to it.
+        Args:
+            completions: texts as the training rows hold them, or `[{"role": "assistant", "content": ...}]`. If the rows
+                were plain texts, the white space that begins a completion belongs to it.
 
         Raises UserError for an empty completion, and for one that the model cannot read.
         """
@@ -193,7 +195,7 @@ class Embedder:
     ) -> EmbeddedRows:
         """Both views of each row, in the forms that training takes: every context of a row with every target of it.
 
-        A row may have only a prompt, only {"text"} (a prompt in the format of the training rows) or only a completion.
+        A row may have only a prompt, only a `text` (a prompt in the format of the training rows) or only a completion.
         Then only the views that all rows have are embedded.
 
         Raises UserError that names a row which has neither, or which the model cannot read.

@@ -35,9 +35,17 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class Generation(NamedTuple):
-    text: str  # special tokens removed, edge whitespace stripped
-    stopped: bool  # ended with a stop token, not by max_new_tokens
-    num_tokens: int  # generated, the stop token included
+    """The answer to a prompt.
+
+    Args:
+        text: special tokens removed, edge whitespace stripped.
+        stopped: ended with a stop token, not by max_new_tokens.
+        num_tokens: generated, the stop token included.
+    """
+
+    text: str
+    stopped: bool
+    num_tokens: int
 
 
 def generate(
@@ -293,6 +301,7 @@ class Choice(NamedTuple):
 
     @property
     def most_likely(self) -> int:
+        """The number of the choice with the highest log-likelihood."""
         return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
 
     @property

@@ -135,7 +135,8 @@ def tokenizer_from(
 ) -> PreTrainedTokenizerBase:
     """A tokenizer from the Hub or a folder; the folder may hold a model or only a tokenizer.
 
-    chat_template_path: a file whose template takes the place of those in the folder.
+    Args:
+        chat_template_path: a file whose template takes the place of those in the folder.
 
     Raises UserError if it cannot be loaded, and for a chat template that cannot be used.
     """

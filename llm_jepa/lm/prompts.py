@@ -40,14 +40,17 @@ _IF_ASKED = "{%- if asks_for_answer -%}"
 class PromptForm:
     """How the prompts of a training run look; `llm_jepa["prompt"]` in the config of the trained model.
 
-    format: "text" or "messages": what the rows held. None: not trained by this package, or before this was recorded.
-    ends: "generation_prompt": at the template's generation prompt, where every other tool ends it too.
-        "content": at the content of the answer, after everything that the template puts in front of it.
-    answer_begins: white space and first word of a usual completion. A tokenizer may join them with the end of the
-        prompt ("Label: " + "Good" has the token " Good"), and then the asked prompt must not contain that end.
-    space: white space in front of a usual completion, after a prompt that ends in none. None: no such row was trained.
-    system: the system turn that all training rows share, for a question that comes without a conversation.
-    render_kwargs: likewise `tools` and `chat_template_kwargs`.
+    Args:
+        format: "text" or "messages": what the rows held. None: not trained by this package, or before this was
+            recorded.
+        ends: "generation_prompt": at the template's generation prompt, where every other tool ends it too.
+            "content": at the content of the answer, after everything that the template puts in front of it.
+        answer_begins: white space and first word of a usual completion. A tokenizer may join them with the end of the
+            prompt ("Label: " + "Good" has the token " Good"), and then the asked prompt must not contain that end.
+        space: white space in front of a usual completion, after a prompt that ends in none. None: no such row was
+            trained.
+        system: the system turn that all training rows share, for a question that comes without a conversation.
+        render_kwargs: likewise `tools` and `chat_template_kwargs`.
     """
 
     format: Literal["text", "messages"] | None = None
@@ -332,8 +335,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None, eos: int
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     """Where generation stops: at eos, and at what the template closes an assistant turn with.
 
-    That is another special token (Gemma's <end_of_turn>, Llama's <|eot_id|>), or a text if the tokenizer has no such
-    token.
+    That is another special token (Gemma's `<end_of_turn>`, Llama's `<|eot_id|>`), or a text if the tokenizer has no
+    such token.
     """
     template = None if tokenizer.chat_template is None else str(tokenizer.chat_template)  # it may be a dict of several
     return _turn_end(tokenizer, template, tokenizer.eos_token_id, len(tokenizer))

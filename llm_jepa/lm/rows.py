@@ -41,7 +41,8 @@ def parse_row(row: dict[str, Any], where: str, *, max_pairs: int | None = None) 
 
     Earlier assistant turns are a part of the prompt and are not trained.
 
-    max_pairs: contexts times targets; None for any number.
+    Args:
+        max_pairs: contexts times targets; None for any number.
 
     Raises UserError that names `where` (e.g. "row 3") and the field.
     """

@@ -66,6 +66,7 @@ def open_frames(
     """Open a source of frames; iterate it once, and close it or use `with`.
 
     Sources:
+
         "clip.mp4", Path         a video, or a still image (one frame at 0 s); a FIFO is read as a pipe
         b"..."                   the content of such a file
         "-"                      standard input: mpegts, matroska, raw h264, ...

@@ -52,13 +52,14 @@ _TIME_ROUNDING_S = 1e-9
 class Segment:
     """A scene: neighbouring windows between two edges.
 
-    start_s, end_s: its edges, in the time of window centres. A stream starts and ends at a centre, not at an edge.
-    embedding: [D] float32, the mean of its windows as given; it is *not* scaled to unit norm again.
-    core_embedding: [D] float32, the mean without the first and the last window, if it has three or more. These two also
-        show the neighbouring scenes: half of their content, if the event is shorter than a window (ours).
-    midpoint_embedding: [D] float32, that of the window nearest to the middle. Of a long segment `WardSegmenter`
-        remembers every 2nd, 4th, ... window, so there it may be off by 1/32 of the windows.
-    num_windows: number of windows in the mean.
+    Args:
+        start_s, end_s: its edges, in the time of window centres. A stream starts and ends at a centre, not at an edge.
+        embedding: [D] float32, the mean of its windows as given; it is *not* scaled to unit norm again.
+        core_embedding: [D] float32, the mean without the first and the last window, if it has three or more. These two
+            also show the neighbouring scenes: half of their content, if the event is shorter than a window (ours).
+        midpoint_embedding: [D] float32, that of the window nearest to the middle. Of a long segment `WardSegmenter`
+            remembers every 2nd, 4th, ... window, so there it may be off by 1/32 of the windows.
+        num_windows: number of windows in the mean.
     """
 
     start_s: float

@@ -40,7 +40,12 @@ MAX_SECONDS = 1e9  # of a clip's start and end; no film lasts 30 years
 
 
 class Pair(NamedTuple):
-    """query: None asks nothing (the query-free stage). target: the text whose embedding is predicted."""
+    """A question about a clip, and its answer.
+
+    Args:
+        query: None asks nothing (the query-free stage).
+        target: the text whose embedding is predicted.
+    """
 
     query: str | None
     target: str
@@ -50,8 +55,10 @@ class Pair(NamedTuple):
 class Clip:
     """A video or an image with its pairs.
 
-    video: a path, the content of a file (bytes), a PIL image, or frames [T, H, W, 3] uint8 ([H, W, 3] for an image).
-    start_s, end_s: the part of a file to use, in the seconds that a player shows; None for its start and end.
+    Args:
+        video: a path, the content of a file (bytes), a PIL image, or frames [T, H, W, 3] uint8 ([H, W, 3] for an
+            image).
+        start_s, end_s: the part of a file to use, in the seconds that a player shows; None for its start and end.
     """
 
     video: Any
@@ -83,8 +90,9 @@ class ClipDataset(Dataset):
     - If several pairs are drawn, the clip's first query (usually its caption) is one of them, so that 20 questions do
       not crowd out the caption.
 
-    features: visual features [clips, N, D_x] that are known already, as a `FeatureCache` or a tensor; then no video is
-    read.
+    Args:
+        features: visual features [clips, N, D_x] that are known already, as a `FeatureCache` or a tensor; then no video
+            is read.
     """
 
     def __init__(

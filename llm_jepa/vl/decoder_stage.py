@@ -116,8 +116,9 @@ def train_y_decoder(
 ) -> YDecoder:
     """Build a y_decoder for this model: the texts are its memory, and a GPT-2 from random weights writes them.
 
-    unfinished: a folder. If the training is asked to stop, it saves a checkpoint there and raises `Stopped`; the same
-        call goes on from it.
+    Args:
+        unfinished: a folder. If the training is asked to stop, it saves a checkpoint there and raises `Stopped`; the
+            same call goes on from it.
 
     Raises UserError if `unfinished` holds the training of another decoder.
     """

@@ -50,7 +50,8 @@ class VLJEPA:
     A clip is frames [T, H, W, 3] uint8, a list of images, a PIL image, or the path or the content (bytes) of a video or
     an image; `images=True` takes single images.
 
-    y_decoder: None takes the one in the model's folder, when text is first needed.
+    Args:
+        y_decoder: None takes the one in the model's folder, when text is first needed.
     """
 
     def __init__(self, model: VLJEPAModel, processor: VLJEPAProcessor, *, y_decoder: YDecoder | None = None) -> None:

@@ -47,6 +47,7 @@ class VLJEPAModel(PreTrainedModel):
     """x_encoder, predictor and y_encoder in one model. `from_parts` builds one; `from_pretrained` loads one.
 
     Inputs of `forward`, all batch first:
+
         pixel_values_videos [B, T, 3, H, W], or visual_features [B, N, D_x] from `encode_frames` (cached)
         query_ids, query_mask [B, Q]
         target_ids, target_mask [B, L], or target_features [B, D_y] from `pool_text` (cached)

@@ -203,7 +203,8 @@ class PrefixDecoder(PreTrainedModel):
 class YDecoder:
     """A memory, a prefix decoder, or both: project onto the memory, then write.
 
-    made_for: `fingerprint` of the model whose embeddings it reads.
+    Args:
+        made_for: `fingerprint` of the model whose embeddings it reads.
     """
 
     made_for: str

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,14 +17,15 @@ from ..core.printing import escaped, raw
 from ..core.row_files import text_lines
 from ..stream.decoder import Caption
 from ..stream.frames import Limits, source_name
-from ..stream.opening import open_frames
+from ..stream.opening import is_image, open_frames
 from .watch import Watcher, WatchResult, WatchSettings, to_json, to_srt
-from .watch_page import Timeline, clock, one_line, write_report
+from .watch_page import COSINE, PROBABILITY, Timeline, clock, film_link, film_name, one_line, write_report
 
 if TYPE_CHECKING:  # they import torch, and `llm-jepa --help` should not
     from .inference import VLJEPA
 
 _ENDLESS = Limits(max_frames=None, max_seconds=None)  # only the list of captions grows with the stream
+_SHOWN_LABELS = 100
 
 DESCRIPTION = """\
 Caption a video or a camera. Every window is embedded; text is decoded once a scene.
@@ -119,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     name = one_line(source_name(options.source))
     timeline = Timeline() if options.report else None
+    started = datetime.now().astimezone()
     live = True if options.live else None  # None: live if it is a camera or a live stream
     with (
         open_frames(options.source, fps=settings.fps, live=live, limits=_ENDLESS) as frames,
@@ -129,9 +132,10 @@ def run(options: argparse.Namespace) -> int:
         result = watcher.watch(frames)
         outputs.summary(result)
     if timeline is not None:
+        film, no_film = _film(options)
         write_report(
             options.report,
-            source=name,
+            source=film_name(options.source),
             query=settings.query,
             captions=result.captions,
             timeline=timeline,
@@ -139,6 +143,10 @@ def run(options: argparse.Namespace) -> int:
             num_decodes=result.num_decodes,
             seconds=result.seconds,
             details=result.details,
+            film=film,
+            no_film=no_film,
+            scale=COSINE if model.y_decoder.decoder is None else PROBABILITY,
+            table=_table(options, settings, texts, started),
         )
     outputs.printer.line(result.summary)
     if result.error is not None:
@@ -151,6 +159,44 @@ def _can_be_opened_twice(source: str) -> bool:
     if "://" in source or source.startswith("webcam:") or source == "-":
         return False
     return not Path(source).is_fifo()
+
+
+def _film(options: argparse.Namespace) -> tuple[str | None, str]:
+    """The film's address relative to the report, or None and why the report cannot play it."""
+    if not _can_be_opened_twice(options.source) or not Path(options.source).is_file():
+        return None, "The film does not play here: it was not a file."
+    if is_image(options.source):
+        return None, "This was one picture, not a film."
+    link = film_link(options.report, options.source)
+    if link is None:
+        return None, "The film does not play here: it and this page have no folder in common."
+    return link, ""
+
+
+def _table(
+    options: argparse.Namespace, settings: WatchSettings, texts: list[str] | None, started: datetime
+) -> list[tuple[str, list[str]]]:
+    """What the report says about the run. Of files and folders only the names."""
+    model = Path(options.model)
+    level = f"sensitivity {settings.sensitivity:g}, calibrated to the noise of the stream"
+    if settings.threshold is not None:
+        level = f"threshold {settings.threshold:g}"
+    window_s = settings.num_frames / settings.fps
+    rows = [
+        ("model", [model.resolve().name if model.is_dir() else options.model]),
+        ("date", [f"{started:%Y-%m-%d %H:%M %z}"]),
+        ("windows", [f"{settings.num_frames} frames in {window_s:g} s, one every {settings.stride_s:g} s"]),
+        ("scenes", [f"{level}; shortest {settings.min_duration_s:g} s"]),
+    ]
+    if settings.max_seconds is not None:
+        rows.append(("stopped after", [f"{settings.max_seconds:g} s of the stream"]))
+    if texts is None:
+        rows.append(("captions", ["the model's own y_decoder"]))
+    else:
+        more = len(texts) - _SHOWN_LABELS
+        shown = texts[:_SHOWN_LABELS] + ([f"and {more} more"] if more > 0 else [])
+        rows.append((f"nearest of {len(texts)} labels", shown))
+    return rows
 
 
 class _Outputs:

@@ -1,9 +1,9 @@
-"""A stream that `watch` has seen as one HTML page: pictures, curve and captions on one axis of time.
+"""A stream that `watch` has seen as one HTML page: what happened, when, how sure that is, and what it cost.
 
 `Timeline` collects while the stream runs, in a size that does not grow with it; `write_report` renders
-`page.html.jinja` with `page.css` and `page.js` inside, so the page fetches nothing. Captions, the query and the source
-are texts of strangers: the template escapes all of them, and the page's own policy allows no script but page.js and no
-loading at all.
+`page.html.jinja` with `page.css` and `page.js` inside, so the page fetches nothing but the film. Captions, labels, the
+query and the names of film and model are texts of strangers: the template escapes all of them, and the page's own
+policy allows no script but page.js, and no loading but a film beside the page. No absolute path is in the page.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import base64
 import hashlib
 import io
 import math
+import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
@@ -32,6 +35,23 @@ THUMBNAIL_PX = 160
 MAX_POINTS = 4000
 BLOCK_PX = 120  # width of the median caption before any zoom: three or four short words a line
 MAX_SCALE = 40  # pixels a second at the start, for streams of short scenes
+
+
+class ScoreScale(NamedTuple):
+    """What scores are, and below which one a caption is marked as weak. The limits are ours, not calibrated."""
+
+    meaning: str
+    weak_below: float
+    reason: str
+
+
+COSINE = ScoreScale(
+    "cosine between what was seen and the nearest known text", 0.71,
+    "the text accounts for less than half of what was seen (cosine² < 1/2)",
+)  # fmt: skip
+PROBABILITY = ScoreScale(
+    "geometric mean probability of its words", 0.5, "a word of the text was, in the mean, less likely than not"
+)
 
 
 class Timeline:
@@ -90,17 +110,27 @@ def write_report(
     num_decodes: int,
     seconds: float,
     details: str = "",
+    film: str | None = None,
+    no_film: str = "",
+    scale: ScoreScale | None = None,
+    table: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> None:
     """Write one self-contained page to `path`; it is complete from the moment it is there.
 
     Args:
-        source, query, details: any text; `details` is added to the summary.
-        captions: in order. Provisional ones are left out, because the final one of the same scene is there.
+        source, query, details: any text; `details` is added to the cost.
+        captions: in order. Provisional ones are left out, because the final one of the same scene is there. Equal
+            neighbours become one.
         seconds: of video.
+        film: its address relative to the page, of `film_link`; then the page plays it.
+        no_film: otherwise one line that says why not.
+        scale: of the scores; without one no caption is marked as weak.
+        table: rows of a name and its values: model, date, settings, labels.
     """
     final = [caption for caption in captions if caption.final]
+    merged = merge_equal(final)
     start_s, length_s = _axis(final, timeline, seconds)
-    durations = [caption.end_s - caption.start_s for caption in final] or [length_s]
+    durations = [caption.end_s - caption.start_s for caption, _ in merged] or [length_s]
     curve_line, curve_area = _curve(timeline, start_s)
     script = _asset("page.js")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -109,7 +139,12 @@ def write_report(
         query=one_line(query),
         details=one_line(details),
         facts=_facts(num_windows, num_decodes, seconds, len(final)),
-        scenes=_scenes(final, start_s, length_s),
+        scenes=_scenes(merged, start_s, length_s, scale),
+        cuts=[caption.start_s - start_s for caption in final[1:]],
+        scores=scale,
+        film=film,
+        no_film=one_line(no_film),
+        table=[(name, [one_line(value) for value in values]) for name, values in table],
         thumbnails=[(time_s, base64.b64encode(jpeg).decode()) for time_s, jpeg in timeline.thumbnails],
         curve_line=curve_line,
         curve_area=curve_area,
@@ -122,6 +157,58 @@ def write_report(
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_whole(path, page + "\n")
+
+
+def merge_equal(final: Sequence[Caption]) -> list[tuple[Caption, int]]:
+    """Neighbours of the same text as one caption, with the number of scenes in it.
+
+    Its score is the mean of theirs, weighted by duration; None if one of them has none, or one that is not finite.
+    """
+    merged: list[tuple[Caption, int]] = []
+    for caption in final:
+        if caption.score is not None and not math.isfinite(caption.score):
+            caption = replace(caption, score=None)
+        if not merged or one_line(merged[-1][0].text) != one_line(caption.text):
+            merged.append((caption, 1))
+            continue
+        before, count = merged[-1]
+        score = None
+        if before.score is not None and caption.score is not None:
+            lengths = before.end_s - before.start_s, caption.end_s - caption.start_s
+            score = float(np.average([before.score, caption.score], weights=np.maximum(lengths, 1e-9)))
+        merged[-1] = replace(caption, start_s=before.start_s, score=score), count + 1
+    return merged
+
+
+def film_link(report: str | Path, film: str | Path) -> str | None:
+    """The address of a film relative to the folder of the report, percent-encoded.
+
+    None if the two have only the root of the file system in common: such an address would spell out an absolute path,
+    and would break as soon as either is moved.
+    """
+    folder, file = os.path.abspath(Path(report).parent), os.path.abspath(film)
+    try:
+        common = os.path.commonpath([folder, file])
+    except ValueError:  # two drives
+        return None
+    if os.path.dirname(common) == common:
+        return None
+    return quote(Path(os.path.relpath(file, folder)).as_posix())
+
+
+def film_name(source: str) -> str:
+    """The name of a source without its folder, and without the password and parameters of an address."""
+    if source == "-":
+        return "standard input"
+    if "://" in source:
+        try:
+            address = urlsplit(source)
+            return one_line(Path(address.path).name or address.hostname or "stream")
+        except ValueError:
+            return "stream"
+    if source.startswith(("webcam:", "lavfi:")):
+        return one_line(source)
+    return one_line(Path(source).name)
 
 
 def clock(seconds: float) -> str:
@@ -142,12 +229,18 @@ def one_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A final caption as the template shows it. `offset_s` counts from the start of the axis."""
+    """A caption as the template shows it. `offset_s` counts from the start of the axis.
+
+    note: how many scenes it is, if several.  score_percent: of the scale from 0 to 1.
+    """
 
     text: str
     title: str
     span: str
+    note: str
     score: str
+    score_percent: float
+    is_weak: bool
     hue: float
     start_s: float
     end_s: float
@@ -157,21 +250,28 @@ class _Scene:
     width_percent: float
 
 
-def _scenes(final: Sequence[Caption], start_s: float, length_s: float) -> list[_Scene]:
+def _scenes(
+    merged: Sequence[tuple[Caption, int]], start_s: float, length_s: float, scale: ScoreScale | None
+) -> list[_Scene]:
     numbers: dict[str, int] = {}  # text -> in which order the texts came up
     scenes = []
-    for caption in final:
+    for caption, count in merged:
         text = one_line(caption.text)
         number = numbers.setdefault(text, len(numbers))
         span = f"{clock(caption.start_s)}–{clock(caption.end_s)}"
         score = "" if caption.score is None else f"{caption.score:.2f}"
+        is_weak = scale is not None and caption.score is not None and caption.score < scale.weak_below
+        note = f"{count} scenes" if count > 1 else ""
         offset_s, duration_s = caption.start_s - start_s, caption.end_s - caption.start_s
         scenes.append(
             _Scene(
                 text=text,
-                title=one_line(f"{span} {text} {score}"),
+                title=one_line(f"{span} {text} {score}{' weak' if is_weak else ''}"),
                 span=span,
+                note=note,
                 score=score,
+                score_percent=100 * min(max(caption.score or 0.0, 0.0), 1.0),
+                is_weak=is_weak,
                 # One hue per text, so that a scene that comes back is recognised. The golden angle keeps neighbours
                 # apart.
                 hue=(25 + 137.508 * number) % 360,

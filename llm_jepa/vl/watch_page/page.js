@@ -3,7 +3,8 @@ const all = (selector) => [...document.querySelectorAll(selector)];
 const one = (selector) => document.querySelector(selector);
 const lane = one(".lane"), view = one(".scroll"), zoom = one("#zoom"), cursor = one(".cursor"), now = one(".now");
 const start = +lane.dataset.start, seconds = +lane.dataset.seconds;
-const film = all(".strip img"), blocks = all(".block"), items = all(".captions li");
+const pictures = all(".strip img"), blocks = all(".block"), items = all(".captions li");
+const film = one("video");
 let scale = 1;  // pixels a second
 const fit = () => view.clientWidth / seconds;
 const most = () => Math.max(160, 4 * fit());
@@ -30,7 +31,7 @@ function show(wanted) {  // keeps the moment in the middle where it is
   lane.style.setProperty("--px", scale);
   zoom.value = 100 * Math.log(scale / fit()) / Math.log(most() / fit());
   let until = 0;
-  for (const picture of film) {  // whole ones, each at its time, none over another
+  for (const picture of pictures) {  // whole ones, each at its time, none over another
     const x = (picture.dataset.t - start) * scale;
     picture.hidden = x < until - 0.5;
     if (picture.hidden) continue;
@@ -58,34 +59,77 @@ function light(i, t) {
   if (i < 0) return;
   const block = blocks[i], moment = t === undefined ? (+block.dataset.start + +block.dataset.end) / 2 : t;
   let near = null;
-  for (const picture of film) if (!near || +picture.dataset.t <= moment) near = picture;
+  for (const picture of pictures) if (!near || +picture.dataset.t <= moment) near = picture;
   if (near) now.querySelector("img").src = near.src;
   const text = now.querySelector("p"), about = document.createElement("small");
-  const score = items[i].querySelector(".score").textContent;
-  about.textContent = items[i].querySelector(".when").textContent + (score ? " \u00b7 score " + score : "");
+  const score = items[i].dataset.score, weak = items[i].classList.contains("weak") ? " (weak)" : "";
+  about.textContent = items[i].querySelector(".when").textContent + (score ? " \u00b7 score " + score + weak : "");
   text.replaceChildren(block.textContent, about);
 }
+const sceneAt = (t) => blocks.findIndex((block) => +block.dataset.start <= t && t < +block.dataset.end);
+function mark(t) {
+  cursor.hidden = false;
+  cursor.style.left = (t - start) * scale + "px";
+  one("#time").textContent = clock(t, true);
+}
+function seek(t) {  // times of captions are those of a player
+  if (film && !film.hidden) film.currentTime = t;
+}
 function go(i) {
-  const middle = (+blocks[i].dataset.start + +blocks[i].dataset.end) / 2 - start;
+  const begin = +blocks[i].dataset.start, middle = (begin + +blocks[i].dataset.end) / 2 - start;
   view.scrollTo({ left: middle * scale - view.clientWidth / 2, behavior: "smooth" });
+  seek(begin);
+  mark(begin);
   light(i);
 }
+const timeAt = (event) => start + (event.clientX - lane.getBoundingClientRect().left) / scale;
 lane.addEventListener("mousemove", (event) => {
-  const x = event.clientX - lane.getBoundingClientRect().left, t = start + x / scale;
-  cursor.hidden = false;
-  cursor.style.left = x + "px";
-  one("#time").textContent = clock(t, true);
-  light(blocks.findIndex((block) => +block.dataset.start <= t && t < +block.dataset.end), t);
+  const t = timeAt(event);
+  mark(t);
+  light(sceneAt(t), t);
 });
-lane.addEventListener("mouseleave", () => { cursor.hidden = true; });
+lane.addEventListener("mouseleave", () => {
+  cursor.hidden = true;
+  if (film && !film.hidden) follow();
+});
+lane.addEventListener("click", (event) => seek(event.detail ? timeAt(event) : +event.target.dataset.start));
+function reveal(i) {  // inside of the list, without moving the page
+  const list = one(".captions"), item = items[i];
+  const top = item.offsetTop - list.offsetTop;
+  if (top < list.scrollTop) list.scrollTop = top;
+  else if (top + item.offsetHeight > list.scrollTop + list.clientHeight) {
+    list.scrollTop = top + item.offsetHeight - list.clientHeight;
+  }
+}
+function follow() {
+  const t = film.currentTime, i = sceneAt(t);
+  mark(t);
+  if (i < 0) return;
+  light(i, t);
+  reveal(i);
+}
+if (film) {
+  for (const event of ["timeupdate", "seeked"]) film.addEventListener(event, follow);
+  film.addEventListener("error", () => {
+    film.hidden = true;
+    one(".nofilm").hidden = false;
+  });
+}
 blocks.forEach((block, i) => {
   block.addEventListener("focus", () => light(i));
   block.addEventListener("click", () => {
     light(i);
-    items[i].scrollIntoView({ block: "nearest", behavior: "smooth" });
+    reveal(i);
   });
 });
-items.forEach((item, i) => item.addEventListener("click", () => go(i)));
+items.forEach((item, i) => {
+  item.addEventListener("click", () => go(i));
+  item.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    go(i);
+  });
+});
 view.addEventListener("scroll", moved);
 one(".overview").addEventListener("click", (event) => {
   const box = event.currentTarget.getBoundingClientRect();

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llm_jepa.cli import main
 from llm_jepa.core.errors import UserError
@@ -50,6 +51,33 @@ def test_screen_events_subtitles_and_summary_agree_with_the_calls(
     ]
     assert re.fullmatch(rf"decoded {len(decoded)} of 45 windows, 23\.5 s of video, \d+\.\d windows/s", last)
     assert f"decoded {len(decoded)} of 45 windows" in out[2].read_text()
+
+
+def test_the_report_names_run_and_film_without_a_path_of_this_machine(folder, film, tmp_path, monkeypatch):
+    """Film and report are in two folders beside each other; the link leads from one to the other."""
+    report = tmp_path / "out" / "r.html"
+    report.parent.mkdir()
+    command(folder, film, "--labels", "a red room,a green room", "--report", report, "--sensitivity", "2")
+    text = report.read_text()
+    assert f"<title>{film.name}</title>" in text
+    link = re.search(r'<video [^>]*src="([^"]+)"', text)[1]
+    assert (report.parent / link).resolve() == film.resolve() and link.startswith("../")
+    assert str(tmp_path) not in text and str(folder) not in text and str(film.parent) not in text
+    assert "<bdi>tiny</bdi>" in text and "<bdi>a red room</bdi><bdi>a green room</bdi>" in text
+    assert "sensitivity 2, calibrated" in text and "4 frames in 2 s, one every 0.5 s" in text
+    assert re.search(r"<bdi>\d{4}-\d\d-\d\d \d\d:\d\d [+-]\d{4}</bdi>", text)
+    assert "cosine between what was seen and the nearest known text" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [("lavfi:testsrc=rate=4:duration=3:size=64x64", "it was not a file"), ("picture.png", "one picture")],
+)
+def test_a_report_of_what_is_not_a_film_says_so(folder, source, line, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
+    given = tmp_path / source if source == "picture.png" else source
+    command(folder, given, "--labels", "a,b", "--report", tmp_path / "r.html")
+    assert "<video" not in (tmp_path / "r.html").read_text() and line in (tmp_path / "r.html").read_text()
 
 
 def test_an_event_is_on_disk_when_it_is_said(folder, film, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""llm-jepa train | train-decoder | generate | embed | export | push | watch | recipes.
+"""llm-jepa train | train-decoder | generate | embed | export | push | watch | demo | recipes.
 
 An error is one line on stderr and exit code 2; with --traceback, where it was raised comes before the line. All exit
 codes are in a table of docs/lm.md. If the reader of our output leaves (`| head`), it is 141 and nothing is printed.
@@ -149,6 +149,12 @@ def _run(argv: list[str]) -> None:
 
         push.add_arguments(push_parser)
         run = push.run
+    demo_parser = commands.add_parser("demo", help="try a model in the browser", allow_abbrev=False)
+    if command == "demo":
+        from . import demo
+
+        demo.add_arguments(demo_parser)
+        run = demo.run
 
     options, rest = parser.parse_known_args(argv)
     if run is not None:

@@ -99,6 +99,8 @@ def test_a_reader_that_leaves_is_told_nothing():
         (["recipes"], 0),
         (["generate", "--help"], 0),
         (["embed", "--help"], 0),
+        (["demo", "--help"], 0),
+        (["demo"], 2),
         (["train"], 2),
         (["train", "--dry-run"], 2),
         (["tran"], 2),
@@ -117,7 +119,7 @@ try:
     code = main({argv!r})
 except SystemExit as leave:
     code = leave.code
-print(code, "torch" in sys.modules, file=sys.stderr)
+print(code, "torch" in sys.modules or "gradio" in sys.modules, file=sys.stderr)
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)

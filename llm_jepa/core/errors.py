@@ -17,7 +17,15 @@ from .printing import shown
 
 TRACEBACK = "--traceback"
 # Package -> our extra
-EXTRAS = {"PIL": "vl", "av": "vl", "matplotlib": "eval", "scipy": "eval", "evaluate": "eval", "gguf": "gguf"}
+EXTRAS = {
+    "PIL": "vl",
+    "av": "vl",
+    "matplotlib": "eval",
+    "scipy": "eval",
+    "evaluate": "eval",
+    "gguf": "gguf",
+    "gradio": "demo",
+}
 LAUNCHED = "LLM_JEPA_LAUNCHED"  # in the environment of a launched process: a folder for its failure
 _ASKED_FOR_TRACEBACK = "LLM_JEPA_TRACEBACK"  # in the environment, so that the processes of a launch see it too
 

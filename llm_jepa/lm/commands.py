@@ -369,20 +369,16 @@ def _prompts_of_options(
     A model that was not trained here gets messages if its tokenizer has a chat template, else text. A system turn,
     tools and template arguments that all training rows shared go with each prompt; --system replaces that turn.
     """
-    from .prompts import conversation, is_asked_as_text
-    from .rows import with_kwargs
+    from .prompts import as_prompts, is_asked_as_text
 
-    if is_asked_as_text(tokenizer, form):
-        if options.system:
-            raise UserError("--system needs a model that was trained on messages; put it into --prompt.")
-        return list(options.prompt)
-    text = form.system if options.system is None else options.system
-    if options.system is None and text:
-        print(f"Note: every training row had this system turn, so it goes with --prompt: {text!r}", file=sys.stderr)
-    prompts: list[Prompt] = []
-    for prompt in options.prompt:
-        prompts.append(with_kwargs(conversation(text, prompt), form.render_kwargs))
-    return prompts
+    is_text = is_asked_as_text(tokenizer, form)
+    if is_text and options.system:
+        raise UserError("--system needs a model that was trained on messages; put it into --prompt.")
+    if not is_text and options.system is None and form.system:
+        print(
+            f"Note: every training row had this system turn, so it goes with --prompt: {form.system!r}", file=sys.stderr
+        )
+    return as_prompts(options.prompt, tokenizer, form, system=options.system)
 
 
 def _prompts_of_rows(rows: Dataset) -> list[Prompt]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..core.errors import UserError, first_line
 from ..core.json_files import parse_json
 from ..core.templates import budget
-from .rows import Message, ParsedRow, render_kwargs_of
+from .rows import Message, ParsedRow, render_kwargs_of, with_kwargs
 
 # A text; messages; or a row {"prompt": either of them, "tools": ..., "chat_template_kwargs": ...} without completion.
 Prompt = str | list[Message] | dict[str, Any]
@@ -89,6 +89,20 @@ def conversation(system: str | None, question: str) -> list[Message]:
     """One user turn, after a system turn if there is one."""
     turns: list[Message] = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": question}]
+
+
+def as_prompts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, form: PromptForm, *, system: str | None = None
+) -> list[Prompt]:
+    """Plain questions in the format of the training rows: as they are, or as user turns.
+
+    What all training rows shared goes with each: tools, template arguments, and the system turn, unless `system`
+    replaces it. A model that was not trained here gets messages if its tokenizer has a chat template.
+    """
+    if is_asked_as_text(tokenizer, form):
+        return list(texts)
+    system = form.system if system is None else system
+    return [with_kwargs(conversation(system, text), form.render_kwargs) for text in texts]
 
 
 # -- rendering --------------------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ class Watcher:
                     break
                 if signals.came:  # a still may be many windows
                     break
-            self._emit(decoder.finish())
+            self.finish()
         if not decoder.num_windows and not signals.came:
             raise usable.error or UserError("No frames: the stream ended before it began.")
         return WatchResult(
@@ -276,6 +276,20 @@ class Watcher:
             return
         self._failures_in_a_row = 0
         self._emit(captions)
+
+    def finish(self) -> None:
+        """Emit the caption of the scene that the end of the stream closes, if there is one."""
+        self._emit(self._decoder.finish())
+
+    @property
+    def num_windows(self) -> int:
+        """Windows embedded so far."""
+        return self._decoder.num_windows
+
+    @property
+    def num_decodes(self) -> int:
+        """Texts decoded so far."""
+        return self._decoder.num_decodes
 
     def embed(self, window: Window) -> NDArray[np.float32]:
         """[D], finite. Raises ModelError."""

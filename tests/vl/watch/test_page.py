@@ -28,6 +28,7 @@ from llm_jepa.vl.watch_page import (
     one_line,
     write_report,
 )
+from tests.chromium import browser, until
 from tests.vl.watch.rooms import picture, rooms
 
 
@@ -249,6 +250,24 @@ def test_a_page_with_a_film_may_load_it_and_nothing_else(tmp_path):
     policy = next(attrs["content"] for attrs in found.all("meta") if "http-equiv" in attrs)
     assert policy.startswith("default-src 'none'; img-src data:; media-src 'self' file:; style-src")
     assert "video" not in [tag for tag, _ in Page(page(tmp_path, no_film="a camera")).tags]
+
+
+def test_in_a_browser_a_caption_plays_the_film_from_there(film, tmp_path):
+    """From the page's folder into that of the film. A film that was moved is told in one line."""
+    captions = [Caption(7 * k, 7 * k + 7, 7 * k + 8, f"room {k}", 0.9, True) for k in range(3)]
+    for name, link in (("here", film_link(tmp_path / "here.html", film)), ("gone", "gone.mp4")):
+        text = page(tmp_path, captions=captions, film=link, no_film="")
+        (tmp_path / f"{name}.html").write_text(text)
+    with browser() as chromium:
+        chromium.get((tmp_path / "here.html").as_uri())
+        until(chromium, "document.querySelector('video').readyState >= 1")
+        chromium.find_elements("css selector", ".captions li")[1].click()
+        until(chromium, "document.querySelector('video').currentTime == 7")
+        until(chromium, "document.querySelector('.now p').innerText.startsWith('room 1')")
+        chromium.execute_script("document.querySelector('video').currentTime = 15")
+        until(chromium, "document.querySelector('.captions li.on').innerText.includes('room 2')")
+        chromium.get((tmp_path / "gone.html").as_uri())
+        until(chromium, "document.querySelector('video').hidden && !document.querySelector('.nofilm').hidden")
 
 
 def test_a_page_without_anything_is_still_a_page(tmp_path):

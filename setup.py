@@ -16,6 +16,7 @@ setup(
             "py.typed",
             "inherited_keys.json",
             "accelerate_configs/*.yaml",
+            "checkpoints/**/*",
             "*/*.md.jinja",
             "vl/watch_page/*.jinja",
             "vl/watch_page/*.css",

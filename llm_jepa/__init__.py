@@ -9,6 +9,7 @@ Names are imported when first used: `import llm_jepa` loads neither torch nor tr
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from .lm.arguments import LLMJEPAConfig
     from .lm.inference import generate
     from .lm.trainer import LLMJEPATrainer
+    from .shipped import checkpoint
 
 _HOMES = {
     "LLMJEPAConfig": ".lm.arguments",
     "LLMJEPATrainer": ".lm.trainer",
     "UserError": ".core.errors",
+    "checkpoint": ".shipped",
     "compare_pairs": ".core.pairs",
     "effective_rank": ".core.diagnostics",
     "generate": ".lm.inference",
@@ -42,6 +45,7 @@ __all__ = [
     "LLMJEPAConfig",
     "LLMJEPATrainer",
     "UserError",
+    "checkpoint",
     "compare_pairs",
     "effective_rank",
     "generate",
@@ -54,4 +58,6 @@ __all__ = [
 ]
 __getattr__ = names_from(__name__, _HOMES, packages=("lm", "vl"))
 explain_old_paths()
+# PEFT imports bitsandbytes, if it is there, which then says on a CPU that a package for faster kernels is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import_module(f"{__name__}.vl")  # makes the names of a VL-JEPA known to transformers, and loads nothing

@@ -33,7 +33,7 @@ from .core.failures import machine_failure
 from .core.printing import safe_output
 from .core.signals import INTERRUPTED, Stopped, ending_at_once
 from .families import FAMILIES, build_recipe, check_recipe, commands_of, describe_keys
-from .shipped import PACKAGE, recipe_names
+from .shipped import PACKAGE, checkpoint_names, model_source, recipe_names
 
 if TYPE_CHECKING:
     from .core.recipe import Recipe
@@ -133,7 +133,9 @@ def _run(argv: list[str]) -> None:
         help="resume although NAME differs from before (repeatable); the refusal says the name",
     )  # fmt: skip
 
-    commands.add_parser("recipes", help="list the recipes that come with the package", allow_abbrev=False)
+    listings = {"recipes": recipe_names, "checkpoints": checkpoint_names}
+    for what in listings:
+        commands.add_parser(what, help=f"list the {what} that come with the package", allow_abbrev=False)
 
     command = next((word for word in argv if not word.startswith("-")), None)
     run = None
@@ -160,13 +162,18 @@ def _run(argv: list[str]) -> None:
     if run is not None:
         if rest:
             raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
+        if options.command != "train-decoder":  # it writes into the folder
+            for option in ("model", "model2"):
+                if word := getattr(options, option, None):
+                    setattr(options, option, model_source(word))
         with ending_at_once():
             run(options)
-    elif options.command == "recipes":
+    elif listing := listings.get(options.command):
         if rest:
-            raise UserError(f"unknown arguments {' '.join(rest)} (llm-jepa recipes takes none)")
-        for name, title in recipe_names().items():
-            print(f"{name:60s} {title}")
+            raise UserError(f"unknown arguments {' '.join(rest)} (llm-jepa {options.command} takes none)")
+        names = listing()
+        for name, title in names.items():
+            print(f"{name:{max(map(len, names))}s}  {title}")
     elif options.help:
         train.print_help()
         print(describe_keys())

@@ -117,7 +117,7 @@ def _check_finished(folder: Path) -> None:
     if (folder / RUN_FILE).is_file():
         is_saved = (folder / MANIFEST).is_file() or RUN_ID not in read_json(folder / RUN_FILE)
         reason = fault_of_model(folder) if (folder / MANIFEST).is_file() else None
-        if not is_saved or not (folder / "config.json").is_file():
+        if not is_saved or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             newest = newest_sealed(folder)
             way_on = f", or export its checkpoint {newest} and push that" if newest else ""
             raise UserError(f"The run in {folder} is not finished; resume it{way_on}.")

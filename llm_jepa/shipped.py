@@ -1,6 +1,6 @@
-"""The recipes that come with the package, by name: `lm/tiny-llama/nl-rx-quickstart`.
+"""What comes with the package, by name: recipes (`lm/tiny-llama/nl-rx-quickstart`), small checkpoints (`shapestream`).
 
-They are in `recipes/` of a checkout, and inside the installed package.
+Recipes are in `recipes/` of a checkout, and inside the installed package.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from .core.errors import UserError
 
 PACKAGE = Path(__file__).parent
+CHECKPOINTS = PACKAGE / "checkpoints"
 RECIPES = next((folder for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if folder.is_dir()), None)
 
 
@@ -40,3 +41,33 @@ def recipe_path(name: str | Path) -> Path:
         if shipped.is_file():
             return shipped
     raise UserError(f"{str(name)[:200]!r} is neither a file nor a recipe of ours; `llm-jepa recipes` lists those.")
+
+
+def checkpoint_names() -> dict[str, str]:
+    """name -> what the model does, from the first sentence of its card."""
+    names = {}
+    for card in sorted(CHECKPOINTS.glob("*/README.md")):
+        text = card.read_text(encoding="utf-8").partition("\n# ")[2].partition("\n\n")[2]  # below the title
+        names[card.parent.name] = re.split(r"(?<=[.:])\s", " ".join(text.split()), maxsplit=1)[0]
+    return names
+
+
+def checkpoint(name: str) -> Path:
+    """The folder of a checkpoint that comes with the package, for any `from_pretrained`: 5 MB each, no download.
+
+        VLJEPA.from_pretrained(llm_jepa.checkpoint("shapestream"))
+        AutoModelForCausalLM.from_pretrained(llm_jepa.checkpoint("nl-rx"))
+
+    Its card, README.md, says how it was made and what was measured. Raises UserError for another name.
+    """
+    if name not in checkpoint_names():
+        raise UserError(f"{str(name)[:200]!r} is not a checkpoint of ours; these are: {', '.join(checkpoint_names())}.")
+    return CHECKPOINTS / name
+
+
+def model_source(word: str) -> str:
+    """A word of the command line that names a model: the name of a checkpoint of ours becomes its folder.
+
+    A folder of that name wins. Anything else stays, because it may be a Hub id.
+    """
+    return word if Path(word).exists() or word not in checkpoint_names() else str(checkpoint(word))

@@ -57,7 +57,7 @@ def settings_of(args: TrainingArguments, own: dict[str, Any]) -> dict[str, Any]:
 def data_facts(given: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
     """Which data a recipe named, without the path on this machine, their hashes, and the adapter that was trained.
 
-    given: the keys of the recipe.  record: of the run (`identity.describe_run`).
+    given: the keys of the recipe, and those that it leaves as they are.  record: of the run (`identity.describe_run`).
     """
     facts = {}
     for kind, key in (("train", "train_data"), ("validation", "validation_data")):
@@ -70,7 +70,8 @@ def data_facts(given: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str,
             facts[f"{kind} data"] = f"{name} (sha256 {sha256[:16]})" if sha256 else name
     if given.get("use_peft"):
         adapter = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "modules": "lora_target_modules"}
-        facts["LoRA"] = ", ".join(f"{name} {_words(given[key])}" for name, key in adapter.items() if key in given)
+        parts = [f"{name} {_words(given[key])}" for name, key in adapter.items() if key in given]
+        facts["LoRA"] = ", ".join([*parts, *(["base model in 4 bits"] if given.get("load_in_4bit") else [])])
     return facts
 
 

@@ -25,6 +25,7 @@ EXTRAS = {
     "evaluate": "eval",
     "gguf": "gguf",
     "gradio": "demo",
+    "bitsandbytes": "quant",
 }
 LAUNCHED = "LLM_JEPA_LAUNCHED"  # in the environment of a launched process: a folder for its failure
 _ASKED_FOR_TRACEBACK = "LLM_JEPA_TRACEBACK"  # in the environment, so that the processes of a launch see it too

@@ -32,5 +32,5 @@ def refuse_adapter(source: str) -> NoReturn:
     """transformers would load the model that an adapter names, from any place."""
     raise UserError(
         f"{source} holds an adapter, not a whole model: name the folder of the finished run, which holds the merged "
-        "model, or load it with the lines in its README.md and merge it."
+        "model, or merge it into its base (llm-jepa export ADAPTER OUT --to transformers --base BASE)."
     )

@@ -52,10 +52,10 @@ _ONLY_IN_PYTHON = (
     "a recipe has lora_r, lora_alpha, lora_dropout and lora_target_modules; for another adapter pass your own "
     "LoraConfig as peft_config to LLMJEPATrainer in Python"
 )
-_QUANTIZED = "weights are not quantized here; to save memory train an adapter (use_peft: true) on dtype: bfloat16"
+_QUANTIZED = "load_in_4bit: true takes NF4 and double quantization, as QLoRA does; nothing else is offered"
 # Options of TRL's command line that are not keys here, and why.
 NOT_OFFERED = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"), _QUANTIZED),
+    **dict.fromkeys(("load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"), _QUANTIZED),
     "use_bnb_nested_quant": _QUANTIZED,
     **dict.fromkeys(("lora_target_parameters", "lora_modules_to_save", "lora_task_type"), _ONLY_IN_PYTHON),
     **dict.fromkeys(("use_rslora", "use_dora"), _ONLY_IN_PYTHON),

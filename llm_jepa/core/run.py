@@ -158,7 +158,7 @@ def claim(trainer: JEPATrainer, recipe: Recipe, record: dict[str, Any], *, sourc
         record = {**record, CONTENTS: {**record[CONTENTS], **contents(recipe, downloaded)}}
         record[RUN_ID] = run_id(record)
     trainer.run = record
-    trainer.data_facts = data_facts(recipe.given, record)
+    trainer.data_facts = data_facts({**vars(recipe.model), **recipe.given}, record)
     if not trainer.args.should_save:  # one process, or with save_on_each_node one of each machine
         return
     folder = Path(trainer.args.output_dir)

@@ -39,6 +39,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FROZEN = re.compile(r"(embed_tokens|lm_head|wte|embed_in|embed_out)(\.base_layer)?\.weight$")
 
 
+def is_in_4bit(model: PreTrainedModel) -> bool:
+    """Whether the linear layers of a model are held in 4 bits (`load_in_4bit`)."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
 def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -60,10 +60,12 @@ def write_model_card(
     row_counts: Mapping[str, RowCounts],
     refusal: str | None,
     sample: Sample | None = None,
+    is_adapter: bool = False,
 ) -> Path:
     """Write README.md from the run's own configuration and its last evaluation.
 
     facts: of the run, from `JEPATrainer.card_facts`.
+    is_adapter: the run saved an adapter alone, because its base model was held in 4 bits.
     refusal: why sentence-transformers cannot embed with the model (`sentence_transformer.plan`); None if it can.
     """
     base = model.config._name_or_path
@@ -75,15 +77,16 @@ def write_model_card(
     metadata = ModelCardData(
         base_model=None if is_local else base,
         license=licence,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["llm-jepa", "jepa", "sft"],
+        tags=["llm-jepa", "jepa", "sft", *(["lora"] if is_adapter else [])],
     )
     return write_card(
         output_dir,
         TEMPLATE,
         metadata,
         base=Path(base).name if is_local else base,
+        is_local=is_local,
         model_type=model.config.model_type,
         uses_jepa=args.uses_jepa,
         settings=settings_of(args, own),
@@ -91,6 +94,7 @@ def write_model_card(
         licence=licence,
         unit="split",
         refusal=refusal,
+        is_adapter=is_adapter,
         sample=None if sample is None else sample._asdict(),
         versions=versions_of(PACKAGES),
     )

@@ -46,7 +46,7 @@ def check_files(recipe: CheckedRecipe) -> None:
 
 
 def train(recipe: Recipe) -> None:
-    """Train as the recipe says. Leaves a plain causal LM in output_dir; LoRA is merged into it."""
+    """Train as the recipe says. Leaves a plain causal LM in output_dir; LoRA is merged into it, but not into 4 bits."""
     from ..core import run
 
     start = _begin(recipe)
@@ -118,7 +118,7 @@ def _trainer(recipe: Recipe, start: _Start) -> LLMJEPATrainer:
     training = recipe.training
     tokenizer = load_tokenizer(recipe.model, training, start.rows)
     rows, validation, preparation = prepare_rows(start.rows, start.validation, tokenizer, training)
-    model = load_model(recipe.model, tokenizer, seed=training.seed)
+    model = load_model(recipe.model, tokenizer, seed=training.seed, bf16=training.bf16)
     with run.library_refusals():
         trainer = LLMJEPATrainer(
             model, training, rows, validation, tokenizer, lora_config(recipe.model, model), preparation=preparation
@@ -128,12 +128,15 @@ def _trainer(recipe: Recipe, start: _Start) -> LLMJEPATrainer:
 
 
 def _merge_adapter(trainer: JEPATrainer, folder: Path) -> None:
-    """Save a LoRA adapter into folder/adapter and merge it into the model; nothing for other models."""
+    """Save a LoRA adapter into folder/adapter and merge it into the model; nothing for other models.
+
+    An adapter of a model in 4 bits stays apart, and is what the run saves: merged, it would be rounded to 4 bits.
+    """
     from peft import PeftModel
 
-    from .adapter import save_adapter
+    from .adapter import is_in_4bit, save_adapter
 
-    if not isinstance(trainer.model, PeftModel):
+    if not isinstance(trainer.model, PeftModel) or is_in_4bit(trainer.base_model):
         return
     if trainer.args.should_save:
         with trainer.template_to_save():

@@ -183,6 +183,7 @@ def way_of(model: ModelArguments, args: LLMJEPAConfig, sharing: str, processes: 
         checkpointing=bool(args.activation_checkpointing),
         accumulates=args.gradient_accumulation_steps > 1,
         frozen_bytes=each,
+        in_4bit=model.load_in_4bit,
         trained_bytes=trained,
         moments=memory.moment_bytes(str(getattr(args.optim, "value", args.optim)), trained),
         average=args.uses_views and args.target_encoder == "ema",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from ..core.errors import UserError
@@ -75,6 +76,13 @@ class ModelArguments:
         },
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the saved model is merged."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: hold the frozen linear layers in 4 bits (NF4, twice quantized). Needs use_peft, and the "
+            "extra quant. The adapter is saved apart; merge it into the whole weights with llm-jepa export."
+        },
+    )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
@@ -103,6 +111,8 @@ class ModelArguments:
                 raise UserError(
                     f"{name}: {value} would be ignored: it belongs to use_peft: true; set that or remove it."
                 )
+        if self.load_in_4bit:
+            self._check_4bit()
         if (self.model_name_or_path is None) == (self.model_config is None):
             raise UserError(
                 "Set exactly one of model_name_or_path (a checkpoint) and model_config (from scratch); "
@@ -113,6 +123,16 @@ class ModelArguments:
             matching(targets, [], "lora_target_modules")  # a malformed pattern is refused before a model is loaded
         if self.model_config is not None and "model_type" not in self.model_config:
             raise UserError("model_config has no model_type; add one, e.g. model_type: llama.")
+
+    def _check_4bit(self) -> None:
+        if not self.use_peft:
+            raise UserError("load_in_4bit: true freezes the weights, so nothing would learn; set use_peft: true, too.")
+        if self.model_config is not None:
+            raise UserError("load_in_4bit: true with model_config would freeze random weights; name a checkpoint.")
+        if self.dtype in ("float16", "float64"):
+            raise UserError(f"load_in_4bit: true computes in float32 or bfloat16, not in {self.dtype}; change dtype.")
+        if find_spec("bitsandbytes") is None:
+            raise UserError('load_in_4bit: true needs bitsandbytes: pip install "llm-jepa[quant]"')
 
 
 @dataclass

@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -119,15 +120,34 @@ def config_of_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     return check_model(str(model.model_name_or_path), revision=model.model_revision)
 
 
-def load_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
-    """A pretrained or a random causal LM with float32 master weights (unless the recipe says otherwise)."""
+def load_model(
+    model: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int, bf16: bool = False
+) -> PreTrainedModel:
+    """A pretrained or a random causal LM with float32 master weights (unless the recipe says otherwise).
+
+    bf16: whether the run computes in bfloat16. Layers in 4 bits choose their own type, whatever autocast says.
+    """
     options: dict[str, Any] = {
         "dtype": getattr(torch, model.dtype),
         "attn_implementation": model.attn_implementation,
     }
     if model.model_config is not None:
         return random_model(model.model_config, tokenizer, seed=seed, **options)
-    return model_from(str(model.model_name_or_path), revision=model.model_revision, **options)
+    if model.load_in_4bit:
+        # (QLoRA, arXiv:2305.14314, section 3: NF4 and double quantization)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else options["dtype"],
+        )
+    loaded = model_from(str(model.model_name_or_path), revision=model.model_revision, **options)
+    for module in loaded.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation. From then on its
+        # product has no gradient, also in training, and all layers but the last learn nothing from it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def tokenizer_from(

@@ -4,7 +4,7 @@ It counts tensors only: a GPU adds about 1 GB for its context, and what its allo
 
 Bytes that a process holds, of N weights, T of them trained. FSDP2 and ZeRO-3 share the first three among all processes:
 
-    weights       4 N             2 for frozen weights in bfloat16; ZeRO-3: 2 N and 4 T
+    weights       4 N             2 for frozen weights in bfloat16, 0.52 in 4 bits; ZeRO-3: 2 N and 4 T
     optimizer     8 T             AdamW: two moments in float32; `moment_bytes` has the others
     gradients     4 T             FSDP2 with accumulation: 2 T under autocast, and not shared
     average       4 T             only with target_encoder: ema
@@ -37,6 +37,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ..core.random_weights import MOST_TENSORS
 from ..core.safetensors_files import building_at_most
 
+# A byte for the scale of each 64 weights, and 4 for the scale of 256 scales (QLoRA, arXiv:2305.14314, section 3).
+BYTES_IN_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+
 
 class Counts(NamedTuple):
     """Of a model: all weights, those of its largest layer, and those of the embedding and the head together."""
@@ -67,6 +70,7 @@ class Way(NamedTuple):
     checkpointing: bool = False
     accumulates: bool = False
     frozen_bytes: int = 4  # of a weight that is not trained
+    in_4bit: bool = False  # the frozen weights of the layers; embedding and head stay
     trained_bytes: int = 4  # of a weight that is trained
     moments: int = 8  # bytes of the optimizer's state for such a weight
     average: bool = False  # target_encoder: ema
@@ -140,12 +144,13 @@ def moment_bytes(optim: str, each: int = 4) -> int:
 def held(counts: Counts, trained: int, way: Way) -> dict[str, float]:
     """Bytes by term of what stays from step to step, and of copies that are there in every pass."""
     frozen, share, each = counts.total - trained, way.ranks if way.is_sharded else 1, way.trained_bytes
-    weights = way.frozen_bytes * frozen + each * trained
+    whole = min(frozen, counts.embeddings) if way.in_4bit else frozen
+    weights = way.frozen_bytes * whole + BYTES_IN_4BIT * (frozen - whole) + each * trained
     copies, gathered = 0.0, 0.0
     if way.sharing == "zero3" and way.autocast:
         weights = 2 * counts.total + each * trained
     elif way.autocast and not way.is_sharded:
-        copies = 2 * (trained + (frozen if way.frozen_bytes == 4 else 0))
+        copies = 2 * (trained + (whole if way.frozen_bytes == 4 else 0))
     if way.is_sharded:
         gathered = way.compute_bytes * (2 * counts.layer + counts.embeddings)
         gathered += way.compute_bytes * (counts.layer + counts.embeddings) * trained / counts.total

@@ -36,7 +36,7 @@ from ..core.errors import UserError
 from ..core.pairs import PairKeys
 from ..core.trainer import EVALUATION, JEPATrainer
 from . import sentence_transformer
-from .adapter import save_adapter
+from .adapter import is_in_4bit, save_adapter
 from .arguments import LLMJEPAConfig, check_objective
 from .batching import KEYS, JEPACollator, Layout, keys_of, lm_rows_only
 from .card import sample_of, write_model_card
@@ -152,6 +152,10 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
                 **kwargs,
             )
         self._is_ready = True
+        if is_in_4bit(model):
+            # TRL makes the adapter bfloat16, in which small steps are rounded away.
+            for p in self.model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
         check_support(self)
         self._saved_template = preparation.template if preparation is not None else None
         if preparation is None and self._form is not TRAINED:
@@ -451,9 +455,10 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         refusal = sentence_transformer.plan(self.processing_class, self.base_model.config).refusal
         facts, sample = self.card_facts(folder), None
         # Rank 0 cannot run sharded weights alone, and a card that goes to the Hub unread shows no row.
+        is_adapter = is_in_4bit(self.base_model)
         if not self.is_sharded and not self.args.push_to_hub:
             sample = sample_of(self.base_model, self.processing_class, self.eval_dataset)
-        write_model_card(folder, self.base_model, self.args, facts, self.row_counts, refusal, sample)
+        write_model_card(folder, self.base_model, self.args, facts, self.row_counts, refusal, sample, is_adapter)
 
 
 def prepare_model(
@@ -489,6 +494,8 @@ def check_support(trainer: LLMJEPATrainer) -> None:
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise UserError("Context and sequence parallelism drop the attention mask of packed rows; switch them off.")
+    if is_in_4bit(trainer.base_model) and trainer.is_sharded:
+        raise UserError("load_in_4bit: true cannot be sharded; launch with ddp, or train on one device.")
     model_class = type(trainer.base_model)
     if trainer.aux_loss_enabled and not hasattr(sys.modules[model_class.__module__], "load_balancing_loss_func"):
         raise UserError(

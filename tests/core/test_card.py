@@ -68,6 +68,7 @@ def test_the_card_says_what_the_data_was_and_not_where_it_lay(tmp_path):
         "validation data": f"drawn from the train data (sha256 {'f' * 16})",
         "LoRA": "rank 8, alpha 16, modules q v",
     }
+    assert data_facts({**given, "load_in_4bit": True}, {})["LoRA"].endswith(", modules q v, base model in 4 bits")
     assert data_facts({"train_data": "user/name"}, {"train_sha256": None}) == {"train data": "user/name"}
 
 

@@ -70,7 +70,8 @@ REFUSED = [
     (["missing.yaml"], "No recipe at missing.yaml"),
     (["lm.yaml", "--jepa_wieght", "1"], "did you mean 'jepa_weight'?"),
     (["lm.yaml", "--learnin_rate", "1"], "did you mean 'learning_rate'?"),
-    (["lm.yaml", "--load_in_4bit", "true"], "weights are not quantized here"),
+    (["lm.yaml", "--load_in_8bit", "true"], "load_in_4bit: true takes NF4"),
+    (["lm.yaml", "--load_in_4bit", "true"], "set use_peft: true, too"),
     (["lm.yaml", "--pool_frames", "true"], "it belongs to family: vl"),
     (["vl.yaml", "--jepa_weight", "1"], "it belongs to family: lm"),
     (["lm.yaml", "--seed", "2.7"], "seed: expected int, got 2.7"),
@@ -139,7 +140,7 @@ def test_a_recipe_that_is_right_is_not_refused_early(tmp_path):
         assert parse_recipe(path).given == check_recipe(path).given
 
 
-@pytest.mark.parametrize("words", [words[1:] for words, _ in REFUSED if words[0] == "lm.yaml"][8:16])
+@pytest.mark.parametrize("words", [words[1:] for words, _ in REFUSED if words[0] == "lm.yaml"][9:17])
 def test_python_refuses_the_same_values_in_the_same_words(words, tmp_path):
     """Who builds the dataclasses has no early check."""
     path = tmp_path / "recipe.yaml"

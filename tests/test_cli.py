@@ -269,7 +269,7 @@ def test_ctrl_c_before_the_first_save_says_so(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--optim", "adamw_8bit"], "optim: adamw_8bit: You need to install `bitsandbytes`"),
+        (["--optim", "grokadamw"], "optim: grokadamw: Please install grokadamw"),
         (["--report_to", "wandb"], "report_to: wandb: WandbCallback requires wandb to be installed"),
         (["--report_to", "[tensorboard, swanlab]"], "report_to: swanlab"),
     ],

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from transformers import TrainerState, TrainingArguments
 
 from .files import write_whole
+from .identity import TRAIN_FILES
 from .printing import escaped, shown
 
 SHARED, SHARED_PART = Path(__file__).with_name("card_run.md.jinja"), "{# card_run.md.jinja #}\n"
@@ -68,6 +69,10 @@ def data_facts(given: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str,
             sources = source if isinstance(source, list) else [source]
             name = ", ".join(Path(each).name if Path(each).exists() else each for each in sources)
             facts[f"{kind} data"] = f"{name} (sha256 {sha256[:16]})" if sha256 else name
+            if kind == "train" and (files := record.get(TRAIN_FILES)):
+                facts["train data"] = (
+                    f"{name} (streamed: the rows have no hash; sha256 of names and sizes of the files {files[:16]})"
+                )
     if given.get("use_peft"):
         adapter = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "modules": "lora_target_modules"}
         parts = [f"{name} {_words(given[key])}" for name, key in adapter.items() if key in given]

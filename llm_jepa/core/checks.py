@@ -25,17 +25,22 @@ ALWAYS_TRUE = ("decouple_lr", "kahan_sum")
 SPEED = ("runtime", "samples_per_second", "steps_per_second")  # figures of every evaluation, and not of the model
 
 
-def check_batches(args: TrainingArguments, rows: int, validation_rows: int, *, compares_rows: bool, step: int) -> None:
+def check_batches(
+    args: TrainingArguments, rows: int | None, validation_rows: int, *, compares_rows: bool, step: int
+) -> None:
     """What the numbers of rows mean for batches. Warns of a last batch that has a single row, and of repeated rows.
 
     Args:
-        rows, validation_rows: of the data sets; 0 validation rows if nothing is evaluated.
+        rows, validation_rows: of the data sets; 0 validation rows if nothing is evaluated. No training rows of an
+            endless stream, whose batches are all full.
         compares_rows: the loss compares the rows of a batch with each other.
         step: the rows of all ranks that are compared with each other in training.
 
     Raises UserError if drop_last leaves no batch, or if evaluation compares a row with nothing.
     """
     batch = args.per_device_train_batch_size * args.world_size
+    if rows is None:
+        rows = batch * step  # divides by both
     if args.dataloader_drop_last and rows < batch:
         raise UserError(
             f"dataloader_drop_last: true leaves no batch: {rows} training rows are fewer than the {batch} of one "
@@ -238,6 +243,12 @@ def check_dispatch(args: TrainingArguments) -> None:
         raise UserError(
             "accelerator_config.dispatch_batches cuts a batch by its rows, and a pair is not a row; remove it."
         )
+
+
+def check_stream_batches(args: TrainingArguments) -> None:
+    """Raises UserError for an option with which the rows of a stream would not be those that a resume skips."""
+    if args.accelerator_config.split_batches:
+        raise UserError("accelerator_config.split_batches: a stream counts its rows by whole batches; remove it.")
 
 
 def check_refused(kwargs: Mapping[str, Any], names: Iterable[str]) -> None:

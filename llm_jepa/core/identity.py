@@ -35,7 +35,9 @@ ENDED_AT = "ended_at"  # the last step of a run that was made longer later
 UNMARKED = "unmarked_to"  # checkpoints up to this step are of an earlier version and have no RUN_ID
 NOT_COMPARED = {DEFAULTS, CONTENTS, ENVIRONMENT, RUN_ID, HISTORY, ENDED_AT, UNMARKED}
 LENGTHS = {"max_steps", "num_train_epochs"}
-SHOWN = {"train_sha256": "train_data", "validation_sha256": "validation_data"}  # key -> its name for users
+TRAIN_FILES = "train_files_sha256"  # of the names and sizes of files that are streamed; their rows have no hash
+# key -> its name for users
+SHOWN = {"train_sha256": "train_data", TRAIN_FILES: "train_data", "validation_sha256": "validation_data"}
 OWNER = "checkpoint"  # the name by which --allow_changed lets a checkpoint of another run through
 PACKAGES = (
     "accelerate", "av", "datasets", "deepspeed", "jinja2", "numpy", "peft", "pillow", "safetensors", "tokenizers",

@@ -41,6 +41,7 @@ from .identity import (
     ENDED_AT,
     LENGTHS,
     RUN_ID,
+    TRAIN_FILES,
     changes,
     changes_of_environment,
     contents,
@@ -71,6 +72,7 @@ def identify(
     sources: Mapping[str, str | None],
     further: str,
     needs_length: str | None = None,
+    train_files_sha256: str | None = None,
 ) -> Beginning:
     """The record of a run and the checkpoint to resume it from, if any. Writes nothing; says what has changed.
 
@@ -79,6 +81,7 @@ def identify(
             by what they hold.
         further: how to train a finished model for more steps, in words.
         needs_length: what of the family depends on the number of steps, beside the learning rate.
+        train_files_sha256: of names and sizes, if the training rows are streamed and so have no hash.
 
     Raises UserError if there is nothing to evaluate on, or if the output folder cannot be used.
     """
@@ -90,6 +93,8 @@ def identify(
         )
     record = describe_run(recipe, train_sha256, validation_sha256)
     record[CONTENTS] = contents(recipe, sources)
+    if train_files_sha256 is not None:
+        record[TRAIN_FILES] = train_files_sha256
     resume = find_resume(
         folder,
         record,
@@ -298,6 +303,7 @@ def _restore_if_finished(trainer: JEPATrainer, resume: str) -> bool:
     if not is_last(resume, trainer.run):
         return False
     trainer.state = state = _state_of(resume)
+    trainer.read_position(resume)
     if (Path(resume) / OWED).is_file():
         trainer.load_weights(resume)
         trainer.begin_training(state)

@@ -44,7 +44,7 @@ from .distributed import shard_on_cpu
 from .errors import NonFiniteLossError, UserError
 from .pairs import PairKeys
 from .safetensors_files import load_tensors, tensors_of
-from .stopping import StoppableTrainer
+from .streaming import StreamingTrainer
 from .sums import NamedSums
 from .tokenizer import forget_local_keys
 from .untrusted import load_with_report, plain_config
@@ -60,7 +60,7 @@ COLLAPSED = (
 COLLAPSE_FIGURES = ("raw_cosine_matched", "raw_cosine_mismatched", "effective_rank_predicted", "effective_rank_target")
 
 
-class SafeTrainer(StoppableTrainer):
+class SafeTrainer(StreamingTrainer):
     """`Trainer` whose checkpoints are complete, without pickles, and which stops before NaN reaches the weights.
 
     It extends by inheritance because that is how `Trainer` is extended: `class Ours(SafeTrainer, SFTTrainer)`.
@@ -291,6 +291,7 @@ class JEPATrainer(SafeTrainer):
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Fetch the micro-batches of one optimizer step and plan it. (The name and result are those of Trainer.)"""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.take_position(batches)
         batches, self.plan, divisor = self.plan_step(batches)
         return batches, divisor
 
@@ -387,6 +388,8 @@ class JEPATrainer(SafeTrainer):
     def card_facts(self, folder: Path) -> dict[str, Any]:
         """What the cards of all families show: the run, its last evaluation, and its curve, which is drawn here."""
         training = training_facts(self.state, self.args, saved_step=self.saved_step(), began_at=self.began_at)
+        if self.is_streaming:  # the whole run is one epoch of an endless data set
+            training.pop("epochs", None)
         return {
             "training": {**self.data_facts, **training},
             "evaluation": self.last_evaluation(),
@@ -433,6 +436,7 @@ class _Hooks(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         trainer.began_at = state.global_step
+        trainer.begin_stream(state.global_step)
         trainer.begin_training(state)
         trainer.restore_extra_state()
         if state.global_step == 0:
@@ -449,6 +453,11 @@ class _Hooks(TrainerCallback):
                 trainer.start_diagnostics = {
                     key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")
                 }
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.end_stream()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +33,7 @@ class Family:
     titles: tuple[str, str, str]  # of the groups, for --help
     parents: str  # the libraries' classes that the other training keys come from
     verbs: dict[str, str]  # its commands besides `train` -> help in a few words
-    check: str | None = None  # function of `keys`: (model, training) -> None, for keys of both that must agree
+    check: str | None = None  # function of `keys` for keys of several groups that must agree, see `_check_together`
 
 
 FAMILIES = {
@@ -49,6 +49,7 @@ FAMILIES = {
             "embed": "embed the context and target view of rows",
             "export": "write a model for other programs: transformers 4, PEFT, llama.cpp",
         },
+        check="check_together",
     ),
     "vl": Family(
         trains="trains a vision-language model (VL-JEPA)",
@@ -79,7 +80,7 @@ def build_recipe(checked: CheckedRecipe) -> Recipe:
 
     name = checked.family
     training = recipe.build(groups_of(name)[-1], checked.given, checked.source.path)
-    _check_together(name, checked.model, training)
+    _check_together(name, checked.model, checked.data, training, checked.given)
     return recipe.Recipe(name, checked.model, checked.data, training, checked.given, checked.written)
 
 
@@ -104,7 +105,7 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CheckedReci
             setattr(training, key, given.get(key, default_of(field)))
     check_numbers(training)
     training.check()
-    _check_together(name, model, training)
+    _check_together(name, model, data, training, given)
     return recipe.CheckedRecipe(source, name, model, data, given, written)
 
 
@@ -179,10 +180,11 @@ def _owner(key: str, asking: str) -> str | None:
     return next((name for name in FAMILIES if name != asking and key in fields_of(name)), None)
 
 
-def _check_together(name: str, model: Any, training: Any) -> None:
+def _check_together(name: str, model: Any, data: Any, training: Any, given: Mapping[str, Any]) -> None:
+    """given: the keys that the recipe sets, and their values."""
     check = FAMILIES[name].check
     if check is not None:
-        getattr(_room(name, "keys"), check)(model, training)
+        getattr(_room(name, "keys"), check)(model, data, training, given)
 
 
 def _room(name: str, module: str) -> ModuleType:

@@ -80,6 +80,36 @@ def check_numbers(args: Any) -> None:
     check_ranges(args, NUMBERS)
 
 
+def check_stream(args: Any) -> None:
+    """Training options that go with a stream of rows, which has no known end and no index."""
+    if args.max_steps <= 0:
+        raise UserError("A stream has no known end, so streaming: true needs max_steps; set it.")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise UserError(f"{name}: epoch: a stream has no epochs; set {name}: steps.")
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"train_sampling_strategy: {args.train_sampling_strategy} needs all rows, and streaming: true reads one "
+            "after the other, in the order of the files or shuffled with shuffle_buffer; remove it."
+        )
+    if args.dataloader_num_workers > 1:
+        raise UserError(
+            f"dataloader_num_workers: {args.dataloader_num_workers} would read the stream as many times; set 1 or 0."
+        )
+
+
+def check_streamed_data(data: Any) -> None:
+    """`streaming` and `shuffle_buffer` of the data arguments of a recipe."""
+    check_at_least(data, {"shuffle_buffer": 0})
+    check_used(data, (("shuffle_buffer", data.streaming, "streaming: true"),))
+    if data.streaming and data.validation_rows:
+        raise UserError(
+            "validation_rows are drawn from all rows, which streaming: true does not know; set validation_data."
+        )
+    counts_rows = not data.streaming or data.validation_data is not None
+    check_used(data, (("max_rows", counts_rows, "data that are not streamed"),))
+
+
 def check_validation(data: Any) -> None:
     """`validation_data` and `validation_rows` of the data arguments of a recipe."""
     check_at_least(data, {"validation_rows": 0, "max_rows": 1, "max_row_bytes": 1})

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.card import licence_of, settings_of, versions_of, write_card
 from ..core.diagnostics import evaluating
+from ..core.streaming import Position
 from .arguments import LLMJEPAConfig
 from .data import RowCounts
 
@@ -57,7 +58,7 @@ def write_model_card(
     model: PreTrainedModel,
     args: LLMJEPAConfig,
     facts: Mapping[str, Any],
-    row_counts: Mapping[str, RowCounts],
+    row_counts: Mapping[str, RowCounts | Position],
     refusal: str | None,
     sample: Sample | None = None,
     is_adapter: bool = False,

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import UserError
 from ..core.folders import check_path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..core.run import Beginning
     from ..core.trainer import JEPATrainer
     from .prompts import Prompt, PromptForm
+    from .sources import RowStream
     from .trainer import LLMJEPATrainer
 
 # Recipe keys that name a folder, a file or a Hub repository -> the key of its revision. A run is the same if they hold
@@ -63,7 +64,7 @@ def build_trainer(recipe: Recipe) -> tuple[LLMJEPATrainer, str | None]:
 class _Start(NamedTuple):
     """What is known of a run before its model is loaded."""
 
-    rows: Dataset
+    rows: Dataset | RowStream
     validation: Dataset | None
     run: Beginning
 
@@ -75,7 +76,7 @@ def _begin(recipe: Recipe) -> _Start:
     from ..core.checks import check_best_metric
     from .arguments import check_pairs
     from .loading import load_data
-    from .sources import data_sha256
+    from .sources import RowStream, data_sha256
     from .trainer import LLMJEPATrainer
 
     check_pairs(recipe.training)
@@ -84,11 +85,12 @@ def _begin(recipe: Recipe) -> _Start:
     rows, validation = load_data(recipe.data, seed=run.data_seed(recipe))
     beginning = run.identify(
         recipe,
-        data_sha256(rows),
+        None if isinstance(rows, RowStream) else data_sha256(rows),
         data_sha256(validation),
         sources=SOURCES,
         further=_further(recipe),
         needs_length=_needs_length(recipe),
+        train_files_sha256=rows.files_sha256 if isinstance(rows, RowStream) else None,
     )
     return _Start(rows, validation, beginning)
 
@@ -166,16 +168,19 @@ def dry_run(recipe: Recipe, *, launch: str | None = None, processes: int = 1) ->
     check_best_metric(training, LLMJEPATrainer.figure_names(training))
     if launch is None:
         check_pairs(training)
-    raw, validation = load_data(recipe.data, seed=data_seed(recipe))
-    tokenizer = load_tokenizer(recipe.model, training, raw)
-    rows, _, preparation = prepare_rows(raw, validation, tokenizer, training)
+    train, validation = load_data(recipe.data, seed=data_seed(recipe))
+    tokenizer = load_tokenizer(recipe.model, training, train)
+    rows, _, preparation = prepare_rows(train, validation, tokenizer, training)
+    streamed = preparation.streamed
+    raw: Any = train if streamed is None else streamed.raw
     predictors = predictor_token_names(training.num_predictor_tokens) if training.uses_views else []
     tokenizer.add_tokens(predictors, special_tokens=True)
     config = config_of_model(recipe.model, tokenizer)
     check_views(config, rows, "train rows", len(predictors), "set max_length: {room}, or remove them")
     print("# Rows")
     for name, count in preparation.counts.items():
-        print(f"{name}: {count}")
+        is_stream = streamed is not None and name == "train"
+        print(f"{name}: {'a stream of unknown length; of its first rows ' * is_stream}{count}")
     if note := show.plain_texts(raw, tokenizer):
         print(note)
     described = show.describe_row(rows[0], tokenizer, training, color=sys.stdout.isatty())
@@ -184,8 +189,8 @@ def dry_run(recipe: Recipe, *, launch: str | None = None, processes: int = 1) ->
     )  # with colors; texts in it are quoted
     asked = show.describe_prompt(raw[0], tokenizer, preparation.form)
     print("\n# The first prompt, as the trained model is asked it\n" + asked)
-    print("\n# Steps\n" + show.describe_steps(len(rows), training, processes))
-    print("\n# Cost\n" + show.token_cost(rows, tokenizer, training))
+    print("\n# Steps\n" + show.describe_steps(None if streamed else len(rows), training, processes))
+    print("\n# Cost\n" + show.token_cost(rows, tokenizer, training, is_stream=streamed is not None))
     sharing = launch if launch in ("fsdp2", "zero3") else "ddp"
     memory = show.describe_memory(rows, tokenizer, recipe.model, training, config, sharing, processes)
     print(f"\n# Memory\n{memory}\n\n# Time\n{show.NO_TIME}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -20,9 +20,11 @@ from .formats import USED_COLUMNS, count_formats, notes_on_formats, unused_colum
 from .limits import check_views
 from .prompts import TRAINED, PromptForm, fitted, starting_form, template_that_asks, turn_end
 from .rows import parse_row
+from .sources import RowStream
 from .views import NoCompletionLeft, Views, add_view_columns
 
 logger = logging.get_logger(__name__)
+WINDOW = 1000  # rows; what is checked on all rows of a data set is checked on the first rows of a stream
 VIEW_COLUMNS = [field.name for field in fields(Views)]
 TOKENS = "tokens_without_completion"  # while views are built: the length of a row that max_length leaves no completion
 _TYPES = {
@@ -50,12 +52,16 @@ REMARKS = {
 
 
 def check_dataset(name: str, dataset: Any) -> None:
-    """Raises UserError unless `dataset` is a non-empty map-style `datasets.Dataset` (or a dict of them)."""
+    """Raises UserError unless `dataset` is a non-empty map-style `datasets.Dataset` (or a dict of them).
+
+    Training data may also be a `datasets.IterableDataset`.
+    """
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        if part is None and name == "eval":
+        if (part is None and name == "eval") or (isinstance(part, IterableDataset) and name == "train"):
             continue
         if not isinstance(part, Dataset):
-            raise UserError(f"The {name} data is a {type(part).__name__}; pass a datasets.Dataset (no streaming).")
+            stream = " (only training data are streamed)" if name == "eval" else ""
+            raise UserError(f"The {name} data is a {type(part).__name__}; pass a datasets.Dataset{stream}.")
         if len(part) == 0:
             raise UserError(f"The {name} data set is empty; point it at a file with rows.")
 
@@ -163,7 +169,7 @@ def view_columns(
     """
     warn_of_rows(dataset, name)
     views = dataset.map(
-        _views_or_length,
+        views_or_length,
         with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "form": form, **view_options(args)},
         num_proc=args.dataset_num_proc,
@@ -195,7 +201,7 @@ def view_columns(
     return views.remove_columns(TOKENS), RowCounts(len(views), len(cut), len(too_long))
 
 
-def _views_or_length(row: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
+def views_or_length(row: dict[str, Any], index: int, **options: Any) -> dict[str, Any]:
     """The views of a row. Of a row whose prompt fills max_length: empty views, and its length."""
     try:
         return {**add_view_columns(row, index, **options), TOKENS: 0}
@@ -235,34 +241,73 @@ class Preparation:
     """What is known of the rows of a run besides their views.
 
     form, template: of `settle_form`.
+    streamed: the training rows, if they are a stream. The counts of `train` are then those of its first rows.
     """
 
     counts: dict[str, RowCounts]
     form: PromptForm
     template: str | None
+    streamed: StreamedRows | None = None
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """A stream of training rows, and what its first rows say of it.
+
+    raw, views: the first rows; views are without those that are left out.
+    counts: of the first rows.
+    form: `prompts.starting_form` of the first rows.
+    """
+
+    stream: RowStream
+    raw: Dataset
+    views: Dataset
+    counts: RowCounts
+    form: PromptForm
 
 
 def prepare_rows(
-    train: Dataset, validation: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig
+    train: Dataset | RowStream, validation: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig
 ) -> tuple[Dataset, Dataset | None, Preparation]:
     """The views of both data sets, before a model is loaded. Sets the pad token of the tokenizer.
+
+    Of a stream, the views of its first rows.
 
     Raises UserError for rows and batches that cannot be trained as `args` says.
     """
     set_pad_token(tokenizer, args)
-    form = form_of_rows(train, tokenizer)
     counts: dict[str, RowCounts] = {}
-    raw = train
     with args.main_process_first(desc="building views"):
-        train, counts["train"] = view_columns(raw, tokenizer, args, form, "train")
+        if isinstance(train, RowStream):
+            streamed: StreamedRows | None = (first := first_views(train, tokenizer, args))
+            raw, views, counts["train"], form = first.raw, first.views, first.counts, first.form
+        else:
+            streamed, raw, form = None, train, form_of_rows(train, tokenizer)
+            views, counts["train"] = view_columns(raw, tokenizer, args, form, "train")
         if validation is not None:
             validation, counts["eval"] = view_columns(validation, tokenizer, args, form, "eval")
-    form, template = settle_form(form, raw, train, tokenizer)
+    form, template = settle_form(form, raw, views, tokenizer)
     evaluated = len(validation) if validation is not None and args.eval_strategy != "no" else 0
     compares = args.uses_views and (args.objective == "info_nce" or args.regularizer is not None)
-    check_batches(args, len(train), evaluated, compares_rows=compares, step=pairs_compared(args))
-    check_targets(args, train)
-    return train, validation, Preparation(counts, form, template)
+    rows = len(views) if streamed is None else None
+    check_batches(args, rows, evaluated, compares_rows=compares, step=pairs_compared(args))
+    check_targets(args, views)
+    return views, validation, Preparation(counts, form, template, streamed)
+
+
+def first_views(stream: RowStream, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> StreamedRows:
+    """The first rows of a stream as views, enough of them for two batches at least; says how many.
+
+    Raises UserError if there are none, and like `view_columns`.
+    """
+    raw = stream.first(max(WINDOW, 2 * pairs_compared(args)))
+    logger.warning(
+        f"Streaming {stream.name}: the form of the prompts, different targets, unused columns, and notes on rows are "
+        f"those of its first {len(raw)} rows. Later rows are checked when their step comes."
+    )
+    form = form_of_rows(raw, tokenizer)
+    views, counts = view_columns(raw, tokenizer, args, form, "train")
+    return StreamedRows(stream, raw, views, counts, form)
 
 
 def form_of_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> PromptForm:

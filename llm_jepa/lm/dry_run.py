@@ -101,19 +101,30 @@ def count_steps(rows: int, args: LLMJEPAConfig, processes: int) -> tuple[int, in
     return an_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
 
 
-def describe_steps(rows: int, args: LLMJEPAConfig, processes: int) -> str:
-    """How many rows a step has, how many steps an epoch, and how many of both the run."""
-    an_epoch, steps = count_steps(rows, args, processes)
+def describe_steps(rows: int | None, args: LLMJEPAConfig, processes: int) -> str:
+    """How many rows a step has, how many steps an epoch, and how many of both the run. rows: None of a stream."""
     factors = [f"batches of {args.per_device_train_batch_size}"]
     if args.gradient_accumulation_steps > 1:
         factors.append(f"{args.gradient_accumulation_steps} accumulated")
     if processes > 1:
         factors.append(f"{processes} processes")
+    if rows is None:
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        return (
+            f"{args.max_steps:,} steps of {step:,} rows ({' x '.join(factors)}); a stream has no known number of rows "
+            "and epochs"
+        )
+    an_epoch, steps = count_steps(rows, args, processes)
     return f"{steps:,} steps, {steps / an_epoch:.4g} epochs of {an_epoch:,} ({rows:,} rows, {' x '.join(factors)})"
 
 
-def token_cost(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig) -> str:
-    """Mean tokens per example compared with plain SFT, over the first rows, and the tokens of an epoch."""
+def token_cost(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAConfig, *, is_stream: bool = False
+) -> str:
+    """Mean tokens per example compared with plain SFT, over the first rows, and the tokens of an epoch.
+
+    is_stream: the rows are the first of a stream, which has no known number of tokens.
+    """
     collator = _collator(tokenizer, args)
     count = min(SAMPLE, len(rows))
     sft = ours = 0
@@ -121,12 +132,14 @@ def token_cost(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLMJEPAC
         packed = collator.example(row)
         sft += len(row["input_ids"])
         ours += sum(len(segment.ids) for segment in packed.segments) + sum(map(len, packed.apart))
-    epoch = sum(map(len, _column(rows, "input_ids")))
-    return (
+    means = (
         f"{ours / count:.1f} tokens per example against {sft / count:.1f} of plain SFT: {ours / sft:.2f} x "
-        f"(context_view {args.context_view}, mean of {count} rows; the published code pays 3 x before padding)\n"
-        f"About {epoch * ours / sft:,.0f} tokens an epoch, without padding ({epoch:,} in the LM rows)"
+        f"(context_view {args.context_view}, mean of {count} rows; the published code pays 3 x before padding)"
     )
+    if is_stream:
+        return means
+    epoch = sum(map(len, _column(rows, "input_ids")))
+    return f"{means}\nAbout {epoch * ours / sft:,.0f} tokens an epoch, without padding ({epoch:,} in the LM rows)"
 
 
 def describe_memory(

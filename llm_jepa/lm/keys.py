@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from ..core.errors import UserError
 from ..core.patterns import matching
 from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
-from ..core.values import check_fixed, check_ranges, check_used, check_validation
+from ..core.values import check_fixed, check_ranges, check_stream, check_streamed_data, check_used, check_validation
 from .formats import check_columns
 from .rows import MAX_ROW_PAIRS
 
@@ -161,6 +162,19 @@ class DataArguments:
         },
     )
 
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training rows while training goes on, for data that fit no disk or memory. Needs "
+            "max_steps; a stream that ends begins again."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={
+            "help": "With streaming: rows held in memory, of which a random one comes next. 0: the order of the files."
+        },
+    )
     max_rows: int = field(
         default=LIMITS.max_rows, metadata={"help": "Refuse data of more rows; a small file can unpack to any number."}
     )
@@ -171,6 +185,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_validation(self)
+        check_streamed_data(self)
         check_columns(self.columns or {})
 
     @property
@@ -401,3 +416,24 @@ class JEPAKeys:
     def uses_jepa(self) -> bool:
         """Whether any step of the run has a JEPA term."""
         return self.jepa_weight > 0 or (self.jepa_weight_end or 0) > 0
+
+
+def check_together(model: ModelArguments, data: DataArguments, training: JEPAKeys, given: Mapping[str, Any]) -> None:
+    """Refuse keys that do not go with streaming. Raises UserError."""
+    if not data.streaming:
+        return
+    check_streamed_training(training)
+    if given.get("num_train_epochs") is not None:
+        raise UserError("num_train_epochs: streaming: true counts steps, because a stream has no epochs; remove it.")
+
+
+def check_streamed_training(training: Any) -> None:
+    """Raises UserError for training options that need to know all rows."""
+    check_stream(training)
+    if training.shuffle_dataset:
+        raise UserError("shuffle_dataset needs all rows, which streaming: true does not know; set shuffle_buffer.")
+    if training.uses_views and training.target_encoder == "base":
+        raise UserError(
+            "target_encoder: base embeds the targets of all rows before training, and streaming: true does not know "
+            "them; choose stop_gradient or ema."
+        )

@@ -36,8 +36,9 @@ from .from_scratch import default_attention, random_model, train_tokenizer
 from .keys import MAX_PREDICTOR_TOKENS, DataArguments, ModelArguments
 from .prompts import PromptForm, form_of
 from .rows import parse_row
-from .sources import read_rows
+from .sources import RowStream, read_rows, stream_rows
 
+TOKENIZER_ROWS = 100_000  # of a stream, on which a tokenizer is trained
 OTHER_FAMILIES = {  # model_type -> what it is, and what to do with it
     "vl_jepa": "a VL-JEPA, not a causal LM: caption a video with llm-jepa watch, or use llm_jepa.vl.VLJEPA in Python "
     "(classify, answer, retrieve, embed).",
@@ -53,20 +54,34 @@ RECORD = {
 }  # fmt: skip
 
 
-def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | None]:
+def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset | RowStream, Dataset | None]:
     """The training rows and the validation rows. `seed` draws the rows that are held out of the training set."""
-    train = read_rows(
-        args.train_data,
-        split=args.train_split,
-        config=args.dataset_config,
-        revision=args.dataset_revision,
-        limits=args.limits,
-        columns=args.columns,
-    )
+    options: dict[str, Any] = {
+        "split": args.train_split,
+        "config": args.dataset_config,
+        "revision": args.dataset_revision,
+        "limits": args.limits,
+        "columns": args.columns,
+    }
+    if args.streaming:
+        return stream_rows(args.train_data, **options, shuffle_buffer=args.shuffle_buffer), _validation_rows(args)
+    train = read_rows(args.train_data, **options)
     name = _name(args.train_data)
     if len(train) == 0:
         raise UserError(f"{name} holds no rows.")
     _check_rows(train, name)  # before the split, so that errors name the row of the file
+    if args.validation_data is not None or not args.validation_rows:
+        return train, _validation_rows(args)
+    if args.validation_rows >= len(train):
+        raise UserError(
+            f"validation_rows={args.validation_rows} leaves nothing of the {len(train)} rows of {name}; lower it."
+        )
+    parts = train.train_test_split(test_size=args.validation_rows, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _validation_rows(args: DataArguments) -> Dataset | None:
+    """The rows of validation_data; None without it."""
     if args.validation_data is not None:
         validation = read_rows(
             args.validation_data,
@@ -77,15 +92,8 @@ def load_data(args: DataArguments, *, seed: int) -> tuple[Dataset, Dataset | Non
         )
         if len(validation) == 0:
             raise UserError(f"{_name(args.validation_data)} holds no rows.")
-        return train, validation
-    if not args.validation_rows:
-        return train, None
-    if args.validation_rows >= len(train):
-        raise UserError(
-            f"validation_rows={args.validation_rows} leaves nothing of the {len(train)} rows of {name}; lower it."
-        )
-    parts = train.train_test_split(test_size=args.validation_rows, seed=seed)
-    return parts["train"], parts["test"]
+        return validation
+    return None
 
 
 def _check_rows(rows: Dataset, name: str) -> None:
@@ -101,13 +109,19 @@ def _check_rows(rows: Dataset, name: str) -> None:
         raise UserError(faults[0] + more)
 
 
-def load_tokenizer(model: ModelArguments, training: LLMJEPAConfig, train: Dataset) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer. If it names none and trains from scratch, a BPE is trained on the training rows."""
+def load_tokenizer(
+    model: ModelArguments, training: LLMJEPAConfig, train: Dataset | RowStream
+) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer. If it names none and trains from scratch, a BPE is trained on the training rows.
+
+    Of a stream, on its first rows.
+    """
     source, template = model.tokenizer_name_or_path or model.model_name_or_path, training.chat_template_path
     if source is not None:
         revision = None if model.tokenizer_name_or_path else model.model_revision
         return tokenizer_from(source, revision=revision, chat_template_path=template)
-    tokenizer: PreTrainedTokenizerBase = train_tokenizer(train, model.tokenizer_vocab_size)
+    rows = train.first(TOKENIZER_ROWS) if isinstance(train, RowStream) else train
+    tokenizer: PreTrainedTokenizerBase = train_tokenizer(rows, model.tokenizer_vocab_size)
     if template is not None:
         use_template(tokenizer, template)
     return tokenizer

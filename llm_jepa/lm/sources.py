@@ -11,9 +11,12 @@ import dataclasses
 import glob
 import hashlib
 import json
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +27,7 @@ from datasets import (
     Dataset,
     DatasetInfo,
     Features,
+    IterableDataset,
     Value,
     load_dataset,
     load_dataset_builder,
@@ -86,6 +90,124 @@ def read_rows(
     return _renamed(rows, columns, name) if columns else rows
 
 
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of a source, read again in each pass.
+
+    Args:
+        name: of the source, for messages.
+        read: passes -> (place, row) of each row; passes counts how often the source was read before.
+        columns: as of `read_rows`.
+        shuffle_buffer: rows that are held in memory in order to shuffle them; 0 for the order of the source.
+        files_sha256: of the names and sizes of the files; None if they are not known.
+    """
+
+    name: str
+    read: Callable[[int], Iterator[tuple[str, Row]]]
+    columns: Mapping[str, str] | None = None
+    shuffle_buffer: int = 0
+    files_sha256: str | None = None
+
+    def rows(self, passes: int) -> Iterator[tuple[str, Row]]:
+        """(place, row) of each row, with its columns under the names that `rows.parse_row` reads."""
+        for place, row in self.read(passes):
+            yield place, _renamed_row(row, self.columns) if self.columns else row
+
+    def first(self, count: int) -> Dataset:
+        """The first rows of the source. Raises UserError if there are none, or if they lack one of the columns."""
+        rows = _dataset((place, _json_values(row)) for place, row in islice(self.read(0), count))
+        if not len(rows):
+            raise UserError(f"{self.name} holds no rows.")
+        return _renamed(rows, self.columns, self.name) if self.columns else rows
+
+
+def stream_rows(
+    source: str | Sequence[str],
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    limits: RowLimits = LIMITS,
+    columns: Mapping[str, str] | None = None,
+    shuffle_buffer: int = 0,
+) -> RowStream:
+    """The rows of `read_rows`, in the same order, read one after the other; `max_rows` does not limit their number.
+
+    Raises UserError for a source that cannot be read. A row that cannot be read is an error when it is reached.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    name, is_one = ", ".join(sources), len(sources) == 1
+    if is_one and Path(name).is_dir():
+        paths = _files_of_folder(Path(name), split)
+    elif is_one and not names_files(name):
+        builder = _builder(name, config, revision)
+        files = _sha256_of_names(map(str, (builder.config.data_files or {}).get(split, [])))  # these name their commit
+        return RowStream(name, partial(_stream_of_hub, name, split, config, revision), columns, shuffle_buffer, files)
+    else:
+        paths = [path for one in sources for path in files_of(one)]
+    _kind_of_files(paths)
+    files = _sha256_of_names(f"{path.name} {path.stat().st_size}" for path in paths)
+    read = partial(_stream_of_files, tuple(paths), replace(limits, max_rows=sys.maxsize))
+    return RowStream(name, read, columns, shuffle_buffer, files)
+
+
+def stream_of(rows: IterableDataset) -> RowStream:
+    """A data set of `datasets` as a stream. It is shuffled if its owner called its `shuffle`."""
+    return RowStream("train_dataset", partial(_rows_of_iterable, rows))
+
+
+def _rows_of_iterable(rows: IterableDataset, passes: int) -> Iterator[tuple[str, Row]]:
+    rows.set_epoch(passes)  # another order of a data set that is shuffled
+    for index, row in enumerate(rows):
+        yield f"row {index}", row
+
+
+def _renamed_row(row: Row, columns: Mapping[str, str]) -> Row:
+    ours = {theirs: name for name, theirs in columns.items()}
+    return {ours.get(key, key): value for key, value in row.items() if key in ours or key not in columns}
+
+
+def _json_values(row: Row) -> Row:
+    """The row as JSON can write it. A table also holds dates and bytes, in columns that nothing reads."""
+    values: Row = json.loads(json.dumps(row, default=str))
+    return values
+
+
+def _sha256_of_names(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _stream_of_files(paths: Sequence[Path], limits: RowLimits, passes: int) -> Iterator[tuple[str, Row]]:
+    for path in paths:
+        yield from _rows_of_table(path, limits) if _is_table(path) else rows_of_file(path, limits)
+
+
+def _stream_of_hub(
+    source: str, split: str, config: str | None, revision: str | None, passes: int
+) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = load_dataset(source, config, split=split, revision=revision, streaming=True)
+        for index, row in enumerate(rows):
+            yield f"{source}, row {index}", row
+    except UserError:
+        raise
+    except Exception as error:  # network, permission, missing split
+        raise UserError(f"Cannot read the data set {source!r} (split {split}): {first_line(error)}") from None
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    """The files of a split. Raises UserError for a folder that cannot be read file by file."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        raise UserError(f"{folder} was written by save_to_disk, which is read without streaming; set streaming: false.")
+    builder = _builder(str(folder))
+    files = builder.config.data_files or {}
+    _check_split(folder, split, files)
+    paths = [Path(name) for name in files[split]]
+    if _has_options(builder.config, paths):
+        raise UserError(f"The README of {folder} says how its files are read; to stream them, name the files.")
+    return paths
+
+
 def _renamed(rows: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
     missing = [column for column in columns.values() if column not in rows.column_names]
     if missing:
@@ -112,24 +234,30 @@ def data_sha256(dataset: Dataset | None) -> str | None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_files(paths: Sequence[Path], limits: RowLimits) -> Dataset:
+def _kind_of_files(paths: Sequence[Path]) -> str | None:
+    """The builder of tables, None of other files. Raises UserError if they cannot be read together."""
     for path in paths:
         if row_suffix(path) not in FILE_SUFFIXES or (path.suffix != row_suffix(path) and _is_table(path)):
             raise UserError(
                 f"{path} is not a .jsonl, .json, .csv or .parquet file (a .gz of the first three is read too); "
                 "convert it or name one."
             )
-    tables = [path for path in paths if _is_table(path)]
-    if not tables:
-        return _dataset(one for path in paths for one in rows_of_file(path, limits))
     kinds = {TABLE_SUFFIXES.get(row_suffix(path)) for path in paths}
     if len(kinds) > 1:
-        raise UserError(f"{tables[0]} cannot be read together with files of another kind; convert them to one kind.")
+        table = next(path for path in paths if _is_table(path))
+        raise UserError(f"{table} cannot be read together with files of another kind; convert them to one kind.")
+    return kinds.pop()
+
+
+def _rows_of_files(paths: Sequence[Path], limits: RowLimits) -> Dataset:
+    kind = _kind_of_files(paths)
+    if kind is None:
+        return _dataset(one for path in paths for one in rows_of_file(path, limits))
     names = [str(path) for path in paths]
     try:
         for path in paths:
             _check_table(path, limits)
-        return load_dataset(str(kinds.pop()), data_files=[glob.escape(name) for name in names], split="train")
+        return load_dataset(kind, data_files=[glob.escape(name) for name in names], split="train")
     except UserError:
         raise
     except Exception as error:  # datasets wraps parser errors in its own and in pyarrow's
@@ -141,14 +269,37 @@ def _is_table(path: Path) -> bool:
 
 
 def _check_table(path: Path, limits: RowLimits) -> None:
-    """Raises UserError for a table of more rows or bytes than a file of its size can honestly hold.
+    """Raises UserError for a table of more rows or bytes than a file of its size can honestly hold."""
+    if row_suffix(path) == ".parquet":
+        with pq.ParquetFile(path) as table:
+            limits.check_count(str(path), table.metadata.num_rows)
+    for _ in _checked_batches(path, limits):
+        pass
+
+
+def _rows_of_table(path: Path, limits: RowLimits) -> Iterator[tuple[str, Row]]:
+    """(place, row) of each row, with the types that `datasets` gives its columns."""
+    count = 0
+    try:
+        for batch in _checked_batches(path, limits):
+            features = Features.from_arrow_schema(batch.schema)
+            for row in batch.to_pylist():
+                yield f"{path}, row {count}", features.decode_example(row)
+                count += 1
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow has many
+        raise UserError(f"Cannot read {path}: {first_line(error)}") from None
+    if not count:
+        raise UserError(f"The data file {path} holds no rows.")
+
+
+def _checked_batches(path: Path, limits: RowLimits) -> Iterator[Any]:
+    """The record batches of a table. Raises UserError for a row beyond the limits.
 
     A table that repeats a value stores it once: 16 kB can be 3,000,000 rows, or rows of 1 GB.
     """
     most, rows, size = max(MOST_TABLE_BYTES, MAX_RATIO * path.stat().st_size), 0, 0
-    if row_suffix(path) == ".parquet":
-        with pq.ParquetFile(path) as table:
-            limits.check_count(str(path), table.metadata.num_rows)
     for packed in _batches(path):
         batch = _without_dictionaries(packed)
         rows, size = rows + batch.num_rows, size + batch.nbytes
@@ -161,6 +312,7 @@ def _check_table(path: Path, limits: RowLimits) -> None:
                 f"{path} unpacks to more than {most} bytes, over {MAX_RATIO} times its size; write its rows as JSON "
                 "lines if you trust it."
             )
+        yield batch
 
 
 def _without_dictionaries(batch: Any) -> Any:
@@ -168,7 +320,8 @@ def _without_dictionaries(batch: Any) -> Any:
     columns = [
         column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
     ]
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    plain = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    return plain.replace_schema_metadata(batch.schema.metadata)  # the types of `datasets`
 
 
 def _batches(path: Path) -> Iterator[Any]:

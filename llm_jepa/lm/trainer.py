@@ -24,16 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from ..core.checks import check_stream_batches
 from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
 from ..core.pairs import PairKeys
+from ..core.streaming import Position
 from ..core.trainer import EVALUATION, JEPATrainer
 from . import sentence_transformer
 from .adapter import is_in_4bit, save_adapter
@@ -46,6 +48,7 @@ from .data import (
     RowCounts,
     bank_collator,
     check_dataset,
+    first_views,
     fit_to_model,
     form_of_rows,
     make_bank,
@@ -54,7 +57,7 @@ from .data import (
     training_collator,
     view_columns,
 )
-from .keys import JEPAKeys
+from .keys import JEPAKeys, check_streamed_training
 from .loading import model_from, tokenizer_from
 from .objective import JEPATerm, LLMJEPALoss, sums_of_examples
 from .plan import LMStepPlan, MicroBatch, comparison, count_labels, plan_alone, plan_micro_batch
@@ -62,6 +65,8 @@ from .predictor_tokens import add_predictor_tokens, known_predictor_ids
 from .probe import agree_on_layout
 from .prompts import TRAINED
 from .reading import embed_pairs
+from .sources import stream_of
+from .streaming import RowViews, endless_rows
 from .targets import base_targets
 from .token_rows import add_missing_rows, train_token_rows
 
@@ -85,10 +90,11 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     Args:
         model: a causal LM, or the Hub id or folder of one (then loaded with float32 weights).
         args: `LLMJEPAConfig`.
-        train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`rows.parse_row`).
+        train_dataset, eval_dataset: TRL prompt-completion or conversational rows (`rows.parse_row`). Training rows
+            may be a `datasets.IterableDataset`, which is read again when it ends; `args.max_steps` ends the run.
         processing_class: the tokenizer; predictor tokens are added to it and to the model.
         peft_config: LoRA configuration; the rows of the predictor tokens are added to what it trains.
-        preparation: of `data.prepare_rows`, whose data sets are then given.
+        preparation: of `data.prepare_rows`, whose data sets are then given; it may hold a stream.
 
     Raises UserError for data, models and options with which the training would not do what they say.
     """
@@ -108,7 +114,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self,
         model: str | PreTrainedModel,
         args: LLMJEPAConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | IterableDataset,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -135,7 +141,14 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self.row_counts: dict[str, RowCounts] = {}
         if preparation is not None:
             self.row_counts |= preparation.counts
-        self._form = preparation.form if preparation is not None else form_of_rows(train_dataset, processing_class)
+        self._streamed = None if preparation is None else preparation.streamed
+        if isinstance(train_dataset, IterableDataset):
+            check_streamed_training(args)
+            self._streamed = first_views(stream_of(train_dataset), processing_class, args)
+        if self._streamed is not None:
+            check_stream_batches(args)
+        raw = train_dataset if self._streamed is None else self._streamed.raw
+        self._form = preparation.form if preparation is not None else form_of_rows(raw, processing_class)
         self._is_ready = False  # until both data sets are
         self._bank_collator = bank_collator(args, processing_class.pad_token_id, self.predictor_ids)
         with warnings.catch_warnings():
@@ -145,7 +158,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
                 model=model,
                 args=args,
                 data_collator=self._bank_collator,  # until the layout is known
-                train_dataset=train_dataset,
+                train_dataset=train_dataset if self._streamed is None else raw.to_iterable_dataset(),
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 peft_config=peft_config,
@@ -159,9 +172,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         check_support(self)
         self._saved_template = preparation.template if preparation is not None else None
         if preparation is None and self._form is not TRAINED:
-            self._form, self._saved_template = settle_form(
-                self._form, train_dataset, self.train_dataset, processing_class
-            )
+            self._form, self._saved_template = settle_form(self._form, raw, self._checked_rows, processing_class)
         if self._form is not TRAINED:
             model.config.llm_jepa["prompt"] = self._form.to_dict()
         config = model.config.get_text_config()
@@ -170,7 +181,7 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         self._micro_batches: Iterator[MicroBatch] = iter(())
         if args.uses_jepa:
             opaque = self.is_deepspeed_enabled or self.is_fsdp_enabled and not self.accelerator.is_fsdp2
-            check_objective(args, config, self.train_dataset, sharded=self.is_sharded, opaque=opaque)
+            check_objective(args, config, self._checked_rows, sharded=self.is_sharded, opaque=opaque)
         self._set_layout()
         if args.target_placement == "cached":
             self._embed_base_targets()
@@ -201,6 +212,11 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         hidden_size = self.base_model.config.get_text_config().hidden_size
         self.data_collator = training_collator(self._bank_collator, args, hidden_size)
 
+    @property
+    def _checked_rows(self) -> Dataset:
+        """The training rows as views; of a stream, the first ones."""
+        return self.train_dataset if self._streamed is None else self._streamed.views
+
     def _embed_base_targets(self) -> None:
         self.train_dataset, self.eval_dataset, table = base_targets(
             self.base_model, self.args, self.train_dataset, self.eval_dataset, self.processing_class.pad_token_id
@@ -212,7 +228,16 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: Any, packing: Any, formatting_func: Any, dataset_name: str
     ) -> Dataset:
-        """Rows -> view columns. Idempotent, because `evaluate` calls it again. (The signature is TRL's.)"""
+        """Rows -> view columns. Idempotent, because `evaluate` calls it again. (The signature is TRL's.)
+
+        Of a stream, only the first rows; the others follow in training.
+        """
+        if self._streamed is not None and dataset_name == "train":
+            fit_to_model(self._streamed.views, args, self.base_model.config, self._bank_collator, dataset_name)
+            return endless_rows(
+                self._streamed,
+                RowViews(processing_class, self._streamed.form, args, self.base_model.config, len(self.predictor_ids)),
+            )
         if not set(VIEW_COLUMNS) <= set(dataset.column_names):
             with args.main_process_first(desc="building views"):
                 dataset, self.row_counts[dataset_name] = view_columns(
@@ -458,7 +483,10 @@ class LLMJEPATrainer(JEPATrainer, SFTTrainer):
         is_adapter = is_in_4bit(self.base_model)
         if not self.is_sharded and not self.args.push_to_hub:
             sample = sample_of(self.base_model, self.processing_class, self.eval_dataset)
-        write_model_card(folder, self.base_model, self.args, facts, self.row_counts, refusal, sample, is_adapter)
+        rows: dict[str, RowCounts | Position] = {**self.row_counts}
+        if self.is_streaming:
+            rows["train"] = self.position
+        write_model_card(folder, self.base_model, self.args, facts, rows, refusal, sample, is_adapter)
 
 
 def prepare_model(

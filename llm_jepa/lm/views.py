@@ -148,9 +148,9 @@ def build_views(
     )
 
 
-def add_view_columns(row: dict[str, Any], index: int, **kwargs: Any) -> dict[str, Any]:
+def add_view_columns(row: dict[str, Any], index: int, where: str | None = None, **kwargs: Any) -> dict[str, Any]:
     """`datasets.Dataset.map(..., with_indices=True)` form of `build_views`."""
-    return asdict(build_views(row, where=f"row {index}", index=index, **kwargs))
+    return asdict(build_views(row, where=where or f"row {index}", index=index, **kwargs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

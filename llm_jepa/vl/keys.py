@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..core.errors import UserError
 from ..core.row_files import LIMITS, RowLimits, check_regular
@@ -244,7 +245,9 @@ class VLJEPAKeys:
             seconds_of(self.stop_after)
 
 
-def check_together(model: VLModelArguments, training: VLJEPAKeys) -> None:
+def check_together(
+    model: VLModelArguments, data: VLDataArguments, training: VLJEPAKeys, given: Mapping[str, Any]
+) -> None:
     """Refuse a temperature that the objective would ignore. Raises UserError."""
     if training.objective != "info_nce" and model.temperature != VLModelArguments.temperature:
         raise UserError(

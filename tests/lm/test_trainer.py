@@ -470,13 +470,11 @@ def test_rows_longer_than_learned_positions_are_refused(dataset, tokenizer, tmp_
         make(dataset, tokenizer, config(tmp_path), model=model)
 
 
-def test_empty_and_streaming_data_are_refused(dataset, tokenizer, tmp_path):
+def test_empty_data_and_other_types_are_refused(dataset, rows, tokenizer, tmp_path):
     with pytest.raises(UserError, match="empty"):
         LLMJEPATrainer(tiny_model(tokenizer), config(tmp_path), dataset.select([]), processing_class=tokenizer)
-    with pytest.raises(UserError, match="streaming"):
-        LLMJEPATrainer(
-            tiny_model(tokenizer), config(tmp_path), dataset.to_iterable_dataset(), processing_class=tokenizer
-        )
+    with pytest.raises(UserError, match="train data is a list"):
+        LLMJEPATrainer(tiny_model(tokenizer), config(tmp_path), rows, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("option", [{"objective": "stp"}, {"jepa_dropout": 0.9}, {"negatives": "optimizer_step"}])

@@ -110,19 +110,25 @@ def cache_features(
     encoder_hash: str,
     batch_size: int = 16,
     dtype: torch.dtype = torch.float16,
-    is_main: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
 ) -> FeatureCache:
     """Compute the features of these clips under `folder`, or open them if they are there; finished shards are kept.
+
+    Several ranks compute a shard each in turn, and each writes whole files. Rank 0 writes the manifest, which makes
+    them a cache, when all are there. The files are those of one rank, whatever the number of ranks.
 
     Args:
         encode: pixels [B, T, 3, H, W] -> features [B, N, D_x], without gradient.
         encoder_hash: of the encoder's weights, see `encoder_sha256`.
         dtype: of the stored features; they come back as float32. float16 holds 3 decimal digits and magnitudes up to
             65,504; larger features are refused.
-        is_main: False on the other ranks: they only open the cache. Call them after the main rank.
+        rank, world: this process, and how many share the work. A rank of `world` or more computes nothing.
+        wait: returns when all processes have called it, those that compute nothing, too.
 
-    Raises UserError for clips whose features differ in shape, for features that the dtype cannot hold, and if the
-    cache's own folder is a link and not complete.
+    Raises UserError for clips whose features differ in shape, for features that the dtype cannot hold, for a file that
+    a rank has not left, and if the cache's own folder is a link and not complete.
     """
     digest = hashlib.sha256()
     for identity in clips.identity():
@@ -136,25 +142,55 @@ def cache_features(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     here = Path(folder) / name
-    if not is_main:
-        return FeatureCache(here)
-    if count := remove_leftovers(here, min_age_s=ABANDONED_S):
+    if rank == 0 and (count := remove_leftovers(here, min_age_s=ABANDONED_S)):
         print(f"Removed {count} leftover(s) of a killed process from {here}.")
     shards = [range(start, min(start + SHARD, len(clips))) for start in range(0, len(clips), SHARD)]
+    is_complete = _is_complete(here, key, shards, len(clips), is_first=rank == 0)
+    wait()  # all have looked, so from here on files may change
+    if not is_complete and rank < world:
+        if here.is_symlink():
+            raise UserError(f"{here} is a link, and features are not written through links; remove it.")
+        here.mkdir(parents=True, exist_ok=True)
+        _compute_shards(shards[rank::world], encode, clips, processor, here, batch_size, dtype, shows=rank == 0)
+    wait()
+    if not is_complete and rank == 0:
+        shape = _shape_of_all(here, shards)
+        manifest = {**key, "reading": READING, "hashed_with": name, "count": len(clips), "shape": list(shape)}
+        write_json(here / MANIFEST, manifest)
+    wait()
+    return FeatureCache(here)
+
+
+def _is_complete(here: Path, key: dict[str, Any], shards: list[range], count: int, *, is_first: bool) -> bool:
+    """Whether a folder holds the cache of this key. is_first: warn of damaged files and of an older version."""
     manifest = _manifest_of(here)
-    if manifest is not None and {**manifest, **key, "count": len(clips)} == manifest:
-        broken = [rows for rows in shards if not _fits(here / _shard_name(rows.start // SHARD), rows, manifest)]
-        if not broken:
-            _warn_of_older(here, manifest)
-            return FeatureCache(here)
+    if manifest is None or {**manifest, **key, "count": count} != manifest:
+        return False
+    broken = [rows for rows in shards if not _fits(here / _shard_name(rows.start // SHARD), rows, manifest)]
+    if is_first and not broken:
+        _warn_of_older(here, manifest)
+    elif is_first:
         warnings.warn(
-            f"{len(broken)} of {len(shards)} files in {here} are damaged; computing them again.", stacklevel=2
+            f"{len(broken)} of {len(shards)} files in {here} are damaged; computing them again.", stacklevel=3
         )
-    if here.is_symlink():
-        raise UserError(f"{here} is a link, and features are not written through links; remove it.")
-    here.mkdir(parents=True, exist_ok=True)
-    shape: tuple[int, ...] | None = None  # [N, D_x], the same for all clips
-    with tqdm(total=len(clips), desc=f"visual features -> {here}", unit="clip") as progress:
+    return not broken
+
+
+def _compute_shards(
+    shards: list[range],
+    encode: Callable[[Tensor], Tensor],
+    clips: Clips,
+    processor: Any,
+    here: Path,
+    batch_size: int,
+    dtype: torch.dtype,
+    *,
+    shows: bool,
+) -> None:
+    """Write the shards that are not there. shows: a progress bar."""
+    name, shape = here.name, None  # [N, D_x], the same for all clips
+    total = sum(map(len, shards))
+    with tqdm(total=total, desc=f"visual features -> {here}", unit="clip", disable=not shows) as progress:
         for rows in shards:
             path = here / _shard_name(rows.start // SHARD)
             finished = _shape_of(path, name, rows)
@@ -170,9 +206,31 @@ def cache_features(
                 batches.append(features)
                 progress.update(len(batch))
             _write_shard(path, name, rows, torch.cat(batches))
-    manifest = {**key, "reading": READING, "hashed_with": name, "count": len(clips), "shape": list(shape or ())}
-    write_json(here / MANIFEST, manifest)
-    return FeatureCache(here)
+
+
+def _shape_of_all(here: Path, shards: list[range]) -> tuple[int, ...]:
+    """[N, D_x] of every clip, by the headers of the shards. Raises UserError if one is not there or differs."""
+    shape: tuple[int, ...] | None = None
+    for rows in shards:
+        path = here / _shard_name(rows.start // SHARD)
+        try:
+            with safe_open(path, "pt") as file:
+                count, *sizes = file.get_slice("features").get_shape()
+        except (OSError, SafetensorError):
+            count, sizes = 0, []
+        if count != len(rows):
+            raise UserError(f"{path} is not there or damaged, although a process has written it; start again.")
+        if shape is not None and tuple(sizes) != shape:
+            raise UserError(_other_shape(rows, tuple(sizes), shape))
+        shape = tuple(sizes)
+    return shape or ()
+
+
+def _other_shape(rows: range, sizes: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    return (
+        f"Clips {rows.start}-{rows.stop - 1} give features {sizes}, earlier ones {shape}. "
+        "The clips of a cache need equally many frames; sample them in the same way."
+    )
 
 
 def _warn_of_older(here: Path, manifest: dict[str, Any]) -> None:
@@ -216,10 +274,7 @@ def _features_of(
     with torch.no_grad():
         features = encode(pixels).cpu()
     if shape is not None and tuple(features.shape[1:]) != shape:
-        raise UserError(
-            f"Clips {batch.start}-{batch.stop - 1} give features {tuple(features.shape[1:])}, earlier ones {shape}. "
-            "The clips of a cache need equally many frames; sample them in the same way."
-        )
+        raise UserError(_other_shape(batch, tuple(features.shape[1:]), shape))
     stored = features.to(dtype)
     if not stored.isfinite().all():
         name = str(dtype).removeprefix("torch.")

@@ -94,7 +94,10 @@ class VLJEPATrainer(JEPATrainer):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _cached_features(self, dataset: ClipDataset) -> FeatureCache:
-        """The visual features of all clips. One process computes them (of each machine, if these share no files)."""
+        """The visual features of all clips. Each process computes a share.
+
+        If the machines share no files, one process of each machine computes them all.
+        """
         model, args = self.base_model, self.args
 
         def encode(pixels: Tensor) -> Tensor:
@@ -103,7 +106,10 @@ class VLJEPATrainer(JEPATrainer):
                 return model.encode_frames(pixels.to(args.device))
 
         model.x_encoder.to(args.device)
-        with evaluating(model), args.main_process_first(local=args.save_on_each_node, desc="computing visual features"):
+        rank, world = args.process_index, args.world_size
+        if args.save_on_each_node:
+            rank, world = (0 if args.should_save else 1), 1
+        with evaluating(model):
             return cache_features(
                 encode,
                 dataset,
@@ -113,7 +119,9 @@ class VLJEPATrainer(JEPATrainer):
                 encoder_hash=f"{encoder_sha256(model.x_encoder)} pooled={model.config.pool_frames} "
                 f"bf16={args.bf16} fp16={args.fp16}",
                 batch_size=args.per_device_eval_batch_size,
-                is_main=args.should_save,
+                rank=rank,
+                world=world,
+                wait=self.accelerator.wait_for_everyone,
             )
 
     @torch.no_grad()

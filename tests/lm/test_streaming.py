@@ -7,6 +7,7 @@ import gzip
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from llm_jepa.cli import main
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.row_files import RowLimits
 from llm_jepa.lm.data import prepare_rows
-from llm_jepa.lm.sources import read_rows, stream_rows
+from llm_jepa.lm.sources import read_rows, stream_of, stream_rows
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.conftest import EXACT, LOGGED, assert_same_weights, config, expect_refusal, tiny_model
 from tests.lm.test_commands import RECIPE
@@ -298,3 +299,33 @@ def test_a_stream_of_validation_rows_is_refused(dataset, tokenizer, tmp_path):
         make(dataset.to_iterable_dataset(), tokenizer, config(tmp_path, max_steps=-1))
     with pytest.raises(UserError, match="target_encoder: base"):
         make(dataset.to_iterable_dataset(), tokenizer, config(tmp_path, target_encoder="base"))
+
+
+def test_a_hub_data_set_is_streamed_and_known_by_its_commit(rows, monkeypatch):
+    """A double of the Hub: `datasets` resolves file names to ones that hold the commit."""
+    commits = iter(["1a", "1a", "2b"])
+
+    def builder(*source):
+        files = {"train": [f"hf://datasets/anna/rows@{next(commits)}/train.jsonl"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    def load(source, config, *, split, revision, streaming):
+        assert (source, split, streaming) == ("anna/rows", "train", True)
+        if config == "gone":
+            raise ConnectionError("no network")
+        return Dataset.from_list(rows[:3]).to_iterable_dataset()
+
+    monkeypatch.setattr("llm_jepa.lm.sources._builder", builder)
+    monkeypatch.setattr("llm_jepa.lm.sources.load_dataset", load)
+    first, same, gone = stream_rows("anna/rows"), stream_rows("anna/rows"), stream_rows("anna/rows", config="gone")
+    assert first.files_sha256 == same.files_sha256 != gone.files_sha256
+    assert list(first.rows(0)) == list(first.rows(1)) == [(f"anna/rows, row {i}", rows[i]) for i in range(3)]
+    with pytest.raises(UserError, match=r"Cannot read the data set 'anna/rows' \(split train\): no network"):
+        list(gone.rows(0))
+
+
+def test_an_iterable_data_set_that_is_shuffled_has_another_order_in_each_pass(rows):
+    stream = stream_of(Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=3, buffer_size=20))
+    passes = [[row for _, row in stream.rows(number)] for number in (0, 1, 0)]
+    assert passes[0] != rows and passes[0] != passes[1] and passes[0] == passes[2]
+    assert all(row in passes[1] for row in rows) and len(passes[1]) == len(rows)

@@ -7,7 +7,9 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +135,7 @@ def test_an_interrupted_build_goes_on_at_its_shard(tmp_path, monkeypatch):
         cache_features(stops, dataset, processor, tmp_path / "cut", **options)
     assert len(list((tmp_path / "cut").rglob("*.safetensors"))) == 1
     with pytest.raises(UserError, match="not a complete feature cache"):
-        cache_features(stops, dataset, processor, tmp_path / "cut", is_main=False, **options)
+        cache_features(stops, dataset, processor, tmp_path / "cut", rank=1, world=1, **options)
     given.clear()
     cut, _ = cache_of(tmp_path / "cut", dataset, model, processor, batch_size=2)
     assert torch.equal(cut[range(10)], whole[range(10)])
@@ -379,3 +381,58 @@ def test_a_cache_names_its_clips_and_is_no_pickle(tmp_path):
     head = (cache.folder / "features-00000.safetensors").read_bytes()
     length = struct.unpack("<Q", head[:8])[0]
     assert json.loads(head[8 : 8 + length])["features"]["shape"] == [10, *cache.manifest["shape"]]
+
+
+def caches_of_ranks(folder, world: int) -> tuple[list[FeatureCache], list[int]]:
+    """The caches that `world` ranks get, each a thread, and how many clips each encoded."""
+    model, processor = parts()
+    barrier = threading.Barrier(world, timeout=60)
+
+    def one(rank: int) -> tuple[FeatureCache, int]:
+        cache, given = cache_of(
+            folder, model=model, processor=processor, batch_size=3, rank=rank, world=world, wait=barrier.wait
+        )
+        return cache, sum(given)
+
+    with ThreadPoolExecutor(world) as ranks:
+        caches, counts = zip(*ranks.map(one, range(world)), strict=True)
+    return list(caches), list(counts)
+
+
+def test_several_ranks_write_the_files_of_one(tmp_path, monkeypatch):
+    """10 clips in files of 4, 4, 2: rank 0 of 2 computes the first and the last. Byte for byte the files of one."""
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    (one,), counts = caches_of_ranks(tmp_path / "one", 1)
+    assert counts == [10]
+    caches, counts = caches_of_ranks(tmp_path / "two", 2)
+    assert counts == [6, 4]
+    names = sorted(path.name for path in one.folder.iterdir())
+    assert len(names) == 4 and one.folder.name == caches[0].folder.name
+    for name in names:
+        assert (one.folder / name).read_bytes() == (caches[0].folder / name).read_bytes(), name
+    for cache in caches:
+        assert torch.equal(cache[range(10)], one[range(10)])
+
+
+def test_ranks_go_on_with_the_files_that_are_not_there(tmp_path, monkeypatch):
+    """One rank was killed after two files; three ranks compute the third only. A damaged file is computed again."""
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    (one,), _ = caches_of_ranks(tmp_path, 1)
+    files = {path.name: path.read_bytes() for path in one.folder.iterdir()}
+    (one.folder / "manifest.json").unlink()
+    (one.folder / "features-00002.safetensors").unlink()
+    assert caches_of_ranks(tmp_path, 3)[1] == [0, 0, 2]
+    assert caches_of_ranks(tmp_path, 3)[1] == [0, 0, 0]
+    (one.folder / "features-00001.safetensors").write_bytes(files["features-00001.safetensors"][:-5])
+    with pytest.warns(UserWarning, match="1 of 3 files in .* are damaged"):
+        assert caches_of_ranks(tmp_path, 3)[1] == [0, 4, 0]
+    assert {path.name: path.read_bytes() for path in one.folder.iterdir()} == files
+
+
+def test_a_file_that_a_rank_has_not_left_is_named(tmp_path, monkeypatch):
+    """Rank 0 of 2 alone, as if the other had ended without an error."""
+    monkeypatch.setattr(features_module, "SHARD", 4)
+    with pytest.raises(UserError, match="features-00001.safetensors is not there or damaged"):
+        cache_of(tmp_path, rank=0, world=2)
+    with pytest.raises(UserError, match="not a complete feature cache"):
+        cache_of(tmp_path / "other", rank=1, world=2)

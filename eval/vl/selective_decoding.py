@@ -80,15 +80,20 @@ def embedded(model: VLJEPA, seed: int, gap: tuple[float, float], seconds: float)
 
 
 def grammar(model: VLJEPA) -> MemoryProjection:
-    """Every caption in trained wordings, of every possible event."""
+    """A memory of `every_caption`."""
+    texts = every_caption()
+    return MemoryProjection(model.embed_texts(texts), texts)
+
+
+def every_caption() -> tuple[str, ...]:
+    """A caption in trained wording of every possible event."""
     events = []
     for kind in world.KINDS:
         roles = world.NUM_ROLES[kind]
         for actor in world.THINGS if roles else (None,):
             for patient in _patients(actor) if roles == 2 else [None]:
                 events.append(world.Event(kind, 0.0, 1.0, actor, patient))
-    texts = tuple(world.captions(event)[0] for event in events)
-    return MemoryProjection(model.embed_texts(texts), texts)
+    return tuple(world.captions(event)[0] for event in events)
 
 
 def _patients(actor: world.Thing | None) -> list[world.Thing | None]:

@@ -7,13 +7,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_VENV ?= .venv-docs
 
-.PHONY: quickstart test test-min test-latest lint docs slow dist mutants fuzz soak results paraphrases replication step-cost faults clean
+.PHONY: quickstart test demo test-min test-latest lint docs slow dist mutants fuzz soak results paraphrases replication step-cost faults clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m eval.quickstart --out runs/quickstart
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+# A page in the browser: the VL-JEPA that comes with the package, and two films of its world. No training.
+demo: $(STAMP)
+	$(BIN)/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[demo]"
+	test -f runs/demo/stream_1.mp4 || $(BIN)/python -m llm_jepa.synthetic.shapestream --out runs/demo --streams 2
+	$(BIN)/llm-jepa demo shapestream --example runs/demo/stream_0.mp4 --example runs/demo/stream_1.mp4
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow"

@@ -1,4 +1,4 @@
-"""Render docs/results/, README.md's table of the families and model_cards/:  python -m eval.report [--check]
+"""Render docs/results/, README.md's table of the families and the model cards:  python -m eval.report [--check]
 
 Every number comes from the committed files in eval/results/. --check changes nothing, and exits 1 if a rendered file is
 stale. So no number in them can be typed by hand.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llm_jepa import UserError
 from llm_jepa.core.files import write_whole
+from llm_jepa.shipped import CHECKPOINTS
 
 from .command import ArgumentParser, one_line_errors, require
 from .pages import cost, experiments, nl_rx, pretrained, reliability, vl
@@ -57,7 +58,8 @@ def with_blocks(text: str, blocks: dict[str, str], source: str) -> str:
 
 def rendered_files() -> dict[Path, str]:
     """File -> its whole text as it should be."""
-    files = {CARDS / name: card for name, card in cards().items()}
+    files = {CARDS / f"{card.name}.md": card.text for card in cards()}
+    files |= {CHECKPOINTS / card.checkpoint / "README.md": card.text for card in cards()}
     for path, blocks in rendered_blocks().items():
         files[path] = with_blocks(path.read_text(), blocks, path.name)
     return files

@@ -163,7 +163,7 @@ def _run(argv: list[str]) -> None:
         if rest:
             raise UserError(f"unknown arguments {' '.join(rest)} (see llm-jepa {options.command} --help)")
         if options.command != "train-decoder":  # it writes into the folder
-            for option in ("model", "model2"):
+            for option in ("model", "second"):
                 if word := getattr(options, option, None):
                     setattr(options, option, model_source(word))
         with ending_at_once():

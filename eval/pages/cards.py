@@ -1,4 +1,7 @@
-"""The model cards of the checkpoints that the committed results are about. Their figures are also the model-index."""
+"""The model cards of the checkpoints that the committed results are about. Their figures are also the model-index.
+
+Each is also the README of a checkpoint of the package, with the hashes of its files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoints import file_hashes
 from . import nl_rx, vl
 
 
@@ -18,13 +22,18 @@ class Figure(NamedTuple):
     values: Sequence[float]  # by seed
 
 
-def cards() -> dict[str, str]:
-    """File name -> the whole card."""
-    return {f"{name}.md": card for name, card in (_lm_card(), _vl_card())}
+class Card(NamedTuple):
+    name: str
+    checkpoint: str  # of the package
+    text: str
 
 
-def _lm_card() -> tuple[str, str]:
-    """(name, card) of the LLM-JEPA arm on NL-RX."""
+def cards() -> list[Card]:
+    return [_lm_card(), _vl_card()]
+
+
+def _lm_card() -> Card:
+    """The LLM-JEPA arm on NL-RX."""
     name = "tiny-llama-nl-rx-info-nce"
     runs = {key: results for key, results in nl_rx.load().items() if key[0] == "completion"}
     results = runs["completion", "info_nce"]
@@ -36,12 +45,20 @@ def _lm_card() -> tuple[str, str]:
     metadata = _metadata(
         name, "transformers", "text-generation", ("nl_rx", "NL-RX-SYNTH, lines not known from training"), figures
     )
-    facts = {"shape": run["model_config"], "weight": run["jepa_weight"], "table": nl_rx.table(runs)}
-    return name, _card("lm_card", metadata, name=name, **facts)
+    text = _card(
+        "lm_card",
+        metadata,
+        name=name,
+        shape=run["model_config"],
+        weight=run["jepa_weight"],
+        table=nl_rx.table(runs),
+        hashes=file_hashes("nl-rx"),
+    )
+    return Card(name, "nl-rx", text)
 
 
-def _vl_card() -> tuple[str, str]:
-    """(name, card) of the VL-JEPA from scratch on ShapeStream."""
+def _vl_card() -> Card:
+    """The VL-JEPA from scratch on ShapeStream."""
     name = "vl-jepa-shapestream"
     runs = vl.shapestream_runs()
     results = runs["scratch"]
@@ -55,14 +72,17 @@ def _vl_card() -> tuple[str, str]:
         figures.append(Figure(kind, f"{title}, mean of {len(results)} seeds", values))
     world = f"ShapeStream {results[0]['world_version']}"
     metadata = _metadata(name, "llm-jepa", "video-text-to-text", ("generated", world), figures)
-    return name, _card(
+    text = _card(
         "vl_card",
         metadata,
         name=name,
         parameters=sum(results[0]["weights"].values()),
         seconds=statistics.mean(result["summary"]["process_seconds"] for result in results),
         table=vl.shapestream_table(runs),
+        decoder=vl.read_all("shapestream_decoder-seed0.json")[0],
+        hashes=file_hashes("shapestream"),
     )
+    return Card(name, "shapestream", text)
 
 
 def _metadata(name: str, library: str, task: str, data: tuple[str, str], figures: Sequence[Figure]) -> ModelCardData:

@@ -58,13 +58,15 @@ def test_a_card_that_is_stale_or_missing_is_found_and_rendered(tmp_path, monkeyp
     monkeypatch.setattr(report, "README", Path(shutil.copy(report.README, tmp_path)))
     monkeypatch.setattr(report, "PAGES", Path(shutil.copytree(report.PAGES, tmp_path / "pages")))
     monkeypatch.setattr(report, "CARDS", tmp_path / "cards")
+    monkeypatch.setattr(report, "CHECKPOINTS", Path(shutil.copytree(report.CHECKPOINTS, tmp_path / "checkpoints")))
     assert report.main(["--check"]) == 1 and not (tmp_path / "cards").exists()
     assert report.main([]) == 0 and report.main(["--check"]) == 0
     path = tmp_path / "cards" / "tiny-llama-nl-rx-info-nce.md"
     exact = [run["metrics"]["original"]["exact"] for run in nl_rx.load()["completion", "info_nce"]]
     found = ModelCard.load(path).data.eval_results
     assert found[0].metric_value == pytest.approx(statistics.mean(exact), abs=1e-4)
-    path.write_text(path.read_text().replace("74.5", "75.5"))
+    path.write_text(path.read_text().replace(f"{100 * statistics.mean(exact):.1f} ±", "99.9 ±"))
+    assert "99.9 ±" in path.read_text()
     capsys.readouterr()
     assert report.main(["--check"]) == 1 and path.name in capsys.readouterr().err
 

@@ -33,7 +33,7 @@ from .core.failures import machine_failure
 from .core.printing import safe_output
 from .core.signals import INTERRUPTED, Stopped, ending_at_once
 from .families import FAMILIES, build_recipe, check_recipe, commands_of, describe_keys
-from .shipped import PACKAGE, checkpoint_names, model_source, recipe_names
+from .shipped import CHECKPOINTS, PACKAGE, checkpoint_names, model_source, recipe_names
 
 if TYPE_CHECKING:
     from .core.recipe import Recipe
@@ -174,6 +174,8 @@ def _run(argv: list[str]) -> None:
         names = listing()
         for name, title in names.items():
             print(f"{name:{max(map(len, names))}s}  {title}")
+        if options.command == "checkpoints":  # a recipe takes a folder
+            print(f"\nThey are in {CHECKPOINTS}.")
     elif options.help:
         train.print_help()
         print(describe_keys())

@@ -48,7 +48,8 @@ def checkpoint_names() -> dict[str, str]:
     names = {}
     for card in sorted(CHECKPOINTS.glob("*/README.md")):
         text = card.read_text(encoding="utf-8").partition("\n# ")[2].partition("\n\n")[2]  # below the title
-        names[card.parent.name] = re.split(r"(?<=[.:])\s", " ".join(text.split()), maxsplit=1)[0]
+        sentence = re.split(r"(?<=[.:])\s", " ".join(text.split()), maxsplit=1)[0]
+        names[card.parent.name] = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", sentence)  # a link becomes its text
     return names
 
 

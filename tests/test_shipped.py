@@ -76,7 +76,9 @@ def test_the_checkpoints_have_names_and_a_sentence_each(capsys):
     assert checkpoint_names().keys() == {"nl-rx", "shapestream"}
     assert all(title.startswith("A ") and title.endswith((".", ":")) for title in checkpoint_names().values())
     assert main(["checkpoints"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(checkpoint_names())
+    *lines, empty, where = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(checkpoint_names()) and not empty
+    assert "](" not in "".join(lines) and where == f"They are in {CHECKPOINTS}."
 
 
 @pytest.mark.parametrize("name", ["nl-rx", "shapestream"])

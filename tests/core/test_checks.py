@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, trainer_optimizer
 
 from llm_jepa.core.checks import check_optim_args, check_packages
 from llm_jepa.core.errors import UserError
@@ -69,6 +69,13 @@ def test_the_decay_of_optim_args_is_ignored():
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "apollo_adamw", "lomo", "stable_adamw", "grokadamw", "lion_32bit"])
-def test_without_its_package_an_optimizer_is_not_asked(optim):
+def test_without_its_package_an_optimizer_is_not_asked(monkeypatch, optim):
     """The line about the package comes from `check_packages`."""
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)  # the extra quant has it
     check_optim_args(arguments(optim, "rank=8"))
+
+
+def test_with_its_package_an_optimizer_is_asked():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match="rank would be ignored: optim: lion_32bit takes none of them"):
+        check_packages(arguments("lion_32bit", "rank=8"))

@@ -174,7 +174,7 @@ def _run(argv: list[str]) -> None:
         names = listing()
         for name, title in names.items():
             print(f"{name:{max(map(len, names))}s}  {title}")
-        if options.command == "checkpoints":  # a recipe takes a folder
+        if options.command == "checkpoints":
             print(f"\nThey are in {CHECKPOINTS}.")
     elif options.help:
         train.print_help()

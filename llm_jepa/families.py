@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .core.errors import UserError
-from .shipped import recipe_path
+from .shipped import model_source, recipe_path
 
 if TYPE_CHECKING:
     from .core.inherited import Fields
@@ -99,6 +99,9 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CheckedReci
     name = _family_of(source)
     fields = fields_of(name)
     given, written = recipe.check_values(source, name, fields, owner=lambda key: _owner(key, name))
+    for key in ("model_name_or_path", "tokenizer_name_or_path"):
+        if given.get(key):
+            given[key] = model_source(given[key])
     model, data, training = (recipe.build(group, given, source.path) for group in keys_of(name))
     for key, (field, _) in fields.items():
         if not hasattr(training, key):

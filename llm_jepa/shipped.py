@@ -67,7 +67,7 @@ def checkpoint(name: str) -> Path:
 
 
 def model_source(word: str) -> str:
-    """A word of the command line that names a model: the name of a checkpoint of ours becomes its folder.
+    """The model that a word of the command line or of a recipe names: of a checkpoint of ours, its folder.
 
     A folder of that name wins. Anything else stays, because it may be a Hub id.
     """

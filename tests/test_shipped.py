@@ -138,6 +138,25 @@ def test_nl_rx_answers_and_finds_its_pairs(capsys):
     assert similarity.argmax(dim=1).tolist() == [0, 1, 2, 3], similarity
 
 
+def test_a_run_starts_from_a_name_as_from_its_folder(tmp_path, capsys):
+    """What a step does to the weights is the same; another family's checkpoint is one line."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "lines with a vowel", "completion": ".*([AEIOUaeiou]).*"}\n' * 2, encoding="utf-8")
+    recipe = ["train", NAME, "--train_data", str(data), "--validation_data", "null", "--eval_strategy", "no",
+              "--load_best_model_at_end", "false", "--model_config", "null", "--max_steps", "1",
+              "--warmup_steps", "0", "--objective", "cosine", "--per_device_train_batch_size", "2"]  # fmt: skip
+    for out, model in (("a", "nl-rx"), ("b", str(CHECKPOINTS / "nl-rx"))):
+        assert main([*recipe, "--output_dir", str(tmp_path / out), "--model_name_or_path", model]) == 0
+    trained, again = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
+    start = load_file(CHECKPOINTS / "nl-rx" / "model.safetensors")
+    assert all(trained[name].equal(again[name]) for name in trained)
+    assert any(not trained[name].equal(start[name].to(trained[name].dtype)) for name in trained)
+    capsys.readouterr()
+    other = ["--output_dir", str(tmp_path / "c"), "--model_name_or_path", "shapestream"]
+    assert main([*recipe, *other]) == 2
+    assert "VL-JEPA" in capsys.readouterr().err
+
+
 def test_a_folder_wins_and_other_names_are_refused(tmp_path):
     assert model_source("nl-rx") == str(CHECKPOINTS / "nl-rx")
     assert model_source("user/name") == "user/name" and model_source("gpt2") == "gpt2"

@@ -263,6 +263,9 @@ def test_python_snippets_compile_and_name_what_exists(page, number):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in ("llm_jepa", "eval"):
             module = importlib.import_module(str(node.module))
+            for alias in node.names:  # a module is an attribute of its package once it was imported
+                if hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{alias.name}"):
+                    importlib.import_module(f"{node.module}.{alias.name}")
             missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
             assert not missing, f"{page_id(page)} imports {missing} from {node.module}, which has no such names"
             imported |= {alias.name: getattr(module, alias.name) for alias in node.names}

@@ -139,7 +139,7 @@ def test_nl_rx_answers_and_finds_its_pairs(capsys):
 
 
 def test_a_run_starts_from_a_name_as_from_its_folder(tmp_path, capsys):
-    """What a step does to the weights is the same; another family's checkpoint is one line."""
+    """One step gives the same weights, and not those of the start. A checkpoint of another family is refused."""
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "lines with a vowel", "completion": ".*([AEIOUaeiou]).*"}\n' * 2, encoding="utf-8")
     recipe = ["train", NAME, "--train_data", str(data), "--validation_data", "null", "--eval_strategy", "no",

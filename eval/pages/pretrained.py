@@ -43,7 +43,7 @@ def of_two_jobs(plan_file: Path, folder: Path) -> str:
     plan = load_yaml(plan_file.read_text())
     figures = two_jobs_analysis.analyse(plan, folder) if two_jobs_analysis.has_whole_seeds(plan, folder) else {}
     if "nl_rx" not in figures:
-        return f"**The runs are under way.** There are no figures yet; the plan is `eval/plans/{plan_file.name}`."
+        return _under_way(plan_file)
     runs = [read_json(path, is_finite=False) for path in sorted((folder / "compare").glob("*.json"))]
     return render(
         "two_jobs",
@@ -60,6 +60,11 @@ def of_two_jobs(plan_file: Path, folder: Path) -> str:
     )
 
 
+def _under_way(plan_file: Path) -> str:
+    plan = f"`eval/plans/{plan_file.name}`"
+    return f"**The runs are under way.** Figures come with the second whole seed; the plan is {plan}."
+
+
 def question(plan_file: Path, folder: Path) -> str:
     """Markdown: the analysis of a plan, or a line that its runs are under way if there are not two whole seeds yet.
 
@@ -67,7 +72,7 @@ def question(plan_file: Path, folder: Path) -> str:
     """
     plan = load_yaml(plan_file.read_text())
     if min(map(len, planned_analysis.whole_seeds(plan, folder).values())) < 2:
-        return f"**The runs are under way.** There are no figures yet; the plan is `eval/plans/{plan_file.name}`."
+        return _under_way(plan_file)
     figures = planned_analysis.analyse(plan, folder)
     by_protocol = planned_analysis.load(plan, folder)
     runs = [run for by_arm in by_protocol.values() for of_arm in by_arm.values() for run in of_arm]

@@ -47,7 +47,8 @@ class ModelArguments:
     """> Which model to start from: a checkpoint, or a config to train from scratch."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a causal LM (safetensors)."}
+        default=None,
+        metadata={"help": "Causal LM (safetensors): a Hub id, a folder, or nl-rx of `llm-jepa checkpoints`."},
     )
     model_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit; pin a commit to repeat a run."}

@@ -21,7 +21,7 @@ GONE = {
     "llm_jepa.errors": "llm_jepa.core.errors",
     "llm_jepa.from_scratch": "llm_jepa.lm.from_scratch",
     "llm_jepa.generation": "llm_jepa.lm.inference",
-    "llm_jepa.loading": "llm_jepa.lm.loading and llm_jepa.lm.sources",
+    "llm_jepa.loading": "llm_jepa.lm.loading and llm_jepa.core.sources",
     "llm_jepa.model_card": "llm_jepa.lm.card",
     "llm_jepa.objective": "llm_jepa.lm.objective",
     "llm_jepa.predictor_tokens": "llm_jepa.lm.predictor_tokens",

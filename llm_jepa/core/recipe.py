@@ -47,7 +47,7 @@ RENAMED = {
     "jepa_ratio": "jepa_dropout (1 - jepa_ratio)",
     "dataset_train_split": "train_split",
     "dataset_test_split": "validation_split",
-    "dataset_streaming": "streaming (family: lm)",
+    "dataset_streaming": "streaming",
 }
 _ONLY_IN_PYTHON = (
     "a recipe has lora_r, lora_alpha, lora_dropout and lora_target_modules; for another adapter pass your own "
@@ -60,8 +60,6 @@ NOT_OFFERED = {
     "use_bnb_nested_quant": _QUANTIZED,
     **dict.fromkeys(("lora_target_parameters", "lora_modules_to_save", "lora_task_type"), _ONLY_IN_PYTHON),
     **dict.fromkeys(("use_rslora", "use_dora"), _ONLY_IN_PYTHON),
-    "streaming": "clips are not streamed; their manifest is read whole, and each video when its batch comes",
-    "shuffle_buffer": "clips are not streamed; their manifest is read whole, and each video when its batch comes",
     "ignore_bias_buffers": "it is for debugging models with DDP; leave it out",
 }
 # Keys that say how a run is watched and stored, not what it computes. They may change when a run is resumed.

@@ -172,6 +172,8 @@ class StreamingTrainer(StoppableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if not self.is_streaming:
             return super().get_train_dataloader()
+        # Else Accelerate cuts a batch to as many rows as it has items, and a row of a tensor need not be an item.
+        self.accelerator.dataloader_config.dispatch_batches = False
         collator = self.data_collator
         self.data_collator = StreamCollator(collator)
         try:

@@ -98,6 +98,12 @@ def check_stream(args: Any) -> None:
         )
 
 
+def check_counts_steps(given: Mapping[str, Any]) -> None:
+    """The keys of a recipe with streaming: true."""
+    if given.get("num_train_epochs") is not None:
+        raise UserError("num_train_epochs: streaming: true counts steps, because a stream has no epochs; remove it.")
+
+
 def check_streamed_data(data: Any) -> None:
     """`streaming` and `shuffle_buffer` of the data arguments of a recipe."""
     check_at_least(data, {"shuffle_buffer": 0})

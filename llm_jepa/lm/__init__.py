@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from .._lazy import names_from
 
 if TYPE_CHECKING:
+    from ..core.source_files import FILE_SUFFIXES
+    from ..core.sources import data_sha256, read_rows
     from .arguments import LLMJEPAConfig
     from .attention import model_inputs
     from .batching import JEPACollator
     from .data import bank_collator, training_collator
     from .embedder import Embedder
-    from .files import FILE_SUFFIXES
     from .formats import format_of
     from .from_scratch import random_model, train_tokenizer
     from .inference import (
@@ -33,14 +34,13 @@ if TYPE_CHECKING:
     from .prompts import Prompt, PromptForm, answer_row, encode, end_of_turn_ids, form_of, other_format, turn_end
     from .reading import embed_pairs
     from .rows import parse_row, render_kwargs_of, with_kwargs
-    from .sources import data_sha256, read_rows
     from .trainer import LLMJEPATrainer
     from .views import IGNORE, add_view_columns, build_views
 
 _HOMES = {
     "Choice": ".inference",
     "Embedder": ".embedder",
-    "FILE_SUFFIXES": ".files",
+    "FILE_SUFFIXES": "..core.source_files",
     "Generation": ".inference",
     "IGNORE": ".views",
     "JEPACollator": ".batching",
@@ -55,7 +55,7 @@ _HOMES = {
     "build_views": ".views",
     "check_model": ".loading",
     "choose_batches": ".inference",
-    "data_sha256": ".sources",
+    "data_sha256": "..core.sources",
     "decode_tokens": ".inference",
     "embed_pairs": ".reading",
     "encode": ".prompts",
@@ -73,7 +73,7 @@ _HOMES = {
     "render_kwargs_of": ".rows",
     "predictor_token_ids": ".predictor_tokens",
     "random_model": ".from_scratch",
-    "read_rows": ".sources",
+    "read_rows": "..core.sources",
     "tokenizer_from": ".loading",
     "train_tokenizer": ".from_scratch",
     "training_collator": ".data",

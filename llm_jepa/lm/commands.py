@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core.errors import UserError
 from ..core.folders import check_path
 from ..core.options import pair_of_names, plain_text, whole
-from .files import check_source
+from ..core.source_files import check_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from ..core.recipe import CheckedRecipe, Recipe
     from ..core.run import Beginning
+    from ..core.sources import RowStream
     from ..core.trainer import JEPATrainer
     from .prompts import Prompt, PromptForm
-    from .sources import RowStream
     from .trainer import LLMJEPATrainer
 
 # Recipe keys that name a folder, a file or a Hub repository -> the key of its revision. A run is the same if they hold
@@ -74,9 +74,9 @@ def _begin(recipe: Recipe) -> _Start:
 
     from ..core import run
     from ..core.checks import check_best_metric
+    from ..core.sources import RowStream, data_sha256
     from .arguments import check_pairs
     from .loading import load_data
-    from .sources import RowStream, data_sha256
     from .trainer import LLMJEPATrainer
 
     check_pairs(recipe.training)
@@ -355,8 +355,8 @@ def _check_output(options: argparse.Namespace, suffixes: tuple[str, ...], kind: 
 
 def _rows_of_options(options: argparse.Namespace) -> Dataset:
     """The rows of --input, under the names of --columns. A note says which other formats were recognized."""
+    from ..core.sources import read_rows
     from .formats import check_columns, count_formats, notes_on_formats
-    from .sources import read_rows
 
     columns = dict(options.columns or ())
     check_columns(columns)

@@ -14,13 +14,13 @@ from transformers.utils import logging
 
 from ..core.checks import check_batches
 from ..core.errors import UserError
+from ..core.sources import RowStream
 from .arguments import LLMJEPAConfig, check_targets, pairs_compared
 from .batching import JEPACollator
 from .formats import USED_COLUMNS, count_formats, notes_on_formats, unused_columns
 from .limits import check_views
 from .prompts import TRAINED, PromptForm, fitted, starting_form, template_that_asks, turn_end
 from .rows import parse_row
-from .sources import RowStream
 from .views import NoCompletionLeft, Views, add_view_columns
 
 logger = logging.get_logger(__name__)

@@ -16,7 +16,15 @@ from ..core.errors import UserError
 from ..core.patterns import matching
 from ..core.row_files import LIMITS, RowLimits
 from ..core.signals import seconds_of
-from ..core.values import check_fixed, check_ranges, check_stream, check_streamed_data, check_used, check_validation
+from ..core.values import (
+    check_counts_steps,
+    check_fixed,
+    check_ranges,
+    check_stream,
+    check_streamed_data,
+    check_used,
+    check_validation,
+)
 from .formats import check_columns
 from .rows import MAX_ROW_PAIRS
 
@@ -424,8 +432,7 @@ def check_together(model: ModelArguments, data: DataArguments, training: JEPAKey
     if not data.streaming:
         return
     check_streamed_training(training)
-    if given.get("num_train_epochs") is not None:
-        raise UserError("num_train_epochs: streaming: true counts steps, because a stream has no epochs; remove it.")
+    check_counts_steps(given)
 
 
 def check_streamed_training(training: Any) -> None:

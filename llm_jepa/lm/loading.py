@@ -30,13 +30,13 @@ from ..core.folders import check_folder
 from ..core.json_files import shape_fault
 from ..core.patterns import matching
 from ..core.random_weights import config_of
+from ..core.sources import RowStream, read_rows, stream_rows
 from ..core.templates import use_template
 from .arguments import LLMJEPAConfig
 from .from_scratch import default_attention, random_model, train_tokenizer
 from .keys import MAX_PREDICTOR_TOKENS, DataArguments, ModelArguments
 from .prompts import PromptForm, form_of
 from .rows import parse_row
-from .sources import RowStream, read_rows, stream_rows
 
 TOKENIZER_ROWS = 100_000  # of a stream, on which a tokenizer is trained
 OTHER_FAMILIES = {  # model_type -> what it is, and what to do with it

@@ -35,6 +35,7 @@ from ..core.checks import check_stream_batches
 from ..core.distributed import reshard, shared_coin
 from ..core.errors import UserError
 from ..core.pairs import PairKeys
+from ..core.sources import stream_of
 from ..core.streaming import Position
 from ..core.trainer import EVALUATION, JEPATrainer
 from . import sentence_transformer
@@ -65,7 +66,6 @@ from .predictor_tokens import add_predictor_tokens, known_predictor_ids
 from .probe import agree_on_layout
 from .prompts import TRAINED
 from .reading import embed_pairs
-from .sources import stream_of
 from .streaming import RowViews, endless_rows
 from .targets import base_targets
 from .token_rows import add_missing_rows, train_token_rows

@@ -6,17 +6,18 @@ Modules that need torch are imported inside the functions, so that help and wron
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..core.folders import check_path
-from .keys import check_manifest
+from ..core.source_files import check_source
+from .keys import manifests
 
 if TYPE_CHECKING:
     from ..core.recipe import CheckedRecipe, Recipe
     from ..core.run import Beginning
     from .arguments import VLJEPATrainingArguments
     from .data import Clip
+    from .streaming import ClipStream
     from .trainer import VLJEPATrainer
 
 # Recipe keys that may name a folder or a Hub repository -> the key of its revision. A run is the same if they hold the
@@ -31,9 +32,13 @@ SOURCES = {
 
 def check_files(recipe: CheckedRecipe) -> None:
     """Raises UserError if a file or folder that the recipe names is not there."""
-    for manifest in (recipe.data.train_data, recipe.data.validation_data):
-        if manifest is not None:
-            check_manifest(Path(manifest))
+    data = recipe.data
+    if data.streaming:
+        check_source(data.train_data)
+    else:
+        manifests(data.train_data)
+    if data.validation_data is not None:
+        manifests(data.validation_data)
     for key in SOURCES:
         model = getattr(recipe.model, key)
         if isinstance(model, str):
@@ -58,7 +63,7 @@ def build_trainer(recipe: Recipe) -> tuple[VLJEPATrainer, str | None]:
 class _Start(NamedTuple):
     """What is known of a run before its model is loaded."""
 
-    clips: list[Clip]
+    clips: list[Clip] | ClipStream
     validation: list[Clip]
     run: Beginning
 
@@ -70,6 +75,7 @@ def _begin(recipe: Recipe) -> _Start:
     from ..core.checks import check_best_metric
     from .data import clips_sha256
     from .loading import load_clips
+    from .streaming import ClipStream
     from .trainer import VLJEPATrainer
 
     training = recipe.training
@@ -79,11 +85,12 @@ def _begin(recipe: Recipe) -> _Start:
     _check_batches(training, clips, validation)
     beginning = run.identify(
         recipe,
-        clips_sha256(clips),
+        None if isinstance(clips, ClipStream) else clips_sha256(clips),
         clips_sha256(validation) if validation else None,
         sources=SOURCES,
         further=f"train its model further as a new run: a recipe with vl_model: {training.output_dir} in place of the "
         "parts, and another output_dir",
+        train_files_sha256=clips.files_sha256 if isinstance(clips, ClipStream) else None,
     )
     return _Start(clips, validation, beginning)
 
@@ -92,28 +99,32 @@ def _trainer(recipe: Recipe, start: _Start) -> VLJEPATrainer:
     from ..core import run
     from .data import ClipDataset
     from .loading import load_vl_model
+    from .streaming import ClipStream
     from .trainer import VLJEPATrainer
 
-    training = recipe.training
-    model, processor = load_vl_model(recipe.model, start.clips, seed=training.seed)
-    clips = ClipDataset(start.clips, num_frames=model.config.num_frames)
-    held_out = ClipDataset(start.validation, num_frames=model.config.num_frames) if start.validation else None
+    training, train = recipe.training, start.clips
+    model, processor = load_vl_model(recipe.model, train, seed=training.seed)
+    frames = model.config.num_frames
+    clips = train if isinstance(train, ClipStream) else ClipDataset(train, num_frames=frames)
+    held_out = ClipDataset(start.validation, num_frames=frames) if start.validation else None
     with run.library_refusals():
         trainer = VLJEPATrainer(model, training, clips, held_out, processor)
     run.claim(trainer, recipe, start.run.record, sources=SOURCES)
     return trainer
 
 
-def _check_batches(training: VLJEPATrainingArguments, clips: list[Clip], validation: list[Clip]) -> None:
+def _check_batches(training: VLJEPATrainingArguments, clips: list[Clip] | ClipStream, validation: list[Clip]) -> None:
     """What can be refused before a model is loaded: batches with too few pairs."""
     from ..core.checks import check_batches
     from .objective import check_pairs
+    from .streaming import ClipStream, known_clips
 
-    pairs = check_pairs(clips, training)
+    pairs = check_pairs(known_clips(clips), training)
     compares = training.objective == "info_nce" or training.regularizer is not None
     step = training.per_device_train_batch_size * training.world_size
     evaluated = len(validation) if training.eval_strategy != "no" else 0
-    check_batches(training, len(clips), evaluated, compares_rows=compares and pairs == step, step=step)
+    rows = None if isinstance(clips, ClipStream) else len(clips)
+    check_batches(training, rows, evaluated, compares_rows=compares and pairs == step, step=step)
 
 
 def dry_run(recipe: Recipe, *, launch: str | None = None, processes: int = 1) -> None:
@@ -126,20 +137,23 @@ def dry_run(recipe: Recipe, *, launch: str | None = None, processes: int = 1) ->
     from .data import ClipCollator, ClipDataset
     from .loading import load_clips, load_vl_model
     from .objective import choose_trained_parts
+    from .streaming import known_clips
     from .trainer import VLJEPATrainer
 
     training = recipe.training
     check_best_metric(training, VLJEPATrainer.figure_names(training))
-    clips, validation = load_clips(recipe.data, seed=data_seed(recipe))
+    train, validation = load_clips(recipe.data, seed=data_seed(recipe))
     if launch is None:
-        _check_batches(training, clips, validation)
-    model, processor = load_vl_model(recipe.model, clips, seed=training.seed)
+        _check_batches(training, train, validation)
+    clips = known_clips(train)
+    model, processor = load_vl_model(recipe.model, train, seed=training.seed)
     choose_trained_parts(model, training)
     dataset = ClipDataset(
         clips, num_frames=model.config.num_frames, pairs_per_clip=training.pairs_per_clip, seed=training.seed
     )
     batch = ClipCollator(processor)([dataset[i] for i in range(min(2, len(dataset)))])
-    print(f"# Clips\n{len(clips)} to train on, {len(validation)} for validation; the first one:")
+    stream = "a stream of unknown length; of its first clips " * recipe.data.streaming
+    print(f"# Clips\n{stream}{len(clips)} to train on, {len(validation)} for validation; the first one:")
     for query, target in dataset.draw(0):
         print(f"  {query!r} -> {target!r}")
     print("# Two clips as a batch\n" + "\n".join(f"  {key} {list(value.shape)}" for key, value in batch.items()))

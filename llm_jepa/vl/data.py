@@ -5,6 +5,8 @@ with one. The x_encoder is most of a step's cost and does not see the query. So 
 however many pairs of it are drawn, and each of its target texts once.
 
     ClipDataset[i] -> ClipItem (frames or features of clip i, and the pairs drawn of it) -> ClipCollator -> tensors
+
+Clips that are read while training goes on are in `streaming`.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from ..stream.frames import Limits
 from ..stream.opening import is_image
 from ..stream.pixels import to_rgb
 from .features import FeatureCache
-from .keys import check_manifest
+from .keys import manifests
 from .processing import VLJEPAProcessor
 
 MAX_PATH = 4096  # characters; Linux opens no longer one
+KEYS = ("video", "image", "target", "query", "start_s", "end_s")  # of a row
 MAX_SECONDS = 1e9  # of a clip's start and end; no film lasts 30 years
 
 
@@ -77,6 +80,56 @@ class ClipItem(NamedTuple):
     clip_key: int
     frames: Any = None
     features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UnreadItem:
+    """A `ClipItem` whose film is not read yet. place: of its row, for messages."""
+
+    pairs: list[Pair]
+    clip_key: int
+    clip: Clip
+    place: str
+    num_frames: int
+    limits: Limits
+
+    def read(self) -> ClipItem:
+        """Raises UserError for a film that cannot be read."""
+        try:
+            return ClipItem(self.pairs, self.clip_key, frames=read_frames(self.clip, self.num_frames, self.limits))
+        except UserError as error:
+            raise UserError(f"{self.place}: {error}") from None
+
+
+def clip_key(clip: Clip) -> int:
+    """Equal for clips that look the same: by path and times of a file, or by content."""
+    if isinstance(clip.video, (str, Path)):
+        return text_key(f"{Path(clip.video).resolve()} {clip.start_s or 0.0} {clip.end_s}")
+    if isinstance(clip.video, bytes):
+        return text_key(f"{_content(clip.video)} {clip.start_s or 0.0} {clip.end_s}")
+    return text_key(_content(clip.video))
+
+
+def draw_pairs(clip: Clip, count: int, seed: str) -> list[Pair]:
+    """At most `count` pairs, each of another query, in the order of the clip. `ClipDataset` says which."""
+    rng = random.Random(seed)
+    targets: dict[str | None, list[str]] = {}
+    for query, target in clip.pairs:
+        targets.setdefault(query, []).append(target)
+    others = list(targets)
+    chosen: set[str | None] = set()
+    if count > 1:
+        chosen.add(others.pop(0))
+    chosen.update(rng.sample(others, min(count - len(chosen), len(others))))
+    return [Pair(query, rng.choice(targets[query])) for query in targets if query in chosen]
+
+
+def read_frames(clip: Clip, num_frames: int, limits: Limits) -> Any:
+    """[T, H, W, 3] uint8, at most num_frames of a file; [1, H, W, 3] of an image. Raises UserError."""
+    if isinstance(clip.video, (str, Path, bytes, Image.Image)):
+        count = 1 if is_image(clip.video) else num_frames
+        return read_clip(clip.video, count, start_s=clip.start_s, end_s=clip.end_s, limits=limits)[0]
+    return to_rgb(clip.video)[None] if is_image(clip.video) else clip.video
 
 
 class ClipDataset(Dataset):
@@ -125,7 +178,7 @@ class ClipDataset(Dataset):
         return ClipItem(pairs, key, frames=self.frames(index))
 
     def clip_key(self, index: int) -> int:
-        """Equal for clips that look the same: by given features, path and times of a file, or pixels.
+        """Equal for clips that look the same: by features that the caller gives, or else as in `clip_key`.
 
         Two items may hold one clip, and a prediction cannot differ between them.
         """
@@ -133,34 +186,18 @@ class ClipDataset(Dataset):
             clip = self.clips[index]
             # Features that the caller gives decide alone, because no video is read.
             if isinstance(self.features, Tensor) or (clip.video is None and self.features is not None):
-                identity = _content(self.features[[index]])
-            elif isinstance(clip.video, (str, Path)):
-                identity = f"{Path(clip.video).resolve()} {clip.start_s or 0.0} {clip.end_s}"
+                self._keys[index] = text_key(_content(self.features[[index]]))
             else:
-                identity = _content(clip.video)
-            self._keys[index] = text_key(identity)
+                self._keys[index] = clip_key(clip)
         return self._keys[index]
 
     def draw(self, index: int) -> list[Pair]:
-        """At most `pairs_per_clip` pairs, each of another query, in the order of the clip."""
-        rng = random.Random(f"{self.seed} {self.epoch} {index}")
-        targets: dict[str | None, list[str]] = {}
-        for query, target in self.clips[index].pairs:
-            targets.setdefault(query, []).append(target)
-        others = list(targets)
-        chosen: set[str | None] = set()
-        if self.pairs_per_clip > 1:
-            chosen.add(others.pop(0))
-        chosen.update(rng.sample(others, min(self.pairs_per_clip - len(chosen), len(others))))
-        return [Pair(query, rng.choice(targets[query])) for query in targets if query in chosen]
+        """The pairs of clip i in this epoch."""
+        return draw_pairs(self.clips[index], self.pairs_per_clip, f"{self.seed} {self.epoch} {index}")
 
     def frames(self, index: int) -> Any:
-        """[T, H, W, 3] uint8 of clip i, at most num_frames of it; [1, H, W, 3] of an image. Raises UserError."""
-        clip = self.clips[index]
-        if isinstance(clip.video, (str, Path, bytes, Image.Image)):
-            count = 1 if is_image(clip.video) else self.num_frames
-            return read_clip(clip.video, count, start_s=clip.start_s, end_s=clip.end_s, limits=self.limits)[0]
-        return to_rgb(clip.video)[None] if is_image(clip.video) else clip.video
+        """[T, H, W, 3] uint8 of clip i, as `read_frames` gives them."""
+        return read_frames(self.clips[index], self.num_frames, self.limits)
 
     def identity(self) -> Iterator[bytes]:
         """Bytes that determine the pixels of each clip: pixels if it is in memory; path, size and time of a file."""
@@ -180,7 +217,7 @@ class ClipDataset(Dataset):
 
 @dataclass(frozen=True)
 class ClipCollator:
-    """Items of a `ClipDataset` -> the inputs of `VLJEPAModel.forward`, and the keys [B] for the loss.
+    """Items of a `ClipDataset` or of a stream -> the inputs of `VLJEPAModel.forward`, and the keys [B] for the loss.
 
     For C clips, B pairs and U distinct target texts:
 
@@ -196,7 +233,8 @@ class ClipCollator:
     processor: VLJEPAProcessor
     texts: Mapping[str, Tensor] | None = None
 
-    def __call__(self, items: Sequence[ClipItem]) -> dict[str, Tensor]:
+    def __call__(self, drawn: Sequence[ClipItem | UnreadItem]) -> dict[str, Tensor]:
+        items = [item.read() if isinstance(item, UnreadItem) else item for item in drawn]
         clip_of_pair = [row for row, item in enumerate(items) for _ in item.pairs]
         pairs = [pair for item in items for pair in item.pairs]
         texts = list(dict.fromkeys(pair.target for pair in pairs))
@@ -253,30 +291,48 @@ def clips_sha256(clips: Sequence[Clip]) -> str:
     return digest.hexdigest()
 
 
-def read_clips(path: str | Path, limits: RowLimits = LIMITS) -> list[Clip]:
-    """Read clips from a JSON-lines manifest. Rows of one file and time span become one clip, in the order of the first.
+def read_clips(source: str | Path | Sequence[str], limits: RowLimits = LIMITS) -> list[Clip]:
+    """Read clips from JSON-lines manifests. Rows of one file and time span become one clip, in the order of the first.
+
+    source: a manifest, a glob, or a list of both.  limits: of each manifest.
 
     A line is {"video" or "image": path relative to the manifest, "target": text or [texts], "query": text or absent,
     "start_s", "end_s": optional}. Raises UserError with the line for anything else.
     """
-    path = Path(path)
-    check_manifest(path)
     pairs_of: dict[tuple[str, float | None, float | None], list[Pair]] = {}  # by file, start and end
-    for place, row in json_rows(path, limits):
-        clip = _read_row(row, path.parent, place)
-        pairs_of.setdefault((clip.video, clip.start_s, clip.end_s), []).extend(clip.pairs)
-    if not pairs_of:
-        raise UserError(f"The manifest {path} holds no rows.")
+    for path in manifests(source):
+        count = 0
+        for place, row in json_rows(path, limits):
+            clip = clip_of_row(row, path.parent, place)
+            pairs_of.setdefault((clip.video, clip.start_s, clip.end_s), []).extend(clip.pairs)
+            count += 1
+        if not count:
+            raise UserError(f"The manifest {path} holds no rows.")
     return [Clip(video, tuple(dict.fromkeys(pairs)), start, end) for (video, start, end), pairs in pairs_of.items()]
 
 
-def _read_row(row: dict[str, Any], folder: Path, place: str) -> Clip:
-    """A row of a manifest as a clip with the pairs of this row. place: file and line, for messages."""
-    known = {"video", "image", "target", "query", "start_s", "end_s"}
-    if unknown := sorted(set(row) - known):
+def clip_of_row(row: Mapping[str, Any], folder: Path, place: str) -> Clip:
+    """A row of a manifest as a clip with the pairs of this row.
+
+    Args:
+        folder: to which a path is relative.
+        place: file and line, for messages.
+
+    Raises UserError for a row that is no clip.
+    """
+    if unknown := sorted(set(row) - set(KEYS)):
         names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise UserError(f"{place} has unknown keys {names}; known are {', '.join(sorted(known))}.")
+        raise UserError(f"{place} has unknown keys {names}; known are {', '.join(sorted(KEYS))}.")
     media = row.get("video", row.get("image"))
+    if not isinstance(media, str):
+        raise UserError(f"{place} needs 'video' or 'image', the path of a file.")
+    if "\0" in media or len(media) > MAX_PATH or not (folder / media).is_file():
+        raise UserError(f"{place} names {media[:200]!r}, but there is no such file next to the manifest.")
+    return clip_of(row, str(folder / media), place)
+
+
+def clip_of(row: Mapping[str, Any], video: Any, place: str) -> Clip:
+    """A row whose film or picture is `video`, as a clip. Raises UserError for wrong texts and times."""
     targets = row.get("target")
     if isinstance(targets, str):
         targets = [targets]
@@ -284,8 +340,8 @@ def _read_row(row: dict[str, Any], folder: Path, place: str) -> Clip:
     if query == "":  # asks nothing, as an absent query does
         query = None
     are_texts = isinstance(targets, list) and all(is_text(text) for text in targets)
-    if not isinstance(media, str) or not targets or not are_texts or not (query is None or is_text(query)):
-        raise UserError(f"{place} needs 'video' (a path) and 'target' (a text or texts); 'query' is a text.")
+    if not targets or not are_texts or not (query is None or is_text(query)):
+        raise UserError(f"{place} needs a 'target' (a text or texts); 'query' is a text.")
     if "video" in row and "image" in row:
         raise UserError(f"{place} has a 'video' and an 'image'; keep one of them.")
     start, end = row.get("start_s"), row.get("end_s")
@@ -294,10 +350,7 @@ def _read_row(row: dict[str, Any], folder: Path, place: str) -> Clip:
             raise UserError(f"{place}: start_s and end_s are seconds from the start of the video.")
     if end is not None and (start or 0) >= end:
         raise UserError(f"{place}: start_s={start} is not before end_s={end}.")
-    file_name = folder / media
-    if "\0" in media or len(media) > MAX_PATH or not file_name.is_file():
-        raise UserError(f"{place} names {media[:200]!r}, but there is no such file next to the manifest.")
-    return Clip(str(file_name), tuple(Pair(query, target) for target in targets), start, end)
+    return Clip(video, tuple(Pair(query, target) for target in targets), start, end)
 
 
 def _check_clips(clips: Sequence[Clip], num_frames: int) -> None:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,16 @@ from typing import Any, Literal
 from ..core.errors import UserError
 from ..core.row_files import LIMITS, RowLimits, check_regular
 from ..core.signals import seconds_of
-from ..core.values import check_fixed, check_ranges, check_used, check_validation
+from ..core.source_files import files_of
+from ..core.values import (
+    check_counts_steps,
+    check_fixed,
+    check_ranges,
+    check_stream,
+    check_streamed_data,
+    check_used,
+    check_validation,
+)
 
 MAX_FRAMES = 65_536  # of a clip
 # The options that a recipe may set, each described once: here, for `VLModelArguments` and `VLJEPAConfig`.
@@ -146,19 +156,48 @@ class VLModelArguments:
 class VLDataArguments:
     """> Which clips to train on: a JSON-lines manifest of {"video" or "image", "query", "target"}."""
 
-    train_data: str = field(metadata={"help": "Manifest (.jsonl) of clips, see llm_jepa/vl/data.py."})
-    validation_data: str | None = field(default=None, metadata={"help": "The same for validation."})
+    train_data: str | list[str] = field(
+        metadata={
+            "help": "Manifest (.jsonl) of clips, a glob or a list of these. With streaming, also Parquet files, a "
+            "folder of them, or a Hub dataset id, with the content of the clips."
+        }
+    )
+    validation_data: str | list[str] | None = field(
+        default=None, metadata={"help": "Manifests for validation; they are read whole."}
+    )
     validation_rows: int = field(
         default=0, metadata={"help": "Without validation_data: clips held out of train_data, drawn with data_seed."}
     )
-
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the rows while training goes on, for data that fit no disk or memory. Needs max_steps; a "
+            "stream that ends begins again."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={
+            "help": "With streaming: clips held in memory, of which a random one comes next; as paths, or with their "
+            "content if the rows hold it. 0: the order of the files."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset to train on."})
     max_rows: int = field(
         default=LIMITS.max_rows, metadata={"help": "Refuse data of more rows; a small file can unpack to any number."}
     )
-    max_row_bytes: int = field(default=LIMITS.max_row_bytes, metadata={"help": "Refuse a longer line of JSON."})
+    max_row_bytes: int = field(
+        default=LIMITS.max_row_bytes,
+        metadata={"help": "Refuse a longer line of JSON, or a larger row of a table, with its film."},
+    )
 
     def __post_init__(self) -> None:
         check_validation(self)
+        check_streamed_data(self)
+        names = ("dataset_config", "dataset_revision", "train_split")
+        check_used(self, [(name, self.streaming, "streaming: true") for name in names])
 
     @property
     def limits(self) -> RowLimits:
@@ -248,15 +287,37 @@ class VLJEPAKeys:
 def check_together(
     model: VLModelArguments, data: VLDataArguments, training: VLJEPAKeys, given: Mapping[str, Any]
 ) -> None:
-    """Refuse a temperature that the objective would ignore. Raises UserError."""
+    """Refuse a temperature that the objective would ignore, and what does not go with streaming. Raises UserError."""
     if training.objective != "info_nce" and model.temperature != VLModelArguments.temperature:
         raise UserError(
             f"temperature: {model.temperature} would be ignored: it belongs to objective: info_nce; remove it."
         )
+    if data.streaming:
+        check_streamed_training(training)
+        check_counts_steps(given)
 
 
-def check_manifest(path: Path) -> None:
-    """Raises UserError if a manifest of clips is not there."""
-    check_regular(path)
-    if not path.is_file():
-        raise UserError(f"No manifest at {path}; it holds one JSON object a line, with 'video' and 'target'.")
+def check_streamed_training(training: Any) -> None:
+    """Raises UserError for training options that need to know all clips."""
+    check_stream(training)
+    if training.feature_cache is not None:
+        raise UserError(
+            "feature_cache holds the features of all clips, which streaming: true does not know; remove it."
+        )
+
+
+def manifests(source: str | Path | Sequence[str]) -> list[Path]:
+    """The manifests of a path, a glob, or a list of both. Raises UserError if one is not there."""
+    found: list[Path] = []
+    for one in [str(source)] if isinstance(source, (str, Path)) else source:
+        if glob.has_magic(one) and not Path(one).exists():
+            found += files_of(one)
+            continue
+        check_regular(Path(one))
+        if not Path(one).is_file():
+            raise UserError(
+                f"No manifest at {one}; it holds one JSON object a line, with 'video' and 'target'. (A folder or a Hub "
+                "data set is read with streaming: true.)"
+            )
+        found.append(Path(one))
+    return found

@@ -16,13 +16,25 @@ from .inference import VLJEPA
 from .keys import VLDataArguments, VLModelArguments
 from .modeling import VLJEPAModel
 from .processing import VLJEPAProcessor
+from .streaming import ClipStream, known_clips, stream_clips
 
 
-def load_clips(data: VLDataArguments, *, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """Read (train, validation). Clips held out for validation are drawn with `seed` and leave the training set."""
+def load_clips(data: VLDataArguments, *, seed: int) -> tuple[list[Clip] | ClipStream, list[Clip]]:
+    """(train, validation). Clips held out for validation are drawn with `seed` and leave the training set."""
+    validation = [] if data.validation_data is None else read_clips(data.validation_data, data.limits)
+    if data.streaming:
+        stream = stream_clips(
+            data.train_data,
+            split=data.train_split,
+            config=data.dataset_config,
+            revision=data.dataset_revision,
+            limits=data.limits,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+        return stream, validation
     train = read_clips(data.train_data, data.limits)
     if data.validation_data is not None:
-        return train, read_clips(data.validation_data, data.limits)
+        return train, validation
     if data.validation_rows >= len(train):
         raise UserError(
             f"validation_rows={data.validation_rows} leaves nothing of the {len(train)} clips of {data.train_data}; "
@@ -32,10 +44,12 @@ def load_clips(data: VLDataArguments, *, seed: int) -> tuple[list[Clip], list[Cl
     return [c for i, c in enumerate(train) if i not in held], [train[i] for i in sorted(held)]
 
 
-def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+def load_vl_model(
+    args: VLModelArguments, clips: Sequence[Clip] | ClipStream, *, seed: int
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
     """Load or build the model of a recipe and its processor.
 
-    Parts with random weights get a tokenizer that is trained on the texts of the clips.
+    Parts with random weights get a tokenizer that is trained on the texts of the clips (of a stream, the first ones).
     """
     if args.vl_model is not None:
         trained = VLJEPA.from_pretrained(args.vl_model, device="cpu")
@@ -46,7 +60,7 @@ def load_vl_model(args: VLModelArguments, clips: Sequence[Clip], *, seed: int) -
     pieces: dict[str, Any] = {}  # of the processor, for parts with random weights
     vocab_size = 0
     if isinstance(args.predictor, dict) or isinstance(args.y_encoder, dict):
-        tokenizer = train_bpe(_texts_of(clips, args.default_query), args.tokenizer_vocab_size)
+        tokenizer = train_bpe(_texts_of(known_clips(clips), args.default_query), args.tokenizer_vocab_size)
         vocab_size = len(tokenizer)
         if isinstance(args.predictor, dict):
             pieces["tokenizer"] = tokenizer

@@ -11,14 +11,17 @@ Shapes: B pairs, D shared dimension, T frames, N visual tokens.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..core.checks import check_stream_batches
 from ..core.diagnostics import evaluating
 from ..core.distributed import whole
 from ..core.errors import UserError
@@ -29,9 +32,11 @@ from .arguments import VLJEPATrainingArguments
 from .card import write_vl_model_card
 from .data import ClipCollator, ClipDataset
 from .features import FeatureCache, cache_features, encoder_sha256
+from .keys import check_streamed_training
 from .modeling import VLJEPAModel
 from .objective import KEYS, check_clips, choose_trained_parts, pair_loss, slow_y_encoder, targets_learn
 from .processing import VLJEPAProcessor
+from .streaming import ClipStream, clips_of, endless_clips
 
 logger = logging.get_logger(__name__)
 MAX_TEXTS = 1_000_000  # targets of a frozen y_encoder kept in memory: 3 GB of 768 floats
@@ -44,7 +49,8 @@ class VLJEPATrainer(JEPATrainer):
         model, processor: see `VLJEPAModel` and `VLJEPAProcessor`. `args` says what is trained: all of the predictor and
             the projections, the y_encoder at a learning rate of its own, the last blocks of the x_encoder.
         args: `VLJEPATrainingArguments`.
-        train_dataset, eval_dataset: `ClipDataset`s.
+        train_dataset: a `ClipDataset`; or clips that are read while training goes on (see streaming.py).
+        eval_dataset: a `ClipDataset`.
 
     Raises UserError for options with which the training would not do what they say.
     """
@@ -55,7 +61,7 @@ class VLJEPATrainer(JEPATrainer):
         self,
         model: VLJEPAModel,
         args: VLJEPATrainingArguments,
-        train_dataset: ClipDataset,
+        train_dataset: ClipDataset | ClipStream | IterableDataset,
         eval_dataset: ClipDataset | None = None,
         processor: VLJEPAProcessor | None = None,
         **kwargs: Any,
@@ -65,8 +71,16 @@ class VLJEPATrainer(JEPATrainer):
             raise UserError("VLJEPATrainer needs the processor that turns clips and texts into tensors.")
         # Copies, because the features set below belong to this model, and another trainer may get the same clips.
         train_dataset, eval_dataset = copy.copy(train_dataset), copy.copy(eval_dataset)
-        train_dataset.pairs_per_clip, train_dataset.seed = args.pairs_per_clip, args.seed
-        check_clips(train_dataset, args)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = clips_of(train_dataset)
+        if isinstance(train_dataset, ClipStream):
+            check_streamed_training(args)
+            check_stream_batches(args)
+            check_clips(ClipDataset(train_dataset.first, num_frames=model.config.num_frames), args)
+            train_dataset = endless_clips(train_dataset, args, model.config.num_frames)
+        else:
+            train_dataset.pairs_per_clip, train_dataset.seed = args.pairs_per_clip, args.seed
+            check_clips(train_dataset, args)
         if args.x_encoder_trainable_layers and eval_dataset is not None and eval_dataset.features is not None:
             raise UserError("The validation clips bring features of an x_encoder that is to be trained; give frames.")
         choose_trained_parts(model, args)
@@ -83,12 +97,13 @@ class VLJEPATrainer(JEPATrainer):
         )
         if self.is_fsdp_enabled:  # FSDP2 shards no scalars
             model.log_temperature.data = model.log_temperature.data.reshape(1)
+        known = [dataset for dataset in (train_dataset, eval_dataset) if isinstance(dataset, ClipDataset)]
         if args.feature_cache is not None:
-            for dataset in (train_dataset, eval_dataset):
-                if dataset is not None and dataset.features is None:
+            for dataset in known:
+                if dataset.features is None:
                     dataset.features = self._cached_features(dataset)
         if not args.y_encoder_lr_factor:
-            texts = self._pooled_targets(train_dataset, eval_dataset)
+            texts = self._pooled_targets(known)
             self.data_collator = ClipCollator(processor, texts)
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -125,12 +140,12 @@ class VLJEPATrainer(JEPATrainer):
             )
 
     @torch.no_grad()
-    def _pooled_targets(self, *datasets: ClipDataset | None) -> dict[str, Tensor] | None:
-        """Every distinct target text through the frozen y_encoder, once; on every rank, in memory."""
-        texts = set()
-        for dataset in datasets:
-            if dataset is not None:
-                texts |= {pair.target for clip in dataset.clips for pair in clip.pairs}
+    def _pooled_targets(self, datasets: Sequence[ClipDataset]) -> dict[str, Tensor] | None:
+        """Every distinct target text through the frozen y_encoder, once; on every rank, in memory.
+
+        Targets of a stream are encoded in each step.
+        """
+        texts = {pair.target for dataset in datasets for clip in dataset.clips for pair in clip.pairs}
         if len(texts) > MAX_TEXTS:
             logger.warning(f"{len(texts)} distinct targets are more than {MAX_TEXTS}: encoded anew in every step.")
             return None
@@ -150,7 +165,8 @@ class VLJEPATrainer(JEPATrainer):
         return pooled
 
     def begin_epoch(self, epoch: int) -> None:
-        self.train_dataset.epoch = epoch  # which of the pairs of each clip are drawn
+        if not self.is_streaming:
+            self.train_dataset.epoch = epoch  # which of the pairs of each clip are drawn
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -257,7 +273,10 @@ class VLJEPATrainer(JEPATrainer):
         )
 
     def write_card(self, folder: Path) -> None:
-        write_vl_model_card(folder, self.base_model, self.args, self.card_facts(folder))
+        facts = self.card_facts(folder)
+        if self.is_streaming:
+            facts["training"]["clips"] = str(self.position)
+        write_vl_model_card(folder, self.base_model, self.args, facts)
 
 
 def _name_special_tokens(model: VLJEPAModel, processor: VLJEPAProcessor) -> None:

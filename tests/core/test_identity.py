@@ -414,9 +414,9 @@ def test_a_run_whose_length_matters_is_not_made_longer(reason, lm, tmp_path, cap
     run = copy_of(lm, tmp_path / "copy")
     run.values.pop("validation_data")
     run.values |= {**CONSTANT, "validation_rows": 4, "target_encoder": "self", **REASONS[reason]}
+    from llm_jepa.core.sources import data_sha256
     from llm_jepa.lm.commands import SOURCES
     from llm_jepa.lm.loading import load_data
-    from llm_jepa.lm.sources import data_sha256
 
     recipe = parse_recipe(run.recipe())
     rows, held_out = load_data(recipe.data, seed=0)

@@ -17,10 +17,10 @@ from eval.tasks.questions import read_questions
 from llm_jepa import UserError
 from llm_jepa.cli import main
 from llm_jepa.core.json_files import read_json
+from llm_jepa.core.sources import data_sha256, read_rows
 from llm_jepa.lm.data import warn_of_rows
 from llm_jepa.lm.formats import format_of, standard_row
 from llm_jepa.lm.rows import parse_row
-from llm_jepa.lm.sources import data_sha256, read_rows
 from llm_jepa.lm.views import build_views
 from tests.conftest import expect_refusal
 from tests.lm.test_commands import RECIPE, trained  # noqa: F401  (a fixture)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from llm_jepa.cli import main
 from llm_jepa.core.errors import UserError
 from llm_jepa.core.row_files import RowLimits
+from llm_jepa.core.sources import read_rows, stream_of, stream_rows
 from llm_jepa.lm.data import prepare_rows
-from llm_jepa.lm.sources import read_rows, stream_of, stream_rows
 from llm_jepa.lm.trainer import LLMJEPATrainer
 from tests.conftest import EXACT, LOGGED, assert_same_weights, config, expect_refusal, tiny_model
 from tests.lm.test_commands import RECIPE
@@ -315,8 +315,8 @@ def test_a_hub_data_set_is_streamed_and_known_by_its_commit(rows, monkeypatch):
             raise ConnectionError("no network")
         return Dataset.from_list(rows[:3]).to_iterable_dataset()
 
-    monkeypatch.setattr("llm_jepa.lm.sources._builder", builder)
-    monkeypatch.setattr("llm_jepa.lm.sources.load_dataset", load)
+    monkeypatch.setattr("llm_jepa.core.sources._builder", builder)
+    monkeypatch.setattr("llm_jepa.core.sources.load_dataset", load)
     first, same, gone = stream_rows("anna/rows"), stream_rows("anna/rows"), stream_rows("anna/rows", config="gone")
     assert first.files_sha256 == same.files_sha256 != gone.files_sha256
     assert list(first.rows(0)) == list(first.rows(1)) == [(f"anna/rows, row {i}", rows[i]) for i in range(3)]

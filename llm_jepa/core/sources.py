@@ -23,12 +23,15 @@ from typing import Any, ClassVar
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import (
+    Audio,
     BuilderConfig,
     Dataset,
     DatasetInfo,
     Features,
+    Image,
     IterableDataset,
     Value,
+    Video,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
@@ -36,8 +39,8 @@ from datasets import (
 from datasets.features.features import register_feature
 from transformers.utils import logging
 
-from ..core.errors import UserError, first_line
-from ..core.row_files import (
+from .errors import UserError, first_line
+from .row_files import (
     DELIMITERS,
     LIMITS,
     MAX_RATIO,
@@ -46,11 +49,11 @@ from ..core.row_files import (
     row_suffix,
     rows_of_file,
 )
-from .files import FILE_SUFFIXES, TABLE_SUFFIXES, files_of, names_files
-from .formats import USED_COLUMNS
+from .source_files import FILE_SUFFIXES, TABLE_SUFFIXES, files_of, names_files
 
 logger = logging.get_logger(__name__)
 KNOWN_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "cache"}  # of a folder or a Hub id; none reads pickles
+MEDIA = (Audio, Image, Video)  # columns whose values are files
 CHUNK = 10_000  # rows
 MAX_COLUMNS = 1000
 MOST_TABLE_BYTES = 2**28  # that a table of any size may unpack to
@@ -74,7 +77,7 @@ def read_rows(
         split: of a folder or of a Hub data set; files and a saved `Dataset` have none.
         config, revision: of a Hub data set.
         limits: how much the source may hold.
-        columns: name that `rows.parse_row` reads -> name in the source; a column that had the first name is left out.
+        columns: our name of a column -> its name in the source; a column that had the first name is left out.
 
     Raises UserError for a source that cannot be read, holds more than the limits, or lacks one of the columns.
     """
@@ -109,7 +112,7 @@ class RowStream:
     files_sha256: str | None = None
 
     def rows(self, passes: int) -> Iterator[tuple[str, Row]]:
-        """(place, row) of each row, with its columns under the names that `rows.parse_row` reads."""
+        """(place, row) of each row, with its columns under our names."""
         for place, row in self.read(passes):
             yield place, _renamed_row(row, self.columns) if self.columns else row
 
@@ -186,13 +189,20 @@ def _stream_of_hub(
     source: str, split: str, config: str | None, revision: str | None, passes: int
 ) -> Iterator[tuple[str, Row]]:
     try:
-        rows = load_dataset(source, config, split=split, revision=revision, streaming=True)
+        rows = undecoded(load_dataset(source, config, split=split, revision=revision, streaming=True))
         for index, row in enumerate(rows):
             yield f"{source}, row {index}", row
     except UserError:
         raise
     except Exception as error:  # network, permission, missing split
         raise UserError(f"Cannot read the data set {source!r} (split {split}): {first_line(error)}") from None
+
+
+def undecoded(rows: IterableDataset) -> IterableDataset:
+    """The rows with the files of their pictures, films and sounds as {"bytes", "path"}."""
+    if rows.features is None or not any(isinstance(feature, MEDIA) for feature in rows.features.values()):
+        return rows
+    return rows.decode(False)
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
@@ -278,11 +288,12 @@ def _check_table(path: Path, limits: RowLimits) -> None:
 
 
 def _rows_of_table(path: Path, limits: RowLimits) -> Iterator[tuple[str, Row]]:
-    """(place, row) of each row, with the types that `datasets` gives its columns."""
+    """(place, row) of each row, with the types that `datasets` gives its columns; media as in `undecoded`."""
     count = 0
     try:
         for batch in _checked_batches(path, limits):
             features = Features.from_arrow_schema(batch.schema)
+            features = Features({name: _undecoded_feature(feature) for name, feature in features.items()})
             for row in batch.to_pylist():
                 yield f"{path}, row {count}", features.decode_example(row)
                 count += 1
@@ -292,6 +303,10 @@ def _rows_of_table(path: Path, limits: RowLimits) -> Iterator[tuple[str, Row]]:
         raise UserError(f"Cannot read {path}: {first_line(error)}") from None
     if not count:
         raise UserError(f"The data file {path} holds no rows.")
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    return replace(feature, decode=False) if isinstance(feature, MEDIA) else feature
 
 
 def _checked_batches(path: Path, limits: RowLimits) -> Iterator[Any]:
@@ -480,8 +495,7 @@ def _dataset(rows: Iterable[tuple[str, Row]]) -> Dataset:
 
 def _too_many_keys(place: str, count: int) -> UserError:
     return UserError(
-        f"{place}: there are {count} different keys, and the limit is {MAX_COLUMNS}; remove those that are not used "
-        f"({', '.join(USED_COLUMNS)} are)."
+        f"{place}: there are {count} different keys, and the limit is {MAX_COLUMNS}; remove those that are not used."
     )
 
 

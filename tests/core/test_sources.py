@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
 from llm_jepa import UserError
+from llm_jepa.core.sources import data_sha256, read_rows
 from llm_jepa.lm.rows import parse_row
-from llm_jepa.lm.sources import data_sha256, read_rows
 from llm_jepa.lm.views import build_views
 from tests.conftest import tiny_model
 from tests.lm.test_views import PUBLISHED, base_tokenizer

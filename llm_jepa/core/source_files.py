@@ -6,8 +6,8 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import UserError
-from ..core.row_files import DELIMITERS, JSON_SUFFIXES, check_regular, row_suffix
+from .errors import UserError
+from .row_files import DELIMITERS, JSON_SUFFIXES, check_regular, row_suffix
 
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}  # -> the builder of `datasets`
 FILE_SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, *TABLE_SUFFIXES)

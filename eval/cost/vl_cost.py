@@ -9,6 +9,8 @@
   for the same share of events whose nearest decode is right. No model is trained here. An ideal model is simulated:
   each kind of event in a frame is a random vector, and a window is the mean of its frames, with noise of NOISE times
   its length. eval/results/vl/selective_decoding-seed*.json has the ratio for trained models.
+- `watched_over_embedded`: windows per second of `watch`, which encodes a frame once, over those of `VLJEPA.embed` on
+  each window alone, if a window begins every quarter of a window. With V-JEPA 2 it is 1: it encodes windows as a whole.
 """
 
 from __future__ import annotations
@@ -36,14 +38,27 @@ from transformers import (
 
 from llm_jepa import compare_pairs
 from llm_jepa.core.files import write_json
+from llm_jepa.core.tokenizer import train_bpe
+from llm_jepa.stream.frames import Frame, windows
 from llm_jepa.synthetic import shapestream as world
-from llm_jepa.vl import PrefixDecoder, PrefixDecoderConfig, Segment, VLJEPAModel, segment_uniform
+from llm_jepa.vl import (
+    VLJEPA,
+    PrefixDecoder,
+    PrefixDecoderConfig,
+    Segment,
+    VLJEPAModel,
+    VLJEPAProcessor,
+    plain_frames,
+    segment_uniform,
+)
+from llm_jepa.vl.sliding import AT_ONCE, SlidingEncoder
 
 from ..command import ArgumentParser, check_writable, one_line_errors
 from ..provenance import environment
 from ..vl.selective_decoding import online
 
 QUERY_TOKENS, TARGET_TOKENS = 8, 16
+QUERY = "What happens in the video?"
 NOISE, DIM = 0.3, 64  # of the simulated windows
 
 
@@ -152,6 +167,55 @@ def training(shape: Shape, repetitions: int) -> dict[str, Any]:
     }
 
 
+def sliding(shape: Shape, num_windows: int, repetitions: int) -> dict[str, Any]:
+    """Time the windows of a film, one after the other, as `VLJEPA.embed` and as `watch` embed them."""
+    torch.manual_seed(0)
+    tokenizer = train_bpe([QUERY] * 2, 300)
+    model = shape.build().eval()
+    processor = VLJEPAProcessor.from_parts(
+        model.config, image_processor=plain_frames(shape.size), tokenizer=tokenizer, target_tokenizer=tokenizer
+    )
+    use = VLJEPA(model, processor)
+    count = shape.num_frames * 4 + (num_windows - 1) * shape.num_frames
+    pictures = np.random.default_rng(0).integers(0, 256, (count, shape.size, shape.size, 3), dtype=np.uint8)
+    film = list(
+        windows(
+            (Frame(index / 4, picture) for index, picture in enumerate(pictures)),
+            num_frames=shape.num_frames, stride_s=shape.num_frames / 16,
+        )
+    )[:num_windows]  # fmt: skip
+
+    def embed() -> torch.Tensor:
+        return torch.cat([use.embed([window.frames], QUERY) for window in film])
+
+    def slide(at_once: int) -> torch.Tensor:
+        encoder = SlidingEncoder(use, QUERY)
+        return torch.cat([encoder(film[start : start + at_once]) for start in range(0, len(film), at_once)])
+
+    ways = {"embed": embed, "camera": lambda: slide(1), "film": lambda: slide(AT_ONCE)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
+    for repetition in range(repetitions + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            found[name] = way()
+            if repetition:  # the first one is a warm-up
+                times[name].append(time.perf_counter() - start)
+    ratios = {
+        name: [one / other for one, other in zip(times["embed"], times[name], strict=True)]
+        for name in ("camera", "film")
+    }
+    return {
+        "shape": shape.name,
+        "windows": num_windows,
+        "windows_per_second": {name: num_windows / statistics.median(taken) for name, taken in times.items()},
+        "over_embedded": {name: statistics.median(ratio) for name, ratio in ratios.items()},
+        "spread": {name: [min(ratio), max(ratio)] for name, ratio in ratios.items()},
+        "largest_difference": max(float((found[name] - found["embed"]).abs().max()) for name in ratios),
+        "repetitions": repetitions,
+    }
+
+
 def num_weights(module: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
@@ -180,13 +244,13 @@ def streaming(num_streams: int) -> dict[str, Any]:
     for seed in range(num_streams):
         stream = world.stream(seed, split="test", size=32)
         streams.append(SimulatedStream(stream, *ideal_windows(stream, np.random.default_rng(seed))))
-    windows = min(len(stream.times_s) for stream in streams)
+    num_windows = min(len(stream.times_s) for stream in streams)
     segments = [online(stream.embeddings, stream.times_s) for stream in streams]
     decodes = statistics.mean(map(len, segments))
     right = statistics.mean(
         share_right(stream.stream, cut, stream.codes) for stream, cut in zip(streams, segments, strict=True)
     )
-    uniform = uniform_decodes_for(right, streams, windows)
+    uniform = uniform_decodes_for(right, streams, num_windows)
     shape = small()
     window_s, decode_s = latencies(shape)
     return {
@@ -194,13 +258,13 @@ def streaming(num_streams: int) -> dict[str, Any]:
         "events_and_rests_said_right": right,
         "decodes_per_stream": decodes,
         "uniform_decodes_per_stream": uniform,
-        "windows_per_stream": windows,
+        "windows_per_stream": num_windows,
         "streams": num_streams,
         "model": shape.name + "; y_decoder GPT-2 3 x 192, 16 tokens",
         "window_latency_s": window_s,
         "decode_s": decode_s,
-        "decoder_share_selective": decodes * decode_s / (windows * window_s + decodes * decode_s),
-        "decoder_share_every_window": windows * decode_s / (windows * window_s + windows * decode_s),
+        "decoder_share_selective": decodes * decode_s / (num_windows * window_s + decodes * decode_s),
+        "decoder_share_every_window": num_windows * decode_s / (num_windows * window_s + num_windows * decode_s),
     }
 
 
@@ -279,16 +343,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(options.out)
     shapes = [small()] if options.quick else [small(), paper()]
     results = [training(shape, 3 if options.quick or shape.batch < 8 else 7) for shape in shapes]
+    watched = sliding(small(), 16 if options.quick else 32, 2 if options.quick else 7)
     stream = streaming(2 if options.quick else 12)
     summary = {
         "cached_over_plain": results[0]["cached_over_plain"],
         "decodes_uniform_over_selective": stream["decodes_uniform_over_selective"],
+        "watched_over_embedded": watched["over_embedded"]["film"],
+        "watched_live_over_embedded": watched["over_embedded"]["camera"],
     }
     if len(results) > 1:
         summary["cached_over_plain_paper_layers"] = results[1]["cached_over_plain"]
     result = {
         "summary": summary,
         "training": results,
+        "watching": watched,
         "streaming": stream,
         "threads": torch.get_num_threads(),
         "environment": environment(),
@@ -301,6 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['shape']}\n  plain {row['plain_samples_per_second']:.2f} samples/s, cached "
             f"{row['cached_samples_per_second']:.2f}: {row['cached_over_plain']:.2f} x ({low:.2f}-{high:.2f})"
         )
+    print(json.dumps(watched, indent=1))
     print(json.dumps(stream, indent=1))
     print(json.dumps(summary, indent=1))
     return 0

@@ -21,6 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -49,11 +50,19 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """`frames`: uint8 [T, H, W, 3]. `start_s` and `end_s`: times of its first and of its last frame."""
+    """`start_s` and `end_s`: times of its first and of its last frame.
+
+    images: uint8 [H, W, 3] of each frame, a copy of what came in. Neighbouring windows share these arrays.
+    """
 
     start_s: float
     end_s: float
-    frames: np.ndarray
+    images: tuple[np.ndarray, ...]
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """uint8 [T, H, W, 3]"""
+        return np.stack(self.images)
 
 
 @dataclass(frozen=True)
@@ -306,7 +315,7 @@ def _windows(frames: Iterable[Frame], num_frames: int, stride: _Grid, rate: _Gri
     for frame in frames:
         if rate is not None and not rate.due(frame.time_s):
             continue
-        last.append(frame)
+        last.append(Frame(frame.time_s, frame.image.copy()))
         if len(last) == num_frames and stride.due(frame.time_s):
             yield _window(list(last))
     if 0 < len(last) < num_frames:
@@ -314,7 +323,7 @@ def _windows(frames: Iterable[Frame], num_frames: int, stride: _Grid, rate: _Gri
 
 
 def _window(frames: list[Frame]) -> Window:
-    return Window(frames[0].time_s, frames[-1].time_s, np.stack([frame.image for frame in frames]))  # [T, H, W, 3]
+    return Window(frames[0].time_s, frames[-1].time_s, tuple(frame.image for frame in frames))
 
 
 def held(frames: Iterable[Frame], *, fps: float) -> Iterator[Frame]:

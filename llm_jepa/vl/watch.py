@@ -1,6 +1,6 @@
 """Caption a video or a camera while it runs; decode text only when the scene changes.
 
-    frames -> window of T frames every `stride_s` -> VLJEPA.embed -> WardSegmenter: the scene goes on | it ended here
+    frames -> window of T frames every `stride_s` -> SlidingEncoder -> WardSegmenter: the scene goes on | it ended here
                                                                      nothing decoded  | VLJEPA.decode -> Caption
 
 `watch` is the whole loop, `Watcher` one stream of it; `watch_command` is `llm-jepa watch`. Captions are append-only.
@@ -14,8 +14,9 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -216,6 +217,10 @@ class Watcher:
         self._failures_in_a_row = 0
         self._model, self._settings = model, settings
         self._on_caption, self._timeline = on_caption, timeline
+        from .sliding import SlidingEncoder
+
+        self._encoder = SlidingEncoder(model, settings.query)
+        self._ready: NDArray[np.float32] | None = None  # embedding of the window whose step comes
         self._decoder = SelectiveDecoder(
             self.embed,
             self.decode,
@@ -233,13 +238,12 @@ class Watcher:
             is_film = isinstance(frames, FrameSource) and not frames.live
             shown = held(usable, fps=settings.fps) if is_film else usable
             stream = windows(shown, num_frames=settings.num_frames, stride_s=settings.stride_s, fps=settings.fps)
-            for window in stream:
+            at_once = self._encoder.at_once if is_film else 1  # a camera's windows come one by one
+            while not signals.came and (batch := list(islice(stream, at_once))):  # a still may be many batches
                 try:
-                    self.step(window)
+                    self.steps(batch)
                 except ModelError as error:
                     usable.error = error.reason
-                    break
-                if signals.came:  # a still may be many windows
                     break
             self.finish()
         if not decoder.num_windows and not signals.came:
@@ -255,6 +259,15 @@ class Watcher:
             interrupted=signals.came,
             error=usable.error,
         )
+
+    def steps(self, batch: Sequence[Window]) -> None:
+        """`step` for each of these windows, which are embedded together."""
+        ready: Sequence[NDArray[np.float32] | None] = [None] * len(batch)
+        if len(batch) > 1:
+            with suppress(ModelError):  # then each is embedded alone, which shows which one it is
+                ready = self._embed(batch)
+        for window, self._ready in zip(batch, ready, strict=True):
+            self.step(window)
 
     def step(self, window: Window) -> None:
         """Embed a window and emit the captions that it completes. A window that cannot be embedded is skipped.
@@ -293,15 +306,21 @@ class Watcher:
 
     def embed(self, window: Window) -> NDArray[np.float32]:
         """[D], finite. Raises ModelError."""
-        try:
-            z = self._model.embed([window.frames], self._settings.query)[0].cpu().numpy()  # [D]
-        except (ValueError, RuntimeError) as error:
-            raise ModelError(error) from error
+        z, self._ready = self._ready, None
+        if z is None:
+            (z,) = self._embed([window])
         if not np.isfinite(z).all():
             raise ModelError(ValueError(f"The embedding of the window at {window.start_s:.1f} s is not finite."))
         if self._timeline is not None:
             self._timeline.add_window((window.start_s + window.end_s) / 2, z)
         return z
+
+    def _embed(self, batch: Sequence[Window]) -> list[NDArray[np.float32]]:
+        """[D] of each window. Raises ModelError."""
+        try:
+            return list(self._encoder(batch).cpu().numpy())
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(error) from error
 
     def decode(self, embedding: NDArray[np.float32]) -> tuple[str, float]:
         """[D] -> text and score."""
@@ -470,7 +489,7 @@ def _about_the_video(reason: Exception, window: Window) -> Exception:
     """The error for the first window. A ValueError means that the video does not fit the model."""
     if isinstance(reason, UserError) or not isinstance(reason, ValueError):
         return reason
-    count, height, width = window.frames.shape[:3]
+    count, (height, width) = len(window.images), window.images[0].shape[:2]
     return UserError(f"The model does not take {count} frames of {width}x{height}: {reason}")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from transformers import BertConfig, LlamaConfig, ViTConfig, ViTImageProcessorPil, set_seed
 
 from llm_jepa.lm.from_scratch import train_tokenizer
@@ -15,6 +17,7 @@ from llm_jepa.stream.frames import Frame
 from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.modeling import VLJEPAModel
 from llm_jepa.vl.processing import VLJEPAProcessor
+from llm_jepa.vl.sliding import SlidingEncoder
 from llm_jepa.vl.watch_command import add_arguments, run
 from llm_jepa.vl.y_decoder import MemoryProjection, YDecoder, fingerprint
 
@@ -89,6 +92,25 @@ def calls(monkeypatch, owner, name):
 
     monkeypatch.setattr(owner, name, spy)
     return seen
+
+
+def windows_embedded(monkeypatch, before=lambda index: None, after=lambda index, z: z):
+    """A list that grows by the arguments of each batch of windows that is embedded.
+
+    before: is called with the number of each window, and may raise.  after: with its number and embedding, which it may
+    change.
+    """
+    batches, original, count = [], SlidingEncoder.__call__, itertools.count()
+
+    def spy(self, batch):
+        numbers = [next(count) for _ in batch]
+        for number in numbers:
+            before(number)
+        batches.append(batch)
+        return torch.stack([after(number, z) for number, z in zip(numbers, original(self, batch), strict=True)])
+
+    monkeypatch.setattr(SlidingEncoder, "__call__", spy)
+    return batches
 
 
 def srt(path):

@@ -17,12 +17,11 @@ from llm_jepa.stream.decoder import Caption
 from llm_jepa.stream.frames import source_name
 from llm_jepa.stream.opening import open_frames
 from llm_jepa.vl import watch_command
-from llm_jepa.vl.inference import VLJEPA
 from llm_jepa.vl.watch import watch
 from llm_jepa.vl.watch_page import clock
 from llm_jepa.vl.y_decoder import YDecoder
 from tests.stream.movies import film_with_sound
-from tests.vl.watch.rooms import FPS, TEXTS, calls, command, events, srt, video
+from tests.vl.watch.rooms import FPS, TEXTS, calls, command, events, srt, video, windows_embedded
 
 av = pytest.importorskip("av")
 
@@ -31,14 +30,14 @@ av = pytest.importorskip("av")
 def test_screen_events_subtitles_and_summary_agree_with_the_calls(
     folder, film, tmp_path, monkeypatch, capsys, provisional
 ):
-    embedded, decoded = calls(monkeypatch, VLJEPA, "embed"), calls(monkeypatch, YDecoder, "decode")
+    embedded, decoded = windows_embedded(monkeypatch), calls(monkeypatch, YDecoder, "decode")
     out = [tmp_path / f"o.{kind}" for kind in ("jsonl", "srt", "html")]
     words = ["--labels", "a red room, a green room", "--jsonl", out[0], "--srt", out[1], "--report", out[2]]
     assert command(folder, film, *words, *(["--provisional"] if provisional else [])) == 0
     header, found, summary = events(out[0])
     assert header["fps"] == 2 and header["num_frames"] == 4 and header["source"] == str(film)
     final = [event for event in found if event["final"]]
-    assert summary["num_windows"] == len(embedded) == 45 and summary["num_decodes"] == len(decoded)
+    assert summary["num_windows"] == sum(map(len, embedded)) == 45 and summary["num_decodes"] == len(decoded)
     assert len(final) == 4 <= len(decoded) <= len(found) == (8 if provisional else 4)
     assert set(found[0]) == {"start_s", "end_s", "emitted_s", "text", "score", "final", "query"}
     assert {event["text"] for event in found} <= {"a red room", "a green room"}
@@ -82,10 +81,7 @@ def test_a_report_of_what_is_not_a_film_says_so(folder, source, line, tmp_path):
 
 def test_an_event_is_on_disk_when_it_is_said(folder, film, tmp_path, monkeypatch):
     path, seen = tmp_path / "o.jsonl", []
-    original = VLJEPA.embed
-    monkeypatch.setattr(
-        VLJEPA, "embed", lambda self, *a, **o: (seen.append(path.read_text()), original(self, *a, **o))[1]
-    )
+    windows_embedded(monkeypatch, lambda index: seen.append(path.read_text()))
     command(folder, film, "--labels", "a,b", "--jsonl", path)
     assert "header" in seen[0] and all(text.endswith("\n") for text in seen)
     assert seen[-1].count("\n") == 3 and "summary" not in seen[-1], "the header and the two scenes known to be over"
@@ -243,42 +239,31 @@ def test_damage_in_a_video_costs_frames_there_and_no_more(folder, tmp_path, caps
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_after_a_signal_the_files_are_whole_and_the_exit_code_is_0(number, folder, film, tmp_path, monkeypatch, capsys):
-    count = iter(range(1000))
-    original = VLJEPA.embed
-
-    def embed(self, *args, **options):
-        if next(count) == 30:
-            signal.raise_signal(number)
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(VLJEPA, "embed", embed)
+    windows_embedded(monkeypatch, lambda index: signal.raise_signal(number) if index == 30 else None)
     out = [tmp_path / f"o.{kind}" for kind in ("jsonl", "srt", "html")]
     words = ["--labels", "a,b", "--jsonl", out[0], "--srt", out[1], "--report", out[2]]
     assert command(folder, film, *words) == 0
     assert out[0].read_text().endswith("\n")
     _, found, summary = events(out[0])
-    assert summary["interrupted"] is True and summary["num_windows"] == 31
+    assert summary["interrupted"] is True and summary["num_windows"] == 32  # of the batches of 8
     assert [(s, e) for s, e, _ in srt(out[1])] == [
         (round(1000 * e["start_s"]), round(1000 * e["end_s"])) for e in found
     ]
-    assert "decoded 3 of 31 windows" in capsys.readouterr().out and len(found) == 3
-    assert "decoded 3 of 31 windows" in out[2].read_text()
+    assert "decoded 3 of 32 windows" in capsys.readouterr().out and len(found) == 3
+    assert "decoded 3 of 32 windows" in out[2].read_text()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_second_signal_is_obeyed_at_once_and_the_captions_are_kept(
     number, code, folder, film, tmp_path, monkeypatch, capsys
 ):
-    count = iter(range(1000))
-    original = VLJEPA.embed
 
-    def embed(self, *args, **options):
-        if next(count) == 30:
+    def before(index):
+        if index == 32:  # the first of a batch
             signal.raise_signal(number)
             signal.raise_signal(number)
-        return original(self, *args, **options)
 
-    monkeypatch.setattr(VLJEPA, "embed", embed)
+    windows_embedded(monkeypatch, before)
     words = ["--labels", "a,b", "--jsonl", tmp_path / "o.jsonl", "--srt", tmp_path / "o.srt"]
     assert main(["watch", str(folder), str(film), *map(str, words)]) == code
     assert capsys.readouterr().err.splitlines()[-1] in ("llm-jepa: interrupted", "llm-jepa: stopped by SIGTERM")

@@ -17,8 +17,9 @@ from llm_jepa.stream.frames import Frame, windows
 from llm_jepa.stream.opening import open_frames
 from llm_jepa.stream.segments import WardSegmenter
 from llm_jepa.vl.inference import VLJEPA
+from llm_jepa.vl.sliding import SlidingEncoder
 from llm_jepa.vl.watch import MAX_FAILURES, default_fps, to_json, to_srt, watch
-from tests.vl.watch.rooms import FPS, build, calls, picture, rooms, with_texts
+from tests.vl.watch.rooms import FPS, build, calls, picture, rooms, windows_embedded, with_texts
 
 # -- the loop --------------------------------------------------------------------------------------------------------
 
@@ -88,18 +89,19 @@ def test_what_was_said_does_not_depend_on_what_follows(model):
 
 
 def test_the_options_reach_the_segmenter_the_windows_and_the_query(model, monkeypatch):
-    seen = calls(monkeypatch, VLJEPA, "embed")
+    asked, seen = calls(monkeypatch, SlidingEncoder, "__init__"), windows_embedded(monkeypatch)
     assert len(watch(model, rooms(30), threshold=1e9).captions) == 1
-    assert seen[0][1] == "What happens in the video?" and len(seen) == 57
+    assert asked[0][1] == "What happens in the video?" and len(seen) == 57
     assert len(watch(model, rooms(30), min_duration_s=12).captions) < len(watch(model, rooms(30)).captions)
     assert len(watch(model, rooms(30), sensitivity=1e-9).captions) == 1
     seen.clear()
+    asked.clear()
     result = watch(model, rooms(30), stride_s=1.5, query="")
-    assert result.query == "" and seen[0][1] == "" and len(seen) == 20 - 1
+    assert result.query == "" and asked[0][1] == "" and len(seen) == 20 - 1
     seen.clear()
     fast = watch(model, rooms(10, rate=8), fps=4, max_seconds=6)
     assert fast.captions[-1].end_s == 5.75 and fast.seconds == 5.875, "of frames 0 .. 47 every second one is used"
-    assert (seen[0][0][0] == np.stack([f.image for f in rooms(1, rate=8)][:8:2])).all()
+    assert (seen[0][0].frames == np.stack([f.image for f in rooms(1, rate=8)][:8:2])).all()
 
 
 def test_a_block_of_windows_is_one_window_long(model, monkeypatch):
@@ -166,16 +168,11 @@ def test_odd_frames_are_resized_or_left_out_and_counted(model):
 
 
 def test_a_window_that_cannot_be_embedded_is_left_out(model, monkeypatch):
-    original, count = VLJEPA.embed, iter(range(1000))
-
-    def embed(self, *args, **options):
-        index = next(count)
+    def before(index):
         if index in (8, 9):
             raise RuntimeError("out of memory")
-        z = original(self, *args, **options)
-        return z * math.nan if index == 20 else z
 
-    monkeypatch.setattr(VLJEPA, "embed", embed)
+    windows_embedded(monkeypatch, before, lambda index, z: z * math.nan if index == 20 else z)
     with pytest.warns(UserWarning, match="3 windows skipped"):
         result = watch(model, rooms(20))
     assert result.lost == {"windows skipped": 3} and result.num_windows == 37 - 3 and result.error is None
@@ -184,16 +181,14 @@ def test_a_window_that_cannot_be_embedded_is_left_out(model, monkeypatch):
 
 def test_a_model_that_refuses_every_window_ends_it(model, monkeypatch):
     """The first refusal is the answer; later ones only if there are MAX_FAILURES in a row, and captions stay."""
-    original = VLJEPA.embed
     working = [0]
 
-    def embed(self, *args, **options):
+    def before(index):
         working[0] -= 1
         if working[0] < 0:
             raise ValueError("image size")
-        return original(self, *args, **options)
 
-    monkeypatch.setattr(VLJEPA, "embed", embed)
+    windows_embedded(monkeypatch, before)
     with pytest.raises(UserError, match="does not take 4 frames of 32x32: image size"):
         watch(model, rooms(20))
     working[0] = 20
@@ -224,14 +219,12 @@ def test_ctrl_c_in_the_middle_of_a_window_waits_for_its_caption(model, monkeypat
     complete = []
     watch(model, rooms(20), on_caption=complete.append)
     closing = round((complete[0].emitted_s - 1.5) / 0.5)  # window k ends at 1.5 + k/2 s
-    original, count = VLJEPA.embed, iter(range(1000))
 
-    def embed(self, *args, **options):
-        if next(count) == closing:
+    def interrupt(index):
+        if index == closing:
             signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **options)
 
-    monkeypatch.setattr(VLJEPA, "embed", embed)
+    windows_embedded(monkeypatch, interrupt)
     before = signal.getsignal(signal.SIGINT)
     result = watch(model, rooms(20))
     assert result.interrupted and result.num_windows == closing + 1

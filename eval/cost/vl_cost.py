@@ -176,14 +176,10 @@ def sliding(shape: Shape, num_windows: int, repetitions: int) -> dict[str, Any]:
         model.config, image_processor=plain_frames(shape.size), tokenizer=tokenizer, target_tokenizer=tokenizer
     )
     use = VLJEPA(model, processor)
-    count = shape.num_frames * 4 + (num_windows - 1) * shape.num_frames
+    count = shape.num_frames + (num_windows - 1) * shape.num_frames // 4
     pictures = np.random.default_rng(0).integers(0, 256, (count, shape.size, shape.size, 3), dtype=np.uint8)
-    film = list(
-        windows(
-            (Frame(index / 4, picture) for index, picture in enumerate(pictures)),
-            num_frames=shape.num_frames, stride_s=shape.num_frames / 16,
-        )
-    )[:num_windows]  # fmt: skip
+    frames = (Frame(index / 4, picture) for index, picture in enumerate(pictures))
+    film = list(windows(frames, num_frames=shape.num_frames, stride_s=shape.num_frames / 16))
 
     def embed() -> torch.Tensor:
         return torch.cat([use.embed([window.frames], QUERY) for window in film])
@@ -207,8 +203,8 @@ def sliding(shape: Shape, num_windows: int, repetitions: int) -> dict[str, Any]:
     }
     return {
         "shape": shape.name,
-        "windows": num_windows,
-        "windows_per_second": {name: num_windows / statistics.median(taken) for name, taken in times.items()},
+        "windows": len(film),
+        "windows_per_second": {name: len(film) / statistics.median(taken) for name, taken in times.items()},
         "over_embedded": {name: statistics.median(ratio) for name, ratio in ratios.items()},
         "spread": {name: [min(ratio), max(ratio)] for name, ratio in ratios.items()},
         "largest_difference": max(float((found[name] - found["embed"]).abs().max()) for name in ratios),

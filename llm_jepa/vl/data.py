@@ -91,12 +91,11 @@ class UnreadItem:
     clip: Clip
     place: str
     num_frames: int
-    limits: Limits
 
     def read(self) -> ClipItem:
         """Raises UserError for a film that cannot be read."""
         try:
-            return ClipItem(self.pairs, self.clip_key, frames=read_frames(self.clip, self.num_frames, self.limits))
+            return ClipItem(self.pairs, self.clip_key, frames=read_frames(self.clip, self.num_frames, Limits()))
         except UserError as error:
             raise UserError(f"{self.place}: {error}") from None
 
@@ -318,7 +317,7 @@ def clip_of_row(row: Mapping[str, Any], folder: Path, place: str) -> Clip:
         folder: to which a path is relative.
         place: file and line, for messages.
 
-    Raises UserError for a row that is no clip.
+    Raises UserError for a row without a file or a target, or with unknown keys or wrong times.
     """
     if unknown := sorted(set(row) - set(KEYS)):
         names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")

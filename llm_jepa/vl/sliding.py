@@ -12,7 +12,7 @@ from torch import Tensor
 from ..stream.frames import Window
 from .inference import VLJEPA
 
-AT_ONCE = 8  # windows of a film; more are not faster
+AT_ONCE = 8  # windows of a film that are encoded together; chosen, not tuned
 
 
 class SlidingEncoder:

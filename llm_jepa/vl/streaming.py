@@ -20,7 +20,6 @@ from ..core.row_files import JSON_SUFFIXES, LIMITS, RowLimits, row_suffix
 from ..core.source_files import files_of, names_files
 from ..core.sources import RowStream, stream_of, stream_rows, undecoded
 from ..core.streaming import EndlessRows, Prepared
-from ..stream.frames import Limits
 from ..stream.opening import is_image
 from .arguments import VLJEPATrainingArguments
 from .data import KEYS, Clip, UnreadItem, clip_key, clip_of, clip_of_row, draw_pairs
@@ -37,11 +36,11 @@ class _Part(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Rows of one clip.  passes: how often the source was read before."""
+    """(place, row) of the rows of one clip.  passes: how often the source was read before."""
 
     passes: int
     folder: Path | None
-    rows: list[dict[str, Any]]
+    rows: list[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -60,26 +59,26 @@ class ClipStream:
         """(place of the first row, rows of one clip)."""
         for part in self.parts:
             for _, group in groupby(part.rows.rows(passes), key=lambda placed: _film_of(placed[1])):
-                placed = list(group)
-                yield placed[0][0], _Group(passes, part.folder, [row for _, row in placed])
+                rows = list(group)
+                yield rows[0][0], _Group(passes, part.folder, rows)
 
     @cached_property
     def first(self) -> list[Clip]:
         """The first clips; says which columns are not read.
 
-        Raises UserError if there are none, or for a row that is no clip.
+        Raises UserError if there are none, and like `data.clip_of_row`.
         """
-        read = list(islice(self.rows(0), WINDOW))
+        read = [group for _, group in islice(self.rows(0), WINDOW)]
         if not read:
             raise UserError(f"{self.name} holds no rows.")
-        tables = [row for _, group in read if group.folder is None for row in group.rows]
+        tables = [row for group in read if group.folder is None for _, row in group.rows]
         unread = sorted({name for row in tables for name in row} - set(KEYS))
         logger.warning(
             f"Streaming {self.name}: the kinds of clips and the number of their targets are those of its first "
             f"{len(read)} clips. Later ones are checked when their step comes."
             + (f" Columns that are not read: {', '.join(unread[:20])}." if unread else "")
         )
-        return [_clip(group, place) for place, group in read]
+        return [_clip(group) for group in read]
 
 
 def stream_clips(
@@ -144,10 +143,9 @@ class _DrawnClips:
     pairs_per_clip: int
     seed: int
     are_images: bool  # the first clips
-    limits: Limits = Limits()
 
     def __call__(self, place: str, index: int, group: _Group) -> Prepared:
-        clip = _clip(group, place)
+        clip = _clip(group)
         if self.num_frames > 1 and is_image(clip.video) != self.are_images:
             kinds = ("a video", "images") if self.are_images else ("an image", "videos")
             raise UserError(
@@ -155,7 +153,7 @@ class _DrawnClips:
                 "stage, before the videos."
             )
         pairs = draw_pairs(clip, self.pairs_per_clip, f"{self.seed} {group.passes} {index}")
-        return Prepared(UnreadItem(pairs, clip_key(clip), clip, place, self.num_frames, self.limits))
+        return Prepared(UnreadItem(pairs, clip_key(clip), clip, place, self.num_frames))
 
 
 def _film_of(row: Mapping[str, Any]) -> Any:
@@ -165,12 +163,12 @@ def _film_of(row: Mapping[str, Any]) -> Any:
     return (media, row.get("start_s"), row.get("end_s")) if is_file else object()
 
 
-def _clip(group: _Group, place: str) -> Clip:
-    """Raises UserError for a row that is no clip."""
+def _clip(group: _Group) -> Clip:
+    """Raises UserError for a row without a file or a target, or with wrong times; it names the place of this row."""
     if group.folder is None:
-        clips = [_clip_of_table(row, place) for row in group.rows]
+        clips = [_clip_of_table(row, place) for place, row in group.rows]
     else:
-        clips = [clip_of_row(row, group.folder, place) for row in group.rows]
+        clips = [clip_of_row(row, group.folder, place) for place, row in group.rows]
     pairs = dict.fromkeys(pair for clip in clips for pair in clip.pairs)
     return Clip(clips[0].video, tuple(pairs), clips[0].start_s, clips[0].end_s)
 

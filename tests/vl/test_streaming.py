@@ -191,6 +191,13 @@ def test_a_wrong_clip_is_named_when_it_is_reached(recipe, data, tmp_path, capsys
     expect_refusal(capsys, ["train", path], "line 14 is a video among images", "separate stage")
 
 
+def test_of_several_rows_of_a_clip_the_wrong_one_is_named(recipe, data, tmp_path, capsys):  # noqa: F811
+    shutil.copy(data / "0.png", tmp_path)
+    write(tmp_path / "rows.jsonl", [{"image": "0.png", "target": "a"}, {"image": "0.png", "target": 3}])
+    path = recipe(**STREAM, train_data=str(tmp_path / "rows.jsonl"))
+    expect_refusal(capsys, ["train", path], "rows.jsonl, line 2 needs a 'target'")
+
+
 def test_a_table_without_the_files_and_an_empty_one(recipe, tmp_path, capsys, caplog):  # noqa: F811
     path = tmp_path / "rows.parquet"
     Dataset.from_list([{"image": "0.png", "target": "x", "note": 1}]).to_parquet(path)

@@ -179,6 +179,21 @@ def test_a_window_that_cannot_be_embedded_is_left_out(model, monkeypatch):
     assert len(result.captions) == 3
 
 
+def test_of_the_windows_of_a_film_only_the_wrong_one_is_left_out(model, film, monkeypatch):
+    """They are embedded together; then each alone shows which one it is."""
+    original = SlidingEncoder.features
+
+    def features(self, batch):
+        if any(window.start_s == 5 for window in batch):
+            raise RuntimeError("out of memory")
+        return original(self, batch)
+
+    monkeypatch.setattr(SlidingEncoder, "features", features)
+    with open_frames(film, fps=FPS) as frames, pytest.warns(UserWarning, match="1 windows skipped"):
+        result = watch(model, frames)
+    assert result.lost == {"windows skipped": 1} and result.num_windows == 45 - 1 and len(result.captions) == 4
+
+
 def test_a_model_that_refuses_every_window_ends_it(model, monkeypatch):
     """The first refusal is the answer; later ones only if there are MAX_FAILURES in a row, and captions stay."""
     working = [0]
